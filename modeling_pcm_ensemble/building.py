@@ -1,0 +1,289 @@
+"""What `from_experts` does: fetch the parts, check that they fit together, give the configuration and the parts."""
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .chat_templates import leading_bos, render_prompt, without_default_system_turn
+from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .prefixes import encode_description
+
+logger = logging.get_logger(__name__)
+
+SPEC_FIELDS = ("model", "prompt", "description", "dimension")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
+
+
+@dataclass
+class Parts:
+    """What an ensemble is assembled from. `pcm` is the PCM's body; `tokenizer` may be None."""
+
+    config: PCMEnsembleConfig
+    backbones: list[PreTrainedModel]
+    pcm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def build_parts(
+    experts: Mapping,
+    pcm: str | os.PathLike | PreTrainedModel | PreTrainedConfig,
+    pcm_layers: int | None = None,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+    model_kwargs: dict | None = None,
+    **config_kwargs,
+) -> Parts:
+    """Do the work of [`PCMEnsembleForCausalLM.from_experts`], which documents the arguments."""
+    specs = expert_specs(experts)
+    loader = _Loader(model_kwargs or {})
+    backbone_of = [loader.backbone(spec["model"], f"expert {name!r}") for name, spec in specs.items()]
+    body = loader.pcm_body(pcm, pcm_layers)
+    tokenizer = loader.tokenizer(tokenizer)
+    backbones = loader.backbones
+    _check_vocabularies([*backbones, body], [*loader.labels, "the PCM"], tokenizer)
+    bos = leading_bos(tokenizer) if tokenizer is not None else None
+    generation_config = backbones[0].generation_config
+    config = PCMEnsembleConfig(
+        backbones=[backbone.config for backbone in backbones],
+        pcm=body.config,
+        experts=[
+            _expert_entry(name, spec, backbone, tokenizer, bos)
+            for (name, spec), backbone in zip(specs.items(), backbone_of)
+        ],
+        prefix_bos_token_id=bos,
+        bos_token_id=generation_config.bos_token_id,
+        eos_token_id=generation_config.eos_token_id,
+        pad_token_id=generation_config.pad_token_id,
+        **config_kwargs,
+    )
+    if tokenizer is not None and any(spec.get("prompt") for spec in specs.values()):
+        tokenizer = without_default_system_turn(tokenizer)
+    return Parts(config, backbones, body, tokenizer)
+
+
+def expert_specs(experts: Mapping) -> dict[str, dict]:
+    """Bring what `experts` may hold into one form: name → mapping with `model` and what else was given."""
+    if not isinstance(experts, Mapping):
+        raise TypeError(
+            "`experts` must map names to a repository, folder, `PreTrainedModel` or mapping, got "
+            f"{type(experts).__name__}."
+        )
+    if not experts:
+        raise ValueError("`experts` is empty. An ensemble needs at least one expert.")
+    return {_expert_name(name): _expert_spec(name, spec) for name, spec in experts.items()}
+
+
+def _expert_name(name) -> str:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"Experts' names must be non-empty strings, got {name!r}.")
+    return name
+
+
+def _expert_spec(name: str, spec) -> dict:
+    if not isinstance(spec, Mapping):
+        spec = {"model": spec}
+    unknown = sorted(set(spec) - set(SPEC_FIELDS))
+    if unknown:
+        raise ValueError(f"Expert {name!r} has the unknown fields {unknown}. Accepted are {', '.join(SPEC_FIELDS)}.")
+    for text_field in ("prompt", "description", "dimension"):
+        if not isinstance(spec.get(text_field), str | None):
+            raise TypeError(f"`{text_field}` of expert {name!r} must be a string, got {spec[text_field]!r}.")
+    if not isinstance(spec.get("model"), (str, os.PathLike, PreTrainedModel)):
+        raise TypeError(
+            f"`model` of expert {name!r} must be a repository, folder or `PreTrainedModel`, got "
+            f"{type(spec.get('model')).__name__}."
+        )
+    return dict(spec)
+
+
+@dataclass
+class _Loader:
+    """Loads each model once. `model_kwargs` are `from_pretrained`'s."""
+
+    model_kwargs: dict
+    backbones: list[PreTrainedModel] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    indexes: dict = field(default_factory=dict)
+    sources: list = field(default_factory=list)
+
+    def backbone(self, source, label: str) -> int:
+        """Index of the backbone that `source` names."""
+        key = _source_key(source)
+        if key not in self.indexes:
+            self.indexes[key] = len(self.backbones)
+            self.backbones.append(self._causal_lm(source, label))
+            self.labels.append(label)
+            self.sources.append(source)
+        return self.indexes[key]
+
+    def _causal_lm(self, source, label: str) -> PreTrainedModel:
+        if isinstance(source, PreTrainedModel):
+            _check_is_causal_lm(source.config, label)
+            if not source.can_generate():
+                raise ValueError(
+                    f"The model of {label} is a {type(source).__name__}, which has no LM head. Load it with "
+                    "`AutoModelForCausalLM`."
+                )
+            return source
+        _check_is_causal_lm(AutoConfig.from_pretrained(source, **self._hub_options()), label)
+        options = {"ignore_mismatched_sizes": True} | self.model_kwargs  # refused below, by name
+        model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+        check_loading(loading, f"the checkpoint of {label}, {str(source)!r}")
+        return model
+
+    def pcm_body(self, source, num_layers: int | None) -> PreTrainedModel:
+        """The PCM's body: a causal LM's, cut to its first `num_layers`, with weights of its own."""
+        if isinstance(source, PreTrainedConfig):
+            config = _first_layers(source, num_layers)
+            _check_is_causal_lm(config, "the PCM")
+            return AutoModel.from_config(config)
+        key = _source_key(source)
+        model = self.backbones[self.indexes[key]] if key in self.indexes else self._causal_lm(source, "the PCM")
+        self.sources.append(source)
+        whole = model.base_model
+        body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=whole.dtype).to(whole.device)
+        weights = whole.state_dict()
+        body.load_state_dict({name: weights[name] for name in body.state_dict()})
+        return body.eval()
+
+    def tokenizer(self, given) -> PreTrainedTokenizerBase | None:
+        """The tokenizer given, else the first part's that has one; parts with another vocabulary are refused."""
+        found = []
+        if isinstance(given, PreTrainedTokenizerBase):
+            found.append(("`tokenizer`", given))
+        elif given is not None:
+            found.append(("`tokenizer`", AutoTokenizer.from_pretrained(given, **self._hub_options())))
+        names = [
+            source.name_or_path if isinstance(source, PreTrainedModel) else str(source) for source in self.sources
+        ]
+        for name in dict.fromkeys(filter(None, names)):
+            if (own := self._own_tokenizer(name)) is not None:
+                found.append((repr(name), own))
+        for label, other in found[1:]:
+            _check_same_vocabulary(*found[0], label, other)
+        return copy.deepcopy(found[0][1]) if found else None
+
+    def _own_tokenizer(self, source: str) -> PreTrainedTokenizerBase | None:
+        try:
+            return AutoTokenizer.from_pretrained(source, **self._hub_options())
+        except (OSError, ValueError):
+            logger.info(f"{source!r} has no tokenizer.")
+            return None
+
+    def _hub_options(self) -> dict:
+        return {name: self.model_kwargs[name] for name in HUB_OPTIONS if name in self.model_kwargs}
+
+
+def _source_key(source):
+    """Equal for two sources that name the same model."""
+    if isinstance(source, PreTrainedModel):
+        return id(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "`pcm` must be a repository, folder, `PreTrainedModel` or `PreTrainedConfig`, got "
+            f"{type(source).__name__}."
+        )
+    return os.path.realpath(source) if os.path.isdir(source) else str(source)
+
+
+def _first_layers(config: PreTrainedConfig, num_layers: int | None) -> PreTrainedConfig:
+    """A copy of `config` with `num_layers` layers."""
+    config = copy.deepcopy(config)
+    if num_layers is None:
+        return config
+    whole = config.num_hidden_layers
+    if not 1 <= num_layers <= whole:
+        raise ValueError(
+            f"`pcm_layers` must be between 1 and {whole}, the layers of the PCM's model; got {num_layers}."
+        )
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == whole:  # such as `layer_types`
+            setattr(config, name, value[:num_layers])
+    config.num_hidden_layers = num_layers
+    return config
+
+
+def _check_is_causal_lm(config: PreTrainedConfig, label: str):
+    if config.model_type == PCMEnsembleConfig.model_type:
+        raise ValueError(f"The model of {label} is an ensemble itself. Use its experts.")
+    if config.is_encoder_decoder:
+        raise ValueError(f"The model of {label} is an encoder-decoder ({config.model_type}). Use a causal LM.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", True):
+        raise ValueError(
+            f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers library. "
+            "Use one that `AutoModelForCausalLM` loads without code of its own."
+        )
+
+
+def check_loading(loading: dict, label: str):
+    """Refuse weights that do not belong to the configuration."""
+    problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+    found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
+    if found:
+        raise ValueError(
+            f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Save the model again, or use "
+            "the configuration that belongs to these weights."
+        )
+
+
+def _check_vocabularies(models: list[PreTrainedModel], labels: list[str], tokenizer):
+    sizes = [model.config.get_text_config().vocab_size for model in models]
+    if tokenizer is None and len(set(sizes)) > 1:
+        found = ", ".join(f"{label} {size}" for label, size in zip(labels, sizes))
+        raise ValueError(
+            f"The models' vocabularies have different sizes ({found}), and there is no tokenizer to tell whether that "
+            "is padding. Pass `tokenizer=`."
+        )
+    for label, size in zip(labels, sizes):
+        if tokenizer is not None and size < len(tokenizer):
+            raise ValueError(
+                f"All parts must share one vocabulary: the tokenizer has {len(tokenizer)} tokens, but the model of "
+                f"{label} only {size}. Use models with the same tokenizer."
+            )
+
+
+def _check_same_vocabulary(label: str, tokenizer, other_label: str, other):
+    vocabulary, other_vocabulary = tokenizer.get_vocab(), other.get_vocab()
+    if vocabulary == other_vocabulary:
+        return
+    tokens, other_tokens = ({index: token for token, index in v.items()} for v in (vocabulary, other_vocabulary))
+    first = next(i for i in sorted(tokens | other_tokens) if tokens.get(i) != other_tokens.get(i))
+    raise ValueError(
+        f"All parts must share one vocabulary: token {first} is {tokens.get(first)!r} in {label}, but "
+        f"{other_tokens.get(first)!r} in {other_label}. Use models with the same tokenizer."
+    )
+
+
+def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | None) -> dict:
+    """The expert's entry in the configuration, its texts tokenised once and for all."""
+    prompt, description = spec.get("prompt"), spec.get("description")
+    if tokenizer is None and (prompt or description):
+        raise ValueError(
+            f"Expert {name!r} has a `{'prompt' if prompt else 'description'}`, but none of the models has a tokenizer "
+            "to read it. Pass `tokenizer=`."
+        )
+    description = description or prompt or name
+    return {
+        "name": name,
+        "backbone": backbone,
+        "prompt": prompt,
+        "prompt_ids": render_prompt(tokenizer, prompt, bos) if prompt else [],
+        "description": description,
+        "description_ids": encode_description(tokenizer, description) if tokenizer is not None else [],
+        "dimension": spec.get("dimension"),
+    }
+
+
+__all__ = ["Parts", "build_parts", "check_loading"]

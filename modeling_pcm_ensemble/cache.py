@@ -1,0 +1,123 @@
+"""The cache of an ensemble: one part for the PCM, one for each backbone in use, and the route."""
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
+
+from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .preferences import Route
+from .prefixes import CachePart
+
+STATIC, QUANTIZED, OFFLOADED = ("static", "offloaded_static"), ("quantized",), ("offloaded", "offloaded_static")
+
+
+class PCMEnsembleCache(Cache):
+    r"""
+    Keys and values of every submodel, and the route, behind the interface of one model's cache.
+
+    A batch row of this cache is a row of the PCM's part and one row in a backbone's part for each active expert.
+    Lengths count context tokens only, without prefixes.
+
+    Args:
+        config (`PCMEnsembleConfig`): the ensemble's.
+        cache_implementation (`str`, *optional*): the kind of every part, as `generate` names it: None or "dynamic",
+            "offloaded", "static", "offloaded_static", "quantized".
+        max_length (`int`, *optional*): most context tokens that static parts hold.
+        cache_config (`dict`, *optional*): options of quantized parts.
+    """
+
+    # `generate` must not compile the ensemble as a whole: masks grow, and routes differ from call to call.
+    is_compileable = False
+
+    def __init__(
+        self,
+        config: PCMEnsembleConfig,
+        cache_implementation: str | None = None,
+        max_length: int | None = None,
+        cache_config: dict | None = None,
+    ):
+        self.config = config
+        self.cache_implementation = cache_implementation
+        self.max_length = max_length
+        self.cache_config = cache_config or {}
+        self.route: Route | None = None
+        self.parts: dict[str, CachePart] = {}
+        self.offloading = False
+        self.layer_class_to_replicate = None
+        self._records_past = False
+
+    def part(self, name: str, prefix_length: int = 0) -> CachePart:
+        """The part of submodel `name`, a key of `config.sub_config_items()`; made at its first use."""
+        if name not in self.parts:
+            self.parts[name] = CachePart(self._new_cache(self.config.sub_config_items()[name], prefix_length))
+            if self._records_past:
+                self.parts[name].cache.activate_past_recording()
+        return self.parts[name]
+
+    def _new_cache(self, config: PreTrainedConfig, prefix_length: int) -> Cache:
+        offloading = self.cache_implementation in OFFLOADED
+        if self.cache_implementation in STATIC:
+            return StaticCache(config, max_cache_len=self.max_length + prefix_length, offloading=offloading)
+        if self.cache_implementation in QUANTIZED:
+            options = {"backend": "quanto", "config": config} | self.cache_config
+            return QuantizedCache(**options)
+        return DynamicCache(config=config, offloading=offloading)
+
+    # Whatever `Cache` does layer by layer (reset, crop, is_sliding, …) it does to the layers of all parts.
+    @property
+    def layers(self) -> list:
+        return [layer for part in self.parts.values() for layer in part.cache.layers]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.parts})"
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.route is None else self.route.batch_size
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Context tokens in the cache."""
+        part = next(iter(self.parts.values()), CachePart())
+        return part.length - part.prefix_length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Most context tokens that fit; -1 without a limit."""
+        return self.max_length if self.cache_implementation in STATIC else -1
+
+    def activate_past_recording(self):
+        self._records_past = True
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int):
+        super().crop(tokens_to_remove)
+        for part in self.parts.values():
+            if part.attention_mask is not None:
+                part.attention_mask = part.attention_mask[:, : part.length]
+
+    def reset(self):
+        super().reset()
+        self.route = None
+        self.parts.clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        self._select(beam_idx, "reorder_cache")
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        self._select(torch.arange(self.batch_size, device=indices.device)[indices], "batch_select_indices")
+
+    def batch_repeat_interleave(self, repeats: int):
+        rows = torch.arange(self.batch_size, device=self.route.weights.device)
+        self._select(rows.repeat_interleave(repeats), "batch_select_indices")
+
+    def _select(self, rows: torch.LongTensor, method: str):
+        """Make row `rows[i]` the cache's row i, in each part by the `Cache` method of that name."""
+        rows = rows.to(self.route.weights.device)
+        self.route, pairs = self.route.select(rows)
+        part_rows = {"pcm": rows} | {f"backbones.{backbone}": index for backbone, index in pairs.items()}
+        self.parts = {name: part for name, part in self.parts.items() if name in part_rows}
+        for name, part in self.parts.items():
+            getattr(part.cache, method)(part_rows[name])
+            if part.attention_mask is not None:
+                part.attention_mask = part.attention_mask[part_rows[name]]
+
+
+__all__ = ["PCMEnsembleCache"]

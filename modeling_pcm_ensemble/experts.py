@@ -1,0 +1,93 @@
+"""Frozen causal LMs, each serving the rows of all experts that are built on it."""
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .merging import ExpertLogits
+from .preferences import ExpertRows
+from .prefixes import CachePart, pad_left, submodel_inputs
+
+
+class ExpertBackbones(PreTrainedModel):
+    r"""
+    The ensemble's backbones: children `"0"`, `"1"`, … in the order of `config.backbones`. All are frozen.
+
+    Args:
+        config (`PCMEnsembleConfig`): the ensemble's.
+        backbones (`list[PreTrainedModel]`, *optional*): loaded causal LMs; made from `config` if not given.
+    """
+
+    # A PreTrainedModel rather than a ModuleList, because only direct children that are one hand up what loading and
+    # saving need: tied weights, modules that must not be split over devices, weights kept in float32.
+    config: PCMEnsembleConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: PCMEnsembleConfig, backbones: list[PreTrainedModel] | None = None):
+        super().__init__(config)
+        for index, backbone_config in enumerate(config.backbones):
+            backbone = backbones[index] if backbones else AutoModelForCausalLM.from_config(backbone_config)
+            config.backbones[index] = backbone.config
+            self.add_module(str(index), backbone)
+        self.post_init()
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "ExpertBackbones":
+        """Stay in evaluation mode and frozen: loading replaces parameters, and then calls `eval()`."""
+        self.requires_grad_(False)
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        backbone: int,
+        expert_rows: list[ExpertRows],
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None,
+        part: CachePart,
+        logits_to_keep: int | torch.LongTensor = 0,
+    ) -> list[ExpertLogits]:
+        r"""
+        Run one backbone once on all its (row, expert) pairs.
+
+        Args:
+            backbone (`int`): its index.
+            expert_rows (`list[ExpertRows]`): the batch rows of each of its active experts.
+            input_ids (`torch.LongTensor` of shape `(pairs, seq)`): each pair's new context tokens.
+            attention_mask (`torch.LongTensor` of shape `(pairs, seq)`, *optional*): theirs.
+            part (`CachePart`): the backbone's memory; an empty one is given the prompts.
+            logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to predict from.
+
+        Returns:
+            `list[ExpertLogits]`: logits `(active rows, positions, vocab)` of each active expert.
+        """
+        sizes = [len(input_ids) // len(expert_rows) if rows is None else len(rows) for _, rows in expert_rows]
+        inputs = submodel_inputs(
+            input_ids,
+            attention_mask,
+            self._prompts(expert_rows, sizes, input_ids.device) if part.length == 0 else None,
+            part,
+            logits_to_keep,
+            self.config.prefix_bos_token_id,
+        )
+        logits = self.get_submodule(str(backbone))(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            past_key_values=part.cache,
+            use_cache=part.cache is not None,
+            logits_to_keep=inputs.kept,
+        ).logits[..., : self.config.vocab_size]  # (pairs, positions, vocab)
+        return [
+            ExpertLogits(expert, rows, chunk) for (expert, rows), chunk in zip(expert_rows, logits.split(sizes, dim=0))
+        ]
+
+    def _prompts(self, expert_rows: list[ExpertRows], sizes: list[int], device) -> torch.LongTensor | None:
+        """Each pair's prompt, `(pairs, longest)`, padded on the left with -1."""
+        prompts = pad_left([self.config.experts[expert]["prompt_ids"] for expert, _ in expert_rows], device)
+        return None if prompts is None else prompts.repeat_interleave(torch.tensor(sizes, device=device), dim=0)
+
+
+__all__ = ["ExpertBackbones"]

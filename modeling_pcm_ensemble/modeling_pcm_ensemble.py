@@ -1,0 +1,456 @@
+"""The ensemble as a transformers model: forward and the hooks of `generate()`."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from .building import build_parts, check_loading
+from .cache import PCMEnsembleCache
+from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .experts import ExpertBackbones
+from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, token_log_probs
+from .pcm import PreferenceControlModel
+from .preferences import Route, build_route, preference_weights
+from .prefixes import CachePart
+from .saving import staged_folder
+
+
+@dataclass
+class PCMEnsembleOutput(CausalLMOutputWithPast):
+    r"""
+    Output of [`PCMEnsembleForCausalLM`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): next-token cross-entropy, when `labels` are given.
+        logits (`torch.FloatTensor` of shape `(batch, seq, vocab)`): log π, the mixture's log-probabilities in nats.
+        past_key_values (`PCMEnsembleCache`, *optional*): to pass back with the next tokens.
+        hidden_states, attentions (`tuple`, *optional*): the PCM's, over its prefix and the context.
+        expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`):
+            α. `[:, t]` weights the experts' predictions of token t + 1; 0 for inactive experts.
+    """
+
+    expert_weights: torch.FloatTensor | None = None
+
+
+class PCMEnsemblePreTrainedModel(PreTrainedModel):
+    config: PCMEnsembleConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _skip_keys_device_placement = ("past_key_values",)
+
+
+class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
+    r"""
+    N frozen expert language models and a small Preference Control Model that mixes their next-token distributions.
+
+    Args:
+        config (`PCMEnsembleConfig`): the ensemble's.
+        backbones (`list[PreTrainedModel]`, *optional*): loaded causal LMs; made from `config` if not given.
+        pcm (`PreTrainedModel`, *optional*): the loaded body of the PCM; made from `config` if not given.
+
+    Source: "Orchestrating LLMs with Different Personalizations", arXiv 2407.04181.
+    """
+
+    def __init__(
+        self,
+        config: PCMEnsembleConfig,
+        backbones: list[PreTrainedModel] | None = None,
+        pcm: PreTrainedModel | None = None,
+    ):
+        if not config.experts or config.pcm is None:
+            raise ValueError(
+                "An ensemble needs at least one entry in `config.experts`, and `config.pcm`. Build one with "
+                "`PCMEnsembleForCausalLM.from_experts`."
+            )
+        super().__init__(config)
+        self.pcm = PreferenceControlModel(config, pcm)
+        self.backbones = ExpertBackbones(config, backbones)
+        self._tokenizer = None
+        self.post_init()
+
+    # Building, loading, saving
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Mapping,
+        pcm: str | os.PathLike | PreTrainedModel | PreTrainedConfig,
+        pcm_layers: int | None = None,
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        default_preference: str | list | Mapping | None = None,
+        merge: str = "probabilities",
+        expert_top_k: int | None = None,
+        **model_kwargs,
+    ) -> "PCMEnsembleForCausalLM":
+        r"""
+        Build an ensemble from its parts.
+
+        Args:
+            experts (`Mapping`):
+                Each expert's name → a Hub repository, a folder, a loaded `PreTrainedModel` (used as it is, and
+                frozen), or a mapping with `model` (one of these), `prompt` (what this expert reads before the
+                context, as system turn where the chat template has one), `description` (what tells the PCM that this
+                expert is wanted; defaults to the prompt, else the name) and `dimension` (the axis of preference it
+                stands on). Experts that name the same model share it.
+            pcm (`str`, `os.PathLike`, `PreTrainedModel` or `PreTrainedConfig`):
+                The causal LM that the PCM's body is copied from, or a configuration for random weights.
+            pcm_layers (`int`, *optional*): take the first layers only; None takes all.
+            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
+                Defaults to that of the first part which has one.
+            default_preference (`str`, `list` or `Mapping`, *optional*):
+                The preference of calls without one; None is every expert at weight 1.
+            merge (`str`): `"probabilities"`, or `"logits"` for the paper's ablation.
+            expert_top_k (`int`, *optional*): keep each expert's k most probable tokens.
+            model_kwargs:
+                Passed to `from_pretrained` of every model: `dtype`, `device_map`, `attn_implementation`, `token`, …
+
+        Returns:
+            [`PCMEnsembleForCausalLM`] in evaluation mode.
+
+        Raises:
+            TypeError: if an argument is of the wrong kind.
+            ValueError: if there are no experts, models are not causal LMs, do not share one vocabulary, or come from a
+                checkpoint whose configuration and weights disagree, or an argument has a value out of range.
+        """
+        parts = build_parts(
+            experts,
+            pcm,
+            pcm_layers,
+            tokenizer,
+            model_kwargs,
+            merge=merge,
+            expert_top_k=expert_top_k,
+            default_preference=default_preference,
+        )
+        preference_weights(default_preference or parts.config.expert_names, parts.config.expert_names, 1)
+        model = cls(parts.config, parts.backbones, parts.pcm)
+        model.generation_config = parts.backbones[0].generation_config
+        model._tokenizer = parts.tokenizer
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load an ensemble as any model; a checkpoint whose configuration and weights disagree is refused."""
+        kwargs.setdefault("ignore_mismatched_sizes", True)
+        model, loading = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        check_loading(loading, f"the checkpoint {model.name_or_path!r}")
+        return (model, loading) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """
+        Save as any model, with the tokenizer if there is one.
+
+        An interrupted save leaves `save_directory` as it was, or, in its last moments, as a folder that does not load.
+        """
+        if not is_main_process:
+            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        with staged_folder(save_directory) as staging:
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(staging)
+            super().save_pretrained(staging, **kwargs)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer given to `from_experts`, else the checkpoint's own, loaded at first use; None without one."""
+        if self._tokenizer is None and self.name_or_path:
+            with suppress(OSError, ValueError):
+                self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config)
+        return self._tokenizer
+
+    def get_input_embeddings(self):
+        return self.pcm.body.get_input_embeddings()
+
+    # Forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: PCMEnsembleCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.LongTensor = 0,
+        preference: str | list | Mapping | torch.Tensor | None = None,
+        preference_text: str | list[str] | None = None,
+        preference_ids: torch.LongTensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> PCMEnsembleOutput:
+        r"""
+        Mix the experts' next-token distributions: log π = log Σ_i α_i π_i.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`): context tokens that are not in the cache.
+            attention_mask (`torch.Tensor` of shape `(batch, cached + seq)`, *optional*): 1 for tokens to read.
+            past_key_values (`PCMEnsembleCache`, *optional*): from an earlier call; it knows the preference.
+            inputs_embeds: refused, because experts do not share embeddings.
+            labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*): -100 is ignored; the loss shifts them.
+            use_cache (`bool`, *optional*): defaults to `config.use_cache` when not training.
+            logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): 0 gives logits for all tokens.
+            preference, preference_text, preference_ids (*optional*): see [`~preferences.build_route`].
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`; defaults to the ensemble's own.
+            output_hidden_states, output_attentions (`bool`, *optional*): of the PCM.
+
+        Raises:
+            TypeError, ValueError: on input that is not as above, before any model runs.
+        """
+        _check_inputs(input_ids, inputs_embeds, past_key_values, kwargs)
+        route = self._route(input_ids, past_key_values, preference, preference_text, preference_ids, tokenizer)
+        attention_mask = self._new_tokens_mask(input_ids, attention_mask, past_key_values)
+        self._check_length(route, _cached_length(past_key_values) + input_ids.shape[1])
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = PCMEnsembleCache(self.config)
+        if cache is not None:
+            cache.route = route
+        log_weights, pcm_output = self._log_expert_weights(
+            route,
+            input_ids,
+            attention_mask,
+            cache,
+            logits_to_keep,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        logits = mixture_log_probs(
+            self._expert_logits(route, input_ids, attention_mask, cache, logits_to_keep),
+            log_weights,
+            self.config.merge,
+            self.config.expert_top_k,
+            exact=torch.is_grad_enabled() or labels is not None,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return PCMEnsembleOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=pcm_output.hidden_states,
+            attentions=pcm_output.attentions,
+            expert_weights=log_weights.exp(),
+        )
+
+    def _route(self, input_ids, cache, preference, preference_text, preference_ids, tokenizer) -> Route:
+        """The route of a call: the cache's, which a preference given again must not change, or a new one."""
+        given = preference is not None or preference_text is not None or preference_ids is not None
+        started = cache is not None and cache.route is not None
+        if started and not given:
+            route = cache.route
+            if route.batch_size != len(input_ids):
+                raise ValueError(
+                    f"`past_key_values` has {route.batch_size} rows, but `input_ids` has {len(input_ids)}."
+                )
+            return route
+        if preference_text is not None and tokenizer is None:
+            tokenizer = self.tokenizer
+        route = build_route(self.config, len(input_ids), preference, preference_text, preference_ids, tokenizer)
+        route = route.to(self.pcm.head.weight.device)
+        if started and not route.same_as(cache.route):
+            raise ValueError(
+                "`past_key_values` was filled under another preference than the one given. Leave the preference out "
+                "to go on with the first one, or start without `past_key_values`."
+            )
+        return route
+
+    def _new_tokens_mask(self, input_ids, attention_mask, cache) -> torch.LongTensor | None:
+        """The columns of `attention_mask` that belong to `input_ids`, `(batch, seq)`."""
+        if attention_mask is None:
+            return None
+        expected = (input_ids.shape[0], _cached_length(cache) + input_ids.shape[1])
+        if attention_mask.shape != expected:
+            raise ValueError(
+                f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but cached and new tokens make "
+                f"{tuple(map(int, expected))}."
+            )
+        return attention_mask[:, -input_ids.shape[1] :].long()
+
+    def _check_length(self, route: Route, length: int):
+        """Refuse a context that is longer than the positions of a submodel which reads it behind its prefix."""
+        config = self.config
+        prefixes = [("the PCM", config.pcm, 0 if route.prefix_ids is None else route.prefix_ids.shape[1])]
+        for backbone, expert_rows in route.expert_rows.items():
+            for expert in (config.experts[expert] for expert, _ in expert_rows):
+                prefixes.append((f"expert {expert['name']!r}", config.backbones[backbone], len(expert["prompt_ids"])))
+        for reader, part, prefix_length in prefixes:
+            limit = getattr(part, "max_position_embeddings", None)
+            if limit is not None and length + prefix_length > limit:
+                raise ValueError(
+                    f"The context of {length} tokens is too long for {reader}, which has {limit} positions and reads "
+                    f"{prefix_length} tokens of its own first. Use at most {limit - prefix_length} tokens, prompt and "
+                    "new ones together."
+                )
+
+    def _log_expert_weights(self, route, input_ids, attention_mask, cache, logits_to_keep=0, **kwargs):
+        """log α, `(batch, positions, experts)`, and the PCM body's output."""
+        prefix_ids = route.prefix_ids
+        part = CachePart() if cache is None else cache.part("pcm", 0 if prefix_ids is None else prefix_ids.shape[1])
+        if part.length > 0:
+            prefix_ids = None
+        expert_weight_logits, output = self.pcm(input_ids, attention_mask, prefix_ids, part, logits_to_keep, **kwargs)
+        return log_expert_weights(expert_weight_logits, route.log_weights), output
+
+    def _expert_logits(self, route, input_ids, attention_mask, cache, logits_to_keep=0) -> list[ExpertLogits]:
+        """Logits of every active expert: each backbone that the route needs runs once, on all its pairs."""
+        expert_logits = []
+        for backbone, expert_rows in route.expert_rows.items():
+            rows = route.pair_rows[backbone]
+            longest = max(len(self.config.experts[expert]["prompt_ids"]) for expert, _ in expert_rows)
+            part = CachePart() if cache is None else cache.part(f"backbones.{backbone}", longest)
+            mask = None if attention_mask is None else attention_mask[rows]
+            expert_logits += self.backbones(backbone, expert_rows, input_ids[rows], mask, part, logits_to_keep)
+        return expert_logits
+
+    # Insight
+
+    def compute_expert_weights(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        preference=None,
+        preference_text: str | list[str] | None = None,
+        preference_ids: torch.LongTensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> torch.FloatTensor:
+        r"""
+        Compute α for a whole text in one pass of the PCM, without running an expert. Arguments as for `forward`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, seq, experts)`: `[:, t]` weights the predictions of token t + 1.
+        """
+        return self._whole_text(input_ids, attention_mask, preference, preference_text, preference_ids, tokenizer)[2]
+
+    @torch.no_grad()
+    def attribute(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        preference=None,
+        preference_text: str | list[str] | None = None,
+        preference_ids: torch.LongTensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> torch.FloatTensor:
+        r"""
+        Compute how much each expert contributed to the tokens of a text. Arguments as for `forward`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, seq - 1, experts)`: `[:, t]` is α_i π_i / Σ_j α_j π_j of the token
+            that stands at t + 1; 0 where that token, or the one before it, is padding.
+        """
+        route, mask, weights = self._whole_text(
+            input_ids, attention_mask, preference, preference_text, preference_ids, tokenizer
+        )
+        positions = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
+        expert_logits = self._expert_logits(route, input_ids, mask, None, positions)
+        log_probs = token_log_probs(expert_logits, input_ids[:, 1:], self.config.num_experts, self.config.expert_top_k)
+        shares = (weights[:, :-1].log() + log_probs).softmax(dim=-1).nan_to_num()  # (batch, seq - 1, experts)
+        return shares if mask is None else shares * (mask[:, 1:] * mask[:, :-1])[..., None]
+
+    def _whole_text(self, input_ids, attention_mask, *preference):
+        """Route, mask of the tokens, and α at each of them."""
+        _check_inputs(input_ids, None, None, {})
+        route = self._route(input_ids, None, *preference)
+        mask = self._new_tokens_mask(input_ids, attention_mask, None)
+        self._check_length(route, input_ids.shape[1])
+        return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
+
+    # Hooks of generate()
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args,
+        preference=None,
+        preference_text=None,
+        preference_ids=None,
+        **kwargs,
+    ):
+        """
+        Generate as any model, under a preference. `preference`, `preference_text` and `preference_ids` are those of
+        [`~preferences.build_route`]; `tokenizer` reads the text and defaults to the ensemble's own.
+        """
+        if preference is not None or preference_text is not None or preference_ids is not None:
+            input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+            batch = torch.empty(1, 0) if input_ids is None else input_ids
+            route = self._route(batch, None, preference, preference_text, preference_ids, kwargs.get("tokenizer"))
+            # As tensors, so that beams and return sequences repeat them row by row
+            kwargs["preference"] = route.weights
+            if preference_text is not None or preference_ids is not None:
+                kwargs["preference_ids"] = route.prefix_ids
+        return super().generate(inputs, *args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """Put an ensemble's cache where `generate` would put one model's, with the route on it."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        elif generation_config.use_cache:
+            cache = PCMEnsembleCache(
+                self.config, generation_config.cache_implementation, max_cache_length, generation_config.cache_config
+            )
+        names = ("preference", "preference_ids")
+        preference, preference_ids = (model_kwargs.get(name) for name in names)
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        route = self._route(torch.empty(rows, 0), cache, preference, None, preference_ids, None)
+        self._check_length(route, max_cache_length)
+        if cache is not None:
+            _check_cache(cache)
+            cache.route = route
+            for name in names:  # the cache knows; forward need not compare it at each token
+                model_kwargs.pop(name, None)
+            model_kwargs["past_key_values"] = cache
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+
+
+def _cached_length(cache: PCMEnsembleCache | None) -> int:
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def _check_cache(cache):
+    if not isinstance(cache, PCMEnsembleCache):
+        raise TypeError(
+            f"`past_key_values` must be a `PCMEnsembleCache`, got {type(cache).__name__}. Leave it out of the first "
+            "call and pass back the one it returns, or start with `PCMEnsembleCache(model.config)`."
+        )
+
+
+def _check_inputs(input_ids, inputs_embeds, past_key_values, kwargs: dict):
+    if inputs_embeds is not None:
+        raise ValueError("`inputs_embeds` cannot be used, because experts do not share embeddings. Pass `input_ids`.")
+    if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"`input_ids` must have the shape (batch, seq) with at least one token, got {shape}.")
+    if kwargs.get("position_ids") is not None:
+        raise ValueError(
+            "`position_ids` cannot be used, because each submodel counts its own prefix. They follow from "
+            "`attention_mask`; leave them out."
+        )
+    if past_key_values is not None:
+        _check_cache(past_key_values)
+
+
+PCMEnsembleConfig.register_for_auto_class()
+PCMEnsembleForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["PCMEnsembleForCausalLM", "PCMEnsembleOutput", "PCMEnsemblePreTrainedModel"]

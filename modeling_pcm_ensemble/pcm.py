@@ -1,0 +1,78 @@
+"""The Preference Control Model: a small causal LM with one output per expert in place of its LM head."""
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+
+from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .prefixes import CachePart, submodel_inputs
+
+
+class PreferenceControlModel(PreTrainedModel):
+    r"""
+    Reads [preference description | context] and gives each expert a weight logit at every token.
+
+    Args:
+        config (`PCMEnsembleConfig`): the ensemble's.
+        body (`PreTrainedModel`, *optional*): a loaded causal LM without its head; made from `config.pcm` if not given.
+
+    Source: arXiv 2407.04181. The head starts at zero, so that an untrained PCM leaves the user's weights as they are.
+    """
+
+    config: PCMEnsembleConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: PCMEnsembleConfig, body: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.body = AutoModel.from_config(config.pcm) if body is None else body
+        config.pcm = self.body.config
+        self.head = nn.Linear(config.pcm.hidden_size, config.num_experts, bias=False, dtype=self.body.dtype)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if module is self.head:
+            nn.init.zeros_(module.weight)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None,
+        prefix_ids: torch.LongTensor | None,
+        part: CachePart,
+        logits_to_keep: int | torch.LongTensor = 0,
+        **kwargs,
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPast]:
+        r"""
+        Compute h, the expert weight logits.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`): new context tokens.
+            attention_mask (`torch.LongTensor` of shape `(batch, seq)`, *optional*): theirs.
+            prefix_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): descriptions, padded with -1.
+            part (`CachePart`): the PCM's memory; an empty one is given the descriptions.
+            logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to weight.
+
+        Returns:
+            h, `torch.Tensor` of shape `(batch, positions, experts)`, and the body's output over prefix and context.
+        """
+        inputs = submodel_inputs(
+            input_ids, attention_mask, prefix_ids, part, logits_to_keep, self.config.prefix_bos_token_id
+        )
+        output = self.body(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            past_key_values=part.cache,
+            use_cache=part.cache is not None,
+            **kwargs,
+        )
+        return self.head(slice_logits_to_keep(output.last_hidden_state, inputs.kept)), output
+
+
+__all__ = ["PreferenceControlModel"]

@@ -1,0 +1,295 @@
+"""What a user may say about a preference, turned into log-weights and a route."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .prefixes import encode_description, pad_left
+
+
+def preference_weights(preference, names: list[str], batch_size: int) -> torch.Tensor:
+    r"""
+    Turn a preference in any accepted form into one weight for each row and expert.
+
+    Args:
+        preference (`str`, `Mapping[str, float]`, `list` or `torch.Tensor`):
+            One expert's name; a mapping name → weight; a list of names (these experts, for every row); N numbers, a
+            tensor `(N,)` or a list, in the order of `names`; or one entry for each row of the batch: a list of
+            mappings, a list of lists (of names or of N numbers), or a tensor `(B, N)`.
+        names (`list[str]`): the ensemble's N experts.
+        batch_size (`int`): B, the number of rows.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, experts)`: weights >= 0 with at least one above 0 in each row.
+
+    Raises:
+        TypeError: if `preference`, or a part of it, is of a kind not listed above.
+        ValueError: if a name is unknown, a weight is negative, NaN or infinite, a row has no weight above 0, or the
+            number of rows or weights does not fit.
+    """
+    if isinstance(preference, torch.Tensor):
+        weights = preference.detach().float()
+    elif _is_rows(preference):
+        weights = torch.stack([_row_weights(row, names) for row in preference])
+    else:
+        weights = _row_weights(preference, names)
+    if weights.dim() not in (1, 2):
+        raise ValueError(
+            f"`preference` has the shape {tuple(weights.shape)}. Pass a tensor of shape ({len(names)},) or "
+            f"({batch_size}, {len(names)})."
+        )
+    _check_width(weights.shape[-1], names)
+    if weights.dim() == 1:
+        weights = weights.expand(batch_size, -1)
+    if weights.shape[0] != batch_size:
+        raise ValueError(
+            f"`preference` has {weights.shape[0]} rows, but the batch has {batch_size}. Pass one entry for each row, "
+            "or one preference for all of them."
+        )
+    _check_weights(weights, names)
+    return weights
+
+
+def _is_rows(preference) -> bool:
+    if not isinstance(preference, (list, tuple)):
+        return False
+    kinds = {_kind(entry) for entry in preference}
+    if len(kinds) != 1 or None in kinds:
+        raise TypeError(
+            "A list as `preference` must hold entries of one kind: names, numbers, mappings or lists; got "
+            f"{sorted({type(entry).__name__ for entry in preference}) or 'an empty list'}."
+        )
+    return kinds <= {"mapping", "list"}
+
+
+def _kind(entry) -> str | None:
+    kinds = {"name": str, "number": Real, "mapping": Mapping, "list": (list, tuple)}
+    return next((kind for kind, types in kinds.items() if isinstance(entry, types)), None)
+
+
+def _row_weights(preference, names: list[str]) -> torch.Tensor:
+    """Weights `(experts,)` of one row's preference."""
+    if isinstance(preference, str):
+        preference = {preference: 1.0}
+    elif isinstance(preference, (list, tuple)) and not _is_rows(preference):
+        if isinstance(preference[0], Real):
+            _check_width(len(preference), names)
+            return torch.tensor(preference, dtype=torch.float32)
+        preference = dict.fromkeys(preference, 1.0)
+    if not isinstance(preference, Mapping):
+        raise TypeError(
+            "`preference` must be an expert's name, a mapping from names to weights, a list of names, a list with one "
+            f"mapping or list for each row, or a tensor; got {type(preference).__name__}."
+        )
+    weights = torch.zeros(len(names))
+    for name, weight in preference.items():
+        if not isinstance(weight, Real):
+            raise TypeError(f"The weight of expert {name!r} must be a number, got {type(weight).__name__}.")
+        weights[_expert_index(name, names)] = weight
+    return weights
+
+
+def _expert_index(name: str, names: list[str]) -> int:
+    if name in names:
+        return names.index(name)
+    nearest = get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    raise ValueError(f"`preference` names the unknown expert {name!r}.{hint} The experts are {', '.join(names)}.")
+
+
+def _check_width(num_weights: int, names: list[str]):
+    if num_weights != len(names):
+        raise ValueError(
+            f"`preference` has {num_weights} weights, but the ensemble has {len(names)} experts ({', '.join(names)}). "
+            "Pass one weight per expert."
+        )
+
+
+def _check_weights(weights: torch.Tensor, names: list[str]):
+    wrong = ~torch.isfinite(weights) | (weights < 0)
+    if wrong.any():
+        row, expert = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"`preference` gives expert {names[expert]!r} the weight {weights[row, expert].item()} in row {row}. "
+            "Weights must be finite numbers of at least 0."
+        )
+    empty = ~(weights > 0).any(dim=-1)
+    if empty.any():
+        raise ValueError(
+            f"`preference` leaves row {empty.nonzero()[0].item()} without an expert: all its weights are 0. Give at "
+            "least one expert a weight above 0."
+        )
+
+
+class ExpertRows(NamedTuple):
+    """The batch rows that one expert runs on."""
+
+    expert: int
+    rows: torch.LongTensor | None  # (active rows,), None when all rows of the batch are active
+
+
+@dataclass
+class Route:
+    r"""
+    Which (row, expert) pairs run. Fixed at prefill; kept on the cache.
+
+    A backbone's pairs are its stacked batch rows, expert by expert and in each expert row by row.
+
+    Args:
+        weights (`torch.FloatTensor` of shape `(batch, experts)`): the preference's weights.
+        backbone_of (`list[int]`): each expert's backbone.
+        prefix_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+            What the PCM reads before the context, padded on the left with -1.
+    """
+
+    weights: torch.Tensor
+    backbone_of: list[int]
+    prefix_ids: torch.LongTensor | None = None
+    log_weights: torch.Tensor = field(init=False)
+    expert_rows: dict[int, list[ExpertRows]] = field(init=False)  # by backbone
+    pair_rows: dict[int, torch.LongTensor] = field(init=False)  # by backbone, the row of each pair, (pairs,)
+
+    def __post_init__(self):
+        self.log_weights = self.weights.log()  # (batch, experts), -inf where excluded
+        self.expert_rows = {}
+        active = self.weights > 0
+        num_active = active.sum(dim=0).tolist()
+        for expert, backbone in enumerate(self.backbone_of):
+            if num_active[expert]:
+                rows = None if num_active[expert] == len(active) else active[:, expert].nonzero()[:, 0]
+                self.expert_rows.setdefault(backbone, []).append(ExpertRows(expert, rows))
+        every_row = torch.arange(len(active), device=active.device)
+        self.pair_rows = {
+            backbone: torch.cat([every_row if rows is None else rows for _, rows in expert_rows])
+            for backbone, expert_rows in self.expert_rows.items()
+        }
+
+    @property
+    def batch_size(self) -> int:
+        return self.weights.shape[0]
+
+    def select(self, rows: torch.LongTensor) -> tuple["Route", dict[int, torch.LongTensor]]:
+        """
+        Build the route of a batch whose row i is this batch's row `rows[i]`.
+
+        Returns:
+            The new route, and for each backbone the index of the old pair behind each new one, shape `(new pairs,)`.
+        """
+        prefix_ids = None if self.prefix_ids is None else self.prefix_ids[rows]
+        route = Route(self.weights[rows], self.backbone_of, prefix_ids)
+        pairs = {}
+        for backbone, expert_rows in route.expert_rows.items():
+            pair_of = self._pair_of(backbone)
+            pairs[backbone] = torch.cat(
+                [pair_of[rows if new is None else rows[new], expert] for expert, new in expert_rows]
+            )
+        return route, pairs
+
+    def _pair_of(self, backbone: int) -> torch.LongTensor:
+        """The pair's index for each (row, expert), shape `(batch, experts)`, -1 where there is none."""
+        experts = torch.tensor([expert for expert, _ in self.expert_rows[backbone]], device=self.weights.device)
+        active = (self.weights[:, experts] > 0).T  # (experts on this backbone, batch)
+        index = active.flatten().cumsum(0).view_as(active) - 1
+        pair_of = torch.full(self.weights.shape, -1, device=self.weights.device)
+        pair_of[:, experts] = index.where(active, -1).T
+        return pair_of
+
+    def to(self, device: torch.device) -> "Route":
+        prefix_ids = None if self.prefix_ids is None else self.prefix_ids.to(device)
+        return Route(self.weights.to(device), self.backbone_of, prefix_ids)
+
+    def same_as(self, other: "Route") -> bool:
+        """Whether both routes run the same pairs at the same weights under the same description."""
+        if (self.prefix_ids is None) != (other.prefix_ids is None):
+            return False
+        same_prefix = self.prefix_ids is None or torch.equal(self.prefix_ids, other.prefix_ids)
+        return same_prefix and torch.equal(self.weights, other.weights)
+
+
+def build_route(
+    config: PCMEnsembleConfig,
+    batch_size: int,
+    preference=None,
+    preference_text: str | list[str] | None = None,
+    preference_ids: torch.LongTensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Route:
+    r"""
+    Decide who runs and what the PCM reads, on the CPU.
+
+    Args:
+        config (`PCMEnsembleConfig`): the ensemble's.
+        batch_size (`int`): number of rows.
+        preference (*optional*):
+            Weights in any form of [`preference_weights`]. None is `config.default_preference`, or every expert at
+            weight 1 where there is none or the PCM is given another description below.
+        preference_text (`str` or `list[str]`, *optional*): replaces the active experts' descriptions, for all rows or
+            one for each.
+        preference_ids (`torch.LongTensor` of shape `(tokens,)` or `(batch, tokens)`, *optional*): the same as tokens;
+            `config.pad_token_id` and negative numbers are padding.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`.
+
+    Raises:
+        TypeError, ValueError: as [`preference_weights`], or if text and tokens are both given, do not fit the batch,
+            or there is no tokenizer for the text.
+    """
+    if preference is None and preference_text is None and preference_ids is None:
+        preference = config.default_preference
+    if preference is None:
+        preference = config.expert_names
+    weights = preference_weights(preference, config.expert_names, batch_size).cpu()
+    if preference_text is not None:
+        if preference_ids is not None:
+            raise ValueError("`preference_text` and `preference_ids` say the same thing. Pass one of them.")
+        prefix_ids = pad_left(_text_prefixes(config, preference_text, batch_size, tokenizer))
+    elif preference_ids is not None:
+        prefix_ids = _given_prefixes(config, preference_ids, batch_size)
+    else:
+        prefix_ids = pad_left([_description_prefix(config, row) for row in weights.tolist()])
+    return Route(weights, [expert["backbone"] for expert in config.experts], prefix_ids)
+
+
+def _description_prefix(config: PCMEnsembleConfig, weights: list[float]) -> list[int]:
+    """The descriptions of a row's active experts, joined; empty when all are active at equal weight."""
+    if len(set(weights)) == 1:
+        return []
+    active = [expert for expert, weight in zip(config.experts, weights) if weight > 0]
+    return _after_bos(config, [token for expert in active for token in expert["description_ids"]])
+
+
+def _text_prefixes(config: PCMEnsembleConfig, text, batch_size: int, tokenizer) -> list[list[int]]:
+    texts = [text] * batch_size if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(entry, str) for entry in texts):
+        raise TypeError(f"`preference_text` must be a string or one string for each row, got {text!r}.")
+    if len(texts) != batch_size:
+        raise ValueError(f"`preference_text` has {len(texts)} entries, but the batch has {batch_size} rows.")
+    if tokenizer is None:
+        raise ValueError(
+            "`preference_text` needs a tokenizer, and this ensemble was built and saved without one. Pass "
+            "`tokenizer=`, or `preference_ids` in its place."
+        )
+    return [_after_bos(config, encode_description(tokenizer, entry)) for entry in texts]
+
+
+def _after_bos(config: PCMEnsembleConfig, ids: list[int]) -> list[int]:
+    return [config.prefix_bos_token_id, *ids] if ids and config.prefix_bos_token_id is not None else ids
+
+
+def _given_prefixes(config: PCMEnsembleConfig, ids: torch.LongTensor, batch_size: int) -> torch.LongTensor:
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+        kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise TypeError(f"`preference_ids` must be a tensor of token ids, got {kind}.")
+    if ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != batch_size):
+        raise ValueError(
+            f"`preference_ids` has the shape {tuple(ids.shape)}. Pass (tokens,) or ({batch_size}, tokens)."
+        )
+    if ids.numel() and ids.max() >= config.pcm.vocab_size:
+        raise ValueError(f"`preference_ids` holds {ids.max().item()}, but the PCM has {config.pcm.vocab_size} tokens.")
+    ids = ids.cpu().long().expand(batch_size, -1)
+    return ids.masked_fill((ids < 0) | (ids == config.pad_token_id), -1)
