@@ -63,11 +63,10 @@ class ExpertBackbones(PreTrainedModel):
         Returns:
             `list[ExpertLogits]`: logits `(active rows, positions, vocab)` of each active expert.
         """
-        sizes = [len(input_ids) // len(expert_rows) if rows is None else len(rows) for _, rows in expert_rows]
         inputs = submodel_inputs(
             input_ids,
             attention_mask,
-            self._prompts(expert_rows, sizes, input_ids.device) if part.length == 0 else None,
+            self._prompts(expert_rows, input_ids.device) if part.length == 0 else None,
             part,
             logits_to_keep,
             self.config.prefix_bos_token_id,
@@ -80,14 +79,13 @@ class ExpertBackbones(PreTrainedModel):
             use_cache=part.cache is not None,
             logits_to_keep=inputs.kept,
         ).logits[..., : self.config.vocab_size]  # (pairs, positions, vocab)
-        return [
-            ExpertLogits(expert, rows, chunk) for (expert, rows), chunk in zip(expert_rows, logits.split(sizes, dim=0))
-        ]
+        chunks = logits.split([entry.num_rows for entry in expert_rows])
+        return [ExpertLogits(entry.expert, entry.rows, chunk) for entry, chunk in zip(expert_rows, chunks)]
 
-    def _prompts(self, expert_rows: list[ExpertRows], sizes: list[int], device) -> torch.LongTensor | None:
+    def _prompts(self, expert_rows: list[ExpertRows], device: torch.device) -> torch.LongTensor | None:
         """Each pair's prompt, `(pairs, longest)`, padded on the left with -1."""
-        prompts = pad_left([self.config.experts[expert]["prompt_ids"] for expert, _ in expert_rows], device)
-        return None if prompts is None else prompts.repeat_interleave(torch.tensor(sizes, device=device), dim=0)
+        prompts = [self.config.experts[entry.expert]["prompt_ids"] for entry in expert_rows]
+        return pad_left([ids for ids, entry in zip(prompts, expert_rows) for _ in range(entry.num_rows)], device)
 
 
 __all__ = ["ExpertBackbones"]

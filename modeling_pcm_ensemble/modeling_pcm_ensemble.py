@@ -210,7 +210,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             TypeError, ValueError: on input that is not as above, before any model runs.
         """
         _check_inputs(input_ids, inputs_embeds, past_key_values, kwargs)
-        route = self._route(input_ids, past_key_values, preference, preference_text, preference_ids, tokenizer)
+        route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
         attention_mask = self._new_tokens_mask(input_ids, attention_mask, past_key_values)
         self._check_length(route, _cached_length(past_key_values) + input_ids.shape[1])
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -247,20 +247,19 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             expert_weights=log_weights.exp(),
         )
 
-    def _route(self, input_ids, cache, preference, preference_text, preference_ids, tokenizer) -> Route:
+    def _route(
+        self, batch_size: int, cache, preference=None, preference_text=None, preference_ids=None, tokenizer=None
+    ) -> Route:
         """The route of a call: the cache's, which a preference given again must not change, or a new one."""
         given = preference is not None or preference_text is not None or preference_ids is not None
         started = cache is not None and cache.route is not None
         if started and not given:
-            route = cache.route
-            if route.batch_size != len(input_ids):
-                raise ValueError(
-                    f"`past_key_values` has {route.batch_size} rows, but `input_ids` has {len(input_ids)}."
-                )
-            return route
+            if cache.batch_size != batch_size:
+                raise ValueError(f"`past_key_values` has {cache.batch_size} rows, but `input_ids` has {batch_size}.")
+            return cache.route
         if preference_text is not None and tokenizer is None:
             tokenizer = self.tokenizer
-        route = build_route(self.config, len(input_ids), preference, preference_text, preference_ids, tokenizer)
+        route = build_route(self.config, batch_size, preference, preference_text, preference_ids, tokenizer)
         route = route.to(self.pcm.head.weight.device)
         if started and not route.same_as(cache.route):
             raise ValueError(
@@ -286,7 +285,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         config = self.config
         prefixes = [("the PCM", config.pcm, 0 if route.prefix_ids is None else route.prefix_ids.shape[1])]
         for backbone, expert_rows in route.expert_rows.items():
-            for expert in (config.experts[expert] for expert, _ in expert_rows):
+            for expert in (config.experts[entry.expert] for entry in expert_rows):
                 prefixes.append((f"expert {expert['name']!r}", config.backbones[backbone], len(expert["prompt_ids"])))
         for reader, part, prefix_length in prefixes:
             limit = getattr(part, "max_position_embeddings", None)
@@ -311,7 +310,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         expert_logits = []
         for backbone, expert_rows in route.expert_rows.items():
             rows = route.pair_rows[backbone]
-            longest = max(len(self.config.experts[expert]["prompt_ids"]) for expert, _ in expert_rows)
+            longest = max(len(self.config.experts[entry.expert]["prompt_ids"]) for entry in expert_rows)
             part = CachePart() if cache is None else cache.part(f"backbones.{backbone}", longest)
             mask = None if attention_mask is None else attention_mask[rows]
             expert_logits += self.backbones(backbone, expert_rows, input_ids[rows], mask, part, logits_to_keep)
@@ -365,7 +364,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
     def _whole_text(self, input_ids, attention_mask, *preference):
         """Route, mask of the tokens, and α at each of them."""
         _check_inputs(input_ids, None, None, {})
-        route = self._route(input_ids, None, *preference)
+        route = self._route(len(input_ids), None, *preference)
         mask = self._new_tokens_mask(input_ids, attention_mask, None)
         self._check_length(route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
@@ -387,8 +386,8 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         """
         if preference is not None or preference_text is not None or preference_ids is not None:
             input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-            batch = torch.empty(1, 0) if input_ids is None else input_ids
-            route = self._route(batch, None, preference, preference_text, preference_ids, kwargs.get("tokenizer"))
+            batch_size = 1 if input_ids is None else len(input_ids)
+            route = self._route(batch_size, None, preference, preference_text, preference_ids, kwargs.get("tokenizer"))
             # As tensors, so that beams and return sequences repeat them row by row
             kwargs["preference"] = route.weights
             if preference_text is not None or preference_ids is not None:
@@ -411,10 +410,11 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         names = ("preference", "preference_ids")
         preference, preference_ids = (model_kwargs.get(name) for name in names)
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        route = self._route(torch.empty(rows, 0), cache, preference, None, preference_ids, None)
-        self._check_length(route, max_cache_length)
         if cache is not None:
             _check_cache(cache)
+        route = self._route(rows, cache, preference, preference_ids=preference_ids)
+        self._check_length(route, max_cache_length)
+        if cache is not None:
             cache.route = route
             for name in names:  # the cache knows; forward need not compare it at each token
                 model_kwargs.pop(name, None)

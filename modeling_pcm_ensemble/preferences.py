@@ -132,6 +132,7 @@ class ExpertRows(NamedTuple):
 
     expert: int
     rows: torch.LongTensor | None  # (active rows,), None when all rows of the batch are active
+    num_rows: int
 
 
 @dataclass
@@ -163,10 +164,10 @@ class Route:
         for expert, backbone in enumerate(self.backbone_of):
             if num_active[expert]:
                 rows = None if num_active[expert] == len(active) else active[:, expert].nonzero()[:, 0]
-                self.expert_rows.setdefault(backbone, []).append(ExpertRows(expert, rows))
+                self.expert_rows.setdefault(backbone, []).append(ExpertRows(expert, rows, num_active[expert]))
         every_row = torch.arange(len(active), device=active.device)
         self.pair_rows = {
-            backbone: torch.cat([every_row if rows is None else rows for _, rows in expert_rows])
+            backbone: torch.cat([every_row if entry.rows is None else entry.rows for entry in expert_rows])
             for backbone, expert_rows in self.expert_rows.items()
         }
 
@@ -187,13 +188,13 @@ class Route:
         for backbone, expert_rows in route.expert_rows.items():
             pair_of = self._pair_of(backbone)
             pairs[backbone] = torch.cat(
-                [pair_of[rows if new is None else rows[new], expert] for expert, new in expert_rows]
+                [pair_of[rows if new is None else rows[new], expert] for expert, new, _ in expert_rows]
             )
         return route, pairs
 
     def _pair_of(self, backbone: int) -> torch.LongTensor:
         """The pair's index for each (row, expert), shape `(batch, experts)`, -1 where there is none."""
-        experts = torch.tensor([expert for expert, _ in self.expert_rows[backbone]], device=self.weights.device)
+        experts = torch.tensor([entry.expert for entry in self.expert_rows[backbone]], device=self.weights.device)
         active = (self.weights[:, experts] > 0).T  # (experts on this backbone, batch)
         index = active.flatten().cumsum(0).view_as(active) - 1
         pair_of = torch.full(self.weights.shape, -1, device=self.weights.device)

@@ -71,7 +71,8 @@ def submodel_inputs(
     Put the prefixes before the context, and note on `part` what is masked.
 
     Rows are closed up: a row's padding, between prefix and context or behind the context, moves to its left end. So
-    distances between tokens do not depend on the other rows, which sliding windows need.
+    distances between tokens do not depend on the other rows, which sliding windows need. (Padding that comes after
+    the first call stays where it is, so a sliding window counts it.)
 
     Args:
         input_ids (`torch.LongTensor` of shape `(rows, tokens)`): context tokens that are not cached yet.

@@ -1,0 +1,121 @@
+"""The mixture's mathematics, by hand and by property."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from modeling_pcm_ensemble.merging import ExpertLogits, log_expert_weights, mixture_log_probs, token_log_probs
+
+BATCH, SEQ = 3, 2
+
+
+@pytest.mark.parametrize(
+    ("expert_weights", "expected_probs"),
+    [
+        pytest.param([1.0, 0.0], [0.9, 0.1], id="first-only"),
+        pytest.param([0.5, 0.5], [0.55, 0.45], id="even"),
+        pytest.param([0.25, 0.75], [0.375, 0.625], id="uneven"),
+    ],
+)
+@pytest.mark.parametrize("exact", [True, False])
+def test_mixture_matches_hand_computed_probabilities(expert_weights, expected_probs, exact):
+    probs = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    experts = [ExpertLogits(i, None, probs[i].log().view(1, 1, 2)) for i in range(2)]
+    mixture = mixture_log_probs(experts, torch.tensor(expert_weights).log().view(1, 1, 2), exact=exact)
+    assert_close(mixture.exp()[0, 0], torch.tensor(expected_probs))
+
+
+def test_log_expert_weights_of_a_silent_pcm_are_the_users_weights():
+    weights = torch.tensor([[1.0, 3.0, 0.0]])
+    alpha = log_expert_weights(torch.zeros(1, 2, 3), weights.log()).exp()
+    assert_close(alpha, torch.tensor([0.25, 0.75, 0.0]).expand(1, 2, 3))
+
+
+def test_improbable_tokens_keep_their_log_probability_in_the_exact_sum_and_stay_finite_in_the_fast_one():
+    experts = [ExpertLogits(0, None, torch.tensor([[[0.0, -200.0]]]))]
+    weights = torch.zeros(1, 1, 1)
+    assert mixture_log_probs(experts, weights)[0, 0, 1] == -200
+    assert mixture_log_probs(experts, weights, exact=False)[0, 0, 1].item() == pytest.approx(-87.3, abs=0.1)
+
+
+def random_case(seed: int, num_experts: int, vocab_size: int):
+    """Random logits, weights of which some are 0, and the experts' rows that follow."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(num_experts, BATCH, SEQ, vocab_size, generator=generator)
+    weights = torch.rand(BATCH, num_experts, generator=generator)
+    weights[torch.rand(weights.shape, generator=generator) < 0.4] = 0
+    weights[weights.sum(1) == 0, 0] = 1
+    opinions = torch.randn(BATCH, SEQ, num_experts, generator=generator)
+    return logits, weights, opinions
+
+
+def mix(logits, weights, opinions, **options):
+    experts = []
+    for i, active in enumerate((weights > 0).T):
+        if active.any():
+            rows = None if active.all() else active.nonzero()[:, 0]
+            experts.append(ExpertLogits(i, rows, logits[i] if rows is None else logits[i][rows]))
+    return mixture_log_probs(experts, log_expert_weights(opinions, weights.log()), **options)
+
+
+cases = given(
+    seed=st.integers(0, 2**31 - 1),
+    num_experts=st.integers(1, 5),
+    vocab_size=st.integers(2, 17),
+    exact=st.booleans(),
+)
+
+
+@cases
+def test_mixture_sums_to_one(seed, num_experts, vocab_size, exact):
+    for merge in ("probabilities", "logits"):
+        mixture = mix(*random_case(seed, num_experts, vocab_size), exact=exact, merge=merge)
+        assert_close(mixture.exp().sum(-1), torch.ones(BATCH, SEQ))
+
+
+@cases
+def test_permuting_experts_permutes_the_weights_and_leaves_the_mixture_unchanged(seed, num_experts, vocab_size, exact):
+    logits, weights, opinions = random_case(seed, num_experts, vocab_size)
+    order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(seed))
+    alpha = log_expert_weights(opinions, weights.log())
+    assert_close(log_expert_weights(opinions[..., order], weights[:, order].log()), alpha[..., order])
+    permuted = mix(logits[order], weights[:, order], opinions[..., order], exact=exact)
+    assert_close(permuted, mix(logits, weights, opinions, exact=exact), atol=1e-5, rtol=1e-4)
+
+
+@cases
+def test_a_zero_weight_equals_leaving_the_expert_out(seed, num_experts, vocab_size, exact):
+    logits, weights, opinions = random_case(seed, num_experts + 1, vocab_size)
+    weights[:, -1] = 0
+    weights[weights.sum(1) == 0, 0] = 1
+    without = mix(logits[:-1], weights[:, :-1], opinions[..., :-1], exact=exact)
+    assert_close(mix(logits, weights, opinions, exact=exact), without)
+
+
+@cases
+def test_scaling_all_weights_changes_nothing(seed, num_experts, vocab_size, exact):
+    logits, weights, opinions = random_case(seed, num_experts, vocab_size)
+    scaled = mix(logits, weights * 7.5, opinions, exact=exact)
+    assert_close(scaled, mix(logits, weights, opinions, exact=exact), atol=1e-5, rtol=1e-4)
+
+
+@cases
+def test_equal_experts_give_the_expert_back_at_any_weights(seed, num_experts, vocab_size, exact):
+    logits, weights, opinions = random_case(seed, num_experts, vocab_size)
+    mixture = mix(logits[:1].expand_as(logits), weights, opinions, exact=exact)
+    assert_close(mixture, logits[0].log_softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+@cases
+def test_token_log_probs_are_those_of_the_experts_that_ran(seed, num_experts, vocab_size, exact):
+    logits, weights, _ = random_case(seed, num_experts, vocab_size)
+    tokens = torch.randint(vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(seed))
+    experts = [ExpertLogits(i, row := (w > 0).nonzero()[:, 0], logits[i][row]) for i, w in enumerate(weights.T)]
+    found = token_log_probs(experts, tokens, num_experts)
+    expected = (
+        logits.log_softmax(-1).permute(1, 2, 0, 3).gather(3, tokens[..., None, None].expand(-1, -1, num_experts, 1))
+    )
+    expected = expected[..., 0].masked_fill((weights == 0)[:, None], float("-inf"))
+    assert_close(found, expected)
