@@ -222,8 +222,8 @@ def _check_is_causal_lm(config: PreTrainedConfig, label: str):
         raise ValueError(f"The model of {label} is an encoder-decoder ({config.model_type}). Use a causal LM.")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", True):
         raise ValueError(
-            f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers library. "
-            "Use one that `AutoModelForCausalLM` loads without code of its own."
+            f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers "
+            "library. Use one that `AutoModelForCausalLM` loads without code of its own."
         )
 
 
@@ -255,15 +255,14 @@ def _check_vocabularies(models: list[PreTrainedModel], labels: list[str], tokeni
 
 
 def _check_same_vocabulary(label: str, tokenizer, other_label: str, other):
-    vocabulary, other_vocabulary = tokenizer.get_vocab(), other.get_vocab()
-    if vocabulary == other_vocabulary:
-        return
-    tokens, other_tokens = ({index: token for token, index in v.items()} for v in (vocabulary, other_vocabulary))
-    first = next(i for i in sorted(tokens | other_tokens) if tokens.get(i) != other_tokens.get(i))
-    raise ValueError(
-        f"All parts must share one vocabulary: token {first} is {tokens.get(first)!r} in {label}, but "
-        f"{other_tokens.get(first)!r} in {other_label}. Use models with the same tokenizer."
-    )
+    """Refuse two tokenizers that give one id to different tokens; more tokens at the end are padding to the other."""
+    tokens, other_tokens = ({index: token for token, index in t.get_vocab().items()} for t in (tokenizer, other))
+    for index in sorted(tokens.keys() & other_tokens.keys()):
+        if tokens[index] != other_tokens[index]:
+            raise ValueError(
+                f"All parts must share one vocabulary: token {index} is {tokens[index]!r} in {label}, but "
+                f"{other_tokens[index]!r} in {other_label}. Use models with the same tokenizer."
+            )
 
 
 def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | None) -> dict:

