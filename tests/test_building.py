@@ -337,7 +337,7 @@ def test_duplicate_names_are_refused():
 
 
 def test_an_empty_config_is_refused_by_the_model():
-    with pytest.raises(ValueError, match="at least one entry in `config.experts`"):
+    with pytest.raises(ValueError, match="An ensemble needs at least one entry"):
         PCMEnsembleForCausalLM(PCMEnsembleConfig())
 
 

@@ -121,8 +121,12 @@ def test_default_preference_holds_when_none_is_given(mixed):
 
 def test_each_needed_backbone_runs_once_with_as_many_rows_as_active_pairs(mixed):
     calls = []
+
+    def count_rows(name):
+        return lambda module, args, kwargs, output: calls.append((name, len(kwargs["input_ids"])))
+
     for name, backbone in mixed.backbones.named_children():
-        backbone.register_forward_hook(lambda m, a, k, o, name=name: calls.append((name, len(k["input_ids"]))), with_kwargs=True)  # fmt: skip
+        backbone.register_forward_hook(count_rows(name), with_kwargs=True)
     preferences = [["e0", "e1"], ["e1"], ["e5"]]
     with torch.no_grad():
         cache = mixed(torch.tensor([CONTEXT] * 3), preference=preferences).past_key_values

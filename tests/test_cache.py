@@ -1,0 +1,80 @@
+"""PCMEnsembleCache: what one model's cache can do, over the rows of every part."""
+
+import pytest
+import torch
+from conftest import left_pad, reference
+from torch.testing import assert_close
+
+from modeling_pcm_ensemble import PCMEnsembleCache
+
+ROWS = [[21, 22, 23, 24, 25], [31, 32, 33], [41, 42, 43, 44]]
+WEIGHTS = [[1.0, 0.5, 0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0, 0.0], [1.0] * 6]
+
+
+@pytest.fixture
+def cache(mixed) -> PCMEnsembleCache:
+    with torch.no_grad():
+        return mixed(**left_pad(ROWS), preference=torch.tensor(WEIGHTS)).past_key_values
+
+
+def check_next_tokens(model, cache, rows: list[int], length: int = 5):
+    """The cache's row i holds `ROWS[rows[i]]`, under the preference of that row."""
+    inputs = left_pad(ROWS)
+    mask = torch.cat([inputs["attention_mask"][rows][:, :length], torch.ones(len(rows), 1)], dim=1)
+    with torch.no_grad():
+        logits = model(torch.full((len(rows), 1), 50), attention_mask=mask, past_key_values=cache).logits
+    for i, row in enumerate(rows):
+        kept = [t for t, m in zip(inputs["input_ids"][row, :length].tolist(), mask[i].tolist()) if m]
+        expected = reference(model, [*kept, 50], WEIGHTS[row])["log_probs"][-1]
+        assert_close(logits[i, 0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 2], [2, 2, 0], [1, 1, 1]], ids=str)
+def test_reordered_rows_go_on_as_those_rows(mixed, cache, rows):
+    cache.reorder_cache(torch.tensor(rows))
+    check_next_tokens(mixed, cache, rows)
+
+
+def test_repeated_rows_go_on_as_those_rows(mixed, cache):
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 6
+    check_next_tokens(mixed, cache, [0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 0]], ids=str)
+def test_selected_rows_go_on_as_those_rows_and_parts_without_rows_are_dropped(mixed, cache, rows):
+    cache.batch_select_indices(torch.tensor(rows))
+    assert set(cache.parts) == (
+        {"pcm", "backbones.1"} if rows == [1] else {"pcm", *(f"backbones.{i}" for i in range(4))}
+    )
+    check_next_tokens(mixed, cache, rows)
+
+
+def test_a_cropped_cache_goes_on_from_the_tokens_left(prompted):
+    with torch.no_grad():
+        cache = prompted(torch.tensor([[21, 22, 23, 24], [31, 32, 33, 34]]), preference=[["e0"], ["e1", "e2"]])
+        cache = cache.past_key_values
+        cache.crop(-2)
+        assert cache.get_seq_length() == 2
+        logits = prompted(torch.tensor([[50], [51]]), past_key_values=cache).logits
+    assert_close(logits[0, 0], reference(prompted, [21, 22, 50], [1.0, 0, 0])["log_probs"][-1], atol=1e-4, rtol=0)
+    assert_close(logits[1, 0], reference(prompted, [31, 32, 51], [0, 1.0, 1.0])["log_probs"][-1], atol=1e-4, rtol=0)
+
+
+def test_lengths_count_the_context_without_prefixes(mixed, cache):
+    assert cache.get_seq_length() == 5
+    assert cache.get_max_length() == -1
+    assert cache.batch_size == 3
+    assert PCMEnsembleCache(mixed.config).get_seq_length() == 0
+
+
+def test_a_reset_cache_starts_over_under_another_preference(mixed, cache):
+    cache.reset()
+    with torch.no_grad():
+        logits = mixed(torch.tensor([[21, 22]]), past_key_values=cache, preference="e1").logits
+    assert_close(logits[0], reference(mixed, [21, 22], [0, 1.0, 0, 0, 0, 0])["log_probs"], atol=1e-4, rtol=0)
+
+
+def test_a_cache_of_other_rows_is_refused(mixed, cache):
+    with pytest.raises(ValueError, match="`past_key_values` has 3 rows, but `input_ids` has 1"):
+        mixed(torch.tensor([[21]]), past_key_values=cache)

@@ -1,0 +1,130 @@
+"""The real SmolLM2-135M-Instruct: what a newcomer does, and what only real weights and a real tokenizer can show."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+
+pytestmark = pytest.mark.real_model
+ROOT = Path(__file__).parent.parent
+QUESTIONS = ["What is gravity?", "Why should I brush my teeth before I go to bed?", "Who are you?"]
+
+
+@pytest.fixture(scope="module")
+def ensemble() -> PCMEnsembleForCausalLM:
+    model = demo.smollm2_ensemble(dtype=torch.float32)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.pcm.head.weight, std=0.02)  # a PCM with opinions
+    return model
+
+
+def chat(model, questions):
+    messages = [[{"role": "user", "content": question}] for question in questions]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True, "padding": True}
+    return model.tokenizer.apply_chat_template(messages, padding_side="left", **options)
+
+
+def text(model, output, inputs) -> list[str]:
+    return model.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_one_prompted_expert_writes_what_the_plain_model_writes_under_its_system_prompt(ensemble):
+    plain = ensemble.backbones.get_submodule("0")
+    for name in ("elementary", "concise"):
+        system = {"role": "system", "content": demo.PREFERENCES[name][1]}
+        messages = [system, {"role": "user", "content": QUESTIONS[0]}]
+        tokenizer = ensemble.tokenizer
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        expected = text(ensemble, plain.generate(**ids, max_new_tokens=30, do_sample=False), ids)
+        inputs = chat(ensemble, QUESTIONS[:1])
+        output = ensemble.generate(**inputs, preference=name, max_new_tokens=30, do_sample=False)
+        assert text(ensemble, output, inputs) == expected
+
+
+def test_rows_of_a_batch_write_what_they_write_alone(ensemble):
+    preferences = [{"elementary": 1.0, "friendly": 0.5}, {"knowledgeable": 1.0}, dict.fromkeys(demo.PREFERENCES, 1.0)]
+    inputs = chat(ensemble, QUESTIONS)
+    batch = text(
+        ensemble, ensemble.generate(**inputs, preference=preferences, max_new_tokens=16, do_sample=False), inputs
+    )
+    for question, preference, answer in zip(QUESTIONS, preferences, batch):
+        alone = chat(ensemble, [question])
+        output = ensemble.generate(**alone, preference=preference, max_new_tokens=16, do_sample=False)
+        assert text(ensemble, output, alone) == [answer]
+
+
+def test_logits_equal_the_formula_on_real_weights(ensemble):
+    inputs = chat(ensemble, QUESTIONS[:1])
+    weights = torch.tensor([1.0, 0, 0.5, 0, 2, 0])
+    with torch.no_grad():
+        output = ensemble(**inputs, preference=weights)
+        plain = ensemble.backbones.get_submodule("0")
+        mixture = 0
+        for i in weights.nonzero()[:, 0].tolist():
+            ids = torch.tensor([ensemble.config.experts[i]["prompt_ids"] + inputs["input_ids"][0].tolist()])
+            probs = plain(ids).logits[0, -inputs["input_ids"].shape[1] :].softmax(-1)
+            mixture = mixture + output.expert_weights[0, :, i, None] * probs
+    assert_close(output.logits[0], mixture.log(), atol=1e-3, rtol=0)
+
+
+def test_six_prompted_experts_weigh_one_model_and_the_pcm(ensemble):
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in ensemble.parameters()}
+    plain = ensemble.backbones.get_submodule("0")
+    pcm = sum(p.nbytes for p in ensemble.pcm.parameters())
+    assert sum(storages.values()) == sum(p.nbytes for p in plain.parameters()) + pcm
+    assert len(ensemble.config.backbones) == 1
+
+
+def test_the_chat_template_adds_no_system_turn_of_its_own(ensemble):
+    rendered = ensemble.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert rendered == "<|im_start|>user\nHi<|im_end|>\n"
+    prompt = ensemble.tokenizer.decode(ensemble.config.experts[2]["prompt_ids"])
+    assert prompt == f"<|im_start|>system\n{demo.PREFERENCES['concise'][1]}<|im_end|>\n"
+    assert ensemble.config.prefix_bos_token_id is None  # <|im_start|> is BOS, but begins every turn
+
+
+def run(*command: str, cwd) -> str:
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    for message in ("Warning", "[transformers]", "Traceback"):
+        assert message not in result.stderr
+        assert message not in result.stdout
+    return result.stdout
+
+
+def test_the_quickstart_runs_without_a_warning_and_checks_itself(tmp_path):
+    options = ["--tokens", "12", "--preference", "elementary=2,friendly", "--preference", "concise", "--output", "out"]
+    printed = run(str(ROOT / "examples" / "quickstart.py"), *options, cwd=tmp_path)
+    assert "a fresh interpreter loaded it and wrote the same text" in printed
+    assert "tokens per second for 6 experts and the PCM" in printed
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_quickstart_refuses_an_unknown_preference_before_it_loads_a_model(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--preference", "frendly"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "unknown expert 'frendly'. Did you mean 'friendly'" in result.stderr
+    assert "Loading" not in result.stderr
+
+
+def test_the_readmes_code_runs_as_it_stands(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    (tmp_path / "readme.py").write_text("\n".join(blocks))
+    printed = run("readme.py", cwd=tmp_path)
+    assert len(printed.strip().splitlines()) >= 2
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = re.findall(r"^python3 -m venv .*-m pytest$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(commands) == 1
+    assert commands[0] in (ROOT / ".ci" / "run").read_text().splitlines()

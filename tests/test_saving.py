@@ -1,0 +1,255 @@
+"""Checkpoints: what comes back is what was saved, in a process that has never heard of this package."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
+
+from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
+
+CONTEXT = torch.tensor([[21, 22, 23, 24, 25]])
+PREFERENCE = {"a": 1.0, "c": 0.5}
+
+
+@pytest.fixture
+def ensemble() -> PCMEnsembleForCausalLM:
+    tied = tiny_llama(1, tie_word_embeddings=True)
+    model = PCMEnsembleForCausalLM.from_experts(
+        {
+            "a": {"model": tied, "prompt": "Be brief.", "dimension": "length"},
+            "b": tied,
+            "c": {"model": tiny_gpt2(2), "prompt": "Be kind."},
+            "d": tiny_qwen2(3),
+        },
+        pcm=tiny_llama(4),
+        pcm_layers=1,
+        tokenizer=tiny_tokenizer(),
+        default_preference={"b": 1.0, "d": 2.0},
+    )
+    torch.manual_seed(5)
+    torch.nn.init.normal_(model.pcm.head.weight)
+    return model
+
+
+def run_without_the_package(code: str, *arguments: str) -> str:
+    """Run code in a Python that cannot import this package, however it is installed; give what it printed."""
+    hide = "import sys; sys.modules['modeling_pcm_ensemble'] = None\n"
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", hide + textwrap.dedent(code), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr, result.stderr
+    return result.stdout
+
+
+def test_remote_code_gives_identical_logits_through_every_auto_class(ensemble, tmp_path):
+    folder = str(tmp_path / "ensemble")
+    ensemble.save_pretrained(folder)
+    with torch.no_grad():
+        expected = {
+            "logits": ensemble(CONTEXT, preference=PREFERENCE).logits,
+            "default": ensemble(CONTEXT).logits,
+            "text": ensemble(CONTEXT, preference_text="be quick").logits,
+        }
+    save_file(expected, str(tmp_path / "expected.safetensors"))
+    code = """
+        import sys, torch
+        from safetensors.torch import load_file
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+        folder, expected = sys.argv[1], load_file(sys.argv[2])
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        assert config.expert_names == ["a", "b", "c", "d"], config
+        context = torch.tensor([[21, 22, 23, 24, 25]])
+        for auto_class in (AutoModel, AutoModelForCausalLM):
+            model = auto_class.from_pretrained(folder, trust_remote_code=True)
+            assert type(model).__module__.startswith("transformers_modules."), type(model)
+            with torch.no_grad():
+                assert torch.equal(model(context, preference={"a": 1.0, "c": 0.5}).logits, expected["logits"])
+                assert torch.equal(model(context).logits, expected["default"])
+                assert torch.equal(model(context, preference_text="be quick").logits, expected["text"])
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        print(repr(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)))
+        model.save_pretrained(sys.argv[3])
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[3], trust_remote_code=True)
+        again = AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)
+        with torch.no_grad():
+            assert torch.equal(again(context).logits, expected["default"])
+    """
+    printed = run_without_the_package(code, folder, str(tmp_path / "expected.safetensors"), str(tmp_path / "again"))
+    assert printed.strip() == repr("<s>user\nHi<e>\n")
+
+
+def test_the_uploaded_files_import_only_what_every_user_has(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path)
+    assert not (tmp_path / "demo.py").exists()
+    code = """
+        import sys
+        from pathlib import Path
+        from transformers.dynamic_module_utils import get_imports
+        found = {name for path in Path(sys.argv[1]).glob("*.py") for name in get_imports(path)}
+        print(sorted(found - set(sys.stdlib_module_names)))
+    """
+    assert run_without_the_package(code, str(tmp_path)).strip() == "['huggingface_hub', 'torch', 'transformers']"
+
+
+def test_the_config_comes_back_as_it_was(ensemble, tmp_path):
+    ensemble.config.save_pretrained(tmp_path)
+    config = PCMEnsembleConfig.from_pretrained(tmp_path)
+    assert config.to_dict() == ensemble.config.to_dict()
+    assert [type(backbone).__name__ for backbone in config.backbones] == ["LlamaConfig", "GPT2Config", "Qwen2Config"]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert set(saved["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_an_installed_package_needs_no_remote_code(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), PCMEnsembleConfig)
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        model = auto_class.from_pretrained(tmp_path)
+        assert type(model) is PCMEnsembleForCausalLM
+        assert torch.equal(model(CONTEXT).logits, ensemble(CONTEXT).logits)
+
+
+def test_what_is_loaded_is_frozen_but_for_the_pcm_and_tied_as_before(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path)
+    model = PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+    assert not any(parameter.requires_grad for parameter in model.backbones.parameters())
+    assert all(parameter.requires_grad for parameter in model.pcm.parameters())
+    assert not model.training
+    llama = model.backbones.get_submodule("0")
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    assert "backbones.0.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    for name, tensor in ensemble.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_sharded_checkpoint_comes_back_whole_and_replaces_what_stood_there(ensemble, tmp_path):
+    folder = tmp_path / "ensemble"
+    ensemble.save_pretrained(folder, max_shard_size="50KB")
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert torch.equal(PCMEnsembleForCausalLM.from_pretrained(folder)(CONTEXT).logits, ensemble(CONTEXT).logits)
+    torch.nn.init.ones_(ensemble.pcm.head.weight)
+    (folder / "README.md").write_text("mine")
+    ensemble.save_pretrained(folder)
+    assert {path.name for path in folder.glob("model*.safetensors*")} == {"model.safetensors"}
+    assert torch.equal(PCMEnsembleForCausalLM.from_pretrained(folder)(CONTEXT).logits, ensemble(CONTEXT).logits)
+    assert (folder / "README.md").read_text() == "mine"
+    assert os.listdir(tmp_path) == [folder.name]
+
+
+def test_dtype_and_attention_reach_every_part_at_loading(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path)
+    model = PCMEnsembleForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
+    configs = model.config.sub_config_items().values()
+    assert {config._attn_implementation for config in configs} == {"eager"}
+    assert {config.dtype for config in configs} == {torch.bfloat16}
+    assert model.pcm.body.config is model.config.pcm
+
+
+def test_generation_settings_and_tokenizer_are_saved_along(ensemble, tmp_path):
+    ensemble.generation_config.max_new_tokens = 7
+    ensemble.save_pretrained(tmp_path)
+    model = PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+    assert model.generation_config.max_new_tokens == 7
+    assert model.tokenizer.chat_template == ensemble.tokenizer.chat_template
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert tokenizer("Hi")["input_ids"] == ensemble.tokenizer("Hi")["input_ids"]
+    assert model.generate(CONTEXT, preference_text="be quick", do_sample=False).shape == (1, 12)
+
+
+def test_an_ensemble_without_a_tokenizer_is_saved_without_one(prompted, tmp_path):
+    prompted.save_pretrained(tmp_path)
+    model = PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+    assert model.tokenizer is None
+    assert torch.equal(model(CONTEXT).logits, prompted(CONTEXT).logits)
+
+
+@pytest.mark.parametrize("stage", ["new", "over"])
+def test_an_interrupted_save_leaves_no_folder_that_loads_half(ensemble, tmp_path, stage):
+    """The process is killed at every write in turn; what is there then is the old ensemble, the new one or refused."""
+    folder = tmp_path / "ensemble"
+    old = ensemble(CONTEXT).logits
+    if stage == "over":
+        ensemble.save_pretrained(folder, max_shard_size="50KB")
+    torch.nn.init.ones_(ensemble.pcm.head.weight)
+    ensemble.save_pretrained(tmp_path / "new")
+    new = ensemble(CONTEXT).logits
+    outcomes = set()
+    for kill_at in range(1, 60, 2):
+        target = tmp_path / f"killed-{kill_at}"
+        if stage == "over":
+            subprocess.run(["cp", "-r", folder, target], check=True)
+        finished = save_and_die(tmp_path / "new", target, kill_at)
+        try:
+            logits = PCMEnsembleForCausalLM.from_pretrained(target)(CONTEXT).logits
+            outcomes.add("new" if torch.equal(logits, new) else "old")
+            assert torch.equal(logits, new) or (stage == "over" and torch.equal(logits, old))
+        except (OSError, ValueError):
+            outcomes.add("refused")
+        if finished:
+            break
+    assert outcomes == {"new": {"new", "refused"}, "over": {"old", "new", "refused"}}[stage]
+
+
+def save_and_die(source, target, kill_at: int) -> bool:
+    """Save in a forked process that dies at its `kill_at`-th opened, moved or removed file; True if it got through."""
+    model = PCMEnsembleForCausalLM.from_pretrained(source)
+    _ = model.tokenizer
+    pid = os.fork()
+    if pid == 0:
+        seen = 0
+
+        def hook(event, arguments):
+            nonlocal seen
+            is_write = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
+            if is_write or event in ("os.rename", "os.remove"):
+                seen += 1
+                if seen == kill_at:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        model.save_pretrained(target, max_shard_size="50KB")
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(lambda w: w.pop("pcm.head.weight"), r"1 missing \(the first is pcm.head.weight", id="missing"),
+        pytest.param(lambda w: w.update(extra=torch.ones(1)), r"1 unexpected \(the first is extra", id="unexpected"),
+        pytest.param(lambda w: w.update({"pcm.head.weight": torch.ones(9, 32)}), "1 mismatched", id="shape"),
+    ],
+)
+def test_weights_that_do_not_belong_to_the_config_are_refused(ensemble, tmp_path, change, words):
+    ensemble.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=words):
+        PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+
+
+def test_saving_and_loading_logs_no_warning(ensemble, tmp_path, capfd):
+    logging.set_verbosity_warning()
+    ensemble.save_pretrained(tmp_path)
+    model = PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+    model.generate(CONTEXT, preference=PREFERENCE, max_new_tokens=3)
+    errors = capfd.readouterr().err
+    assert "[transformers]" not in errors, errors
+
+
+def test_loading_does_not_change_what_the_weights_say(ensemble, tmp_path):
+    """The zero head of a new PCM must not overwrite a trained one."""
+    ensemble.save_pretrained(tmp_path)
+    assert_close(PCMEnsembleForCausalLM.from_pretrained(tmp_path).pcm.head.weight, ensemble.pcm.head.weight)
