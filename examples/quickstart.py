@@ -90,11 +90,11 @@ def weights_table(
     preference = list(preferences.values())
     weights = model.compute_expert_weights(sequences, preference=preference)[:, prompt_length - 1 : -1]
     shares = model.attribute(sequences, preference=preference)[:, prompt_length - 1 :]
-    table = Table("preference", *model.config.expert_names, title="α of each expert / its share of the text, percent")
-    written = sequences[:, prompt_length:] != model.generation_config.pad_token_id  # rows that ended early are padded
-    for i, title in enumerate(preferences):
-        alpha, share = (100 * x[i][written[i]].mean(dim=0) for x in (weights, shares))
-        table.add_row(title, *(f"{a:.0f} / {s:.0f}" if a else "" for a, s in zip(alpha.tolist(), share.tolist())))
+    written = sequences[:, prompt_length:, None] != model.generation_config.pad_token_id  # ended rows are padded
+    means = [100 * (x * written).sum(dim=1) / written.sum(dim=1) for x in (weights, shares)]  # (preferences, experts)
+    table = Table("expert", *preferences, title="α of each expert / its share of the text, percent", expand=True)
+    for name, alphas, parts in zip(model.config.expert_names, *(x.T.tolist() for x in means)):
+        table.add_row(name, *(f"{a:.0f} / {part:.0f}" if a else "" for a, part in zip(alphas, parts)))
     return table
 
 
@@ -142,7 +142,7 @@ def main():
     parser.add_argument("--output", default="ensemble", help="folder to save the ensemble in (default ensemble)")
     arguments = parser.parse_args()
     try:
-        preferences = {text: parse_preference(text) for text in arguments.preference or PREFERENCES}
+        preferences = {text.replace(",", ", "): parse_preference(text) for text in arguments.preference or PREFERENCES}
     except ValueError as error:
         parser.error(str(error))
 
