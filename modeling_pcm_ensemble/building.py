@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -19,22 +20,27 @@ from transformers.utils import logging
 
 from .chat_templates import leading_bos, render_prompt, without_default_system_turn
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .peft_format import check_adapter, read_adapter
 from .prefixes import encode_description
 
 logger = logging.get_logger(__name__)
 
-SPEC_FIELDS = ("model", "prompt", "description", "dimension")
+SPEC_FIELDS = ("model", "adapter", "prompt", "description", "dimension")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
 
 
 @dataclass
 class Parts:
-    """What an ensemble is assembled from. `pcm` is the PCM's body; `tokenizer` may be None."""
+    """
+    What an ensemble is assembled from. `pcm` is the PCM's body; `tokenizer` may be None; `adapters` are tensors by
+    expert.
+    """
 
     config: PCMEnsembleConfig
     backbones: list[PreTrainedModel]
     pcm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    adapters: dict[str, dict[str, torch.Tensor]]
 
 
 def build_parts(
@@ -54,12 +60,17 @@ def build_parts(
     backbones = loader.backbones
     _check_vocabularies([*backbones, body], [*loader.labels, "the PCM"], tokenizer)
     bos = leading_bos(tokenizer) if tokenizer is not None else None
+    adapters = {
+        name: loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
+        for (name, spec), index in zip(specs.items(), backbone_of)
+        if spec.get("adapter") is not None
+    }
     generation_config = backbones[0].generation_config
     config = PCMEnsembleConfig(
         backbones=[backbone.config for backbone in backbones],
         pcm=body.config,
         experts=[
-            _expert_entry(name, spec, backbone, tokenizer, bos)
+            _expert_entry(name, spec, backbone, tokenizer, bos) | {"adapter": adapters.get(name, (None,))[0]}
             for (name, spec), backbone in zip(specs.items(), backbone_of)
         ],
         prefix_bos_token_id=bos,
@@ -70,7 +81,7 @@ def build_parts(
     )
     if tokenizer is not None and any(spec.get("prompt") for spec in specs.values()):
         tokenizer = without_default_system_turn(tokenizer)
-    return Parts(config, backbones, body, tokenizer)
+    return Parts(config, backbones, body, tokenizer, {name: tensors for name, (_, tensors) in adapters.items()})
 
 
 def expert_specs(experts: Mapping) -> dict[str, dict]:
@@ -142,6 +153,12 @@ class _Loader:
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
         check_loading(loading, f"the checkpoint of {label}, {str(source)!r}")
         return model
+
+    def adapter(self, source, backbone: int, label: str) -> tuple[dict, dict[str, torch.Tensor]]:
+        """Configuration and tensors of a LoRA adapter that fits a backbone."""
+        config, tensors = read_adapter(source, label, self._hub_options())
+        check_adapter(self.backbones[backbone], config, tensors, label)
+        return config, tensors
 
     def pcm_body(self, source, num_layers: int | None) -> PreTrainedModel:
         """The PCM's body: a causal LM's, cut to its first `num_layers`, with weights of its own."""

@@ -4,6 +4,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .lora import AdapterSelection
 from .preferences import Route
 from .prefixes import CachePart
 
@@ -118,6 +119,8 @@ class PCMEnsembleCache(Cache):
             getattr(part.cache, method)(part_rows[name])
             if part.attention_mask is not None:
                 part.attention_mask = part.attention_mask[part_rows[name]]
+            if part.adapters is not None:
+                part.adapters = AdapterSelection(part.adapters.weights[part_rows[name]])
 
 
 __all__ = ["PCMEnsembleCache"]

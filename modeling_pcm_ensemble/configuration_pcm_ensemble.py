@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-MERGES = ("probabilities", "logits")
+MERGES = ("probabilities", "logits", "adapters")
 AUTO_MAP = {
     "AutoConfig": "configuration_pcm_ensemble.PCMEnsembleConfig",
     "AutoModel": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",
@@ -17,6 +17,7 @@ EXPERT_FIELDS = {
     "description": None,
     "description_ids": (),
     "dimension": None,
+    "adapter": None,
 }
 
 
@@ -32,11 +33,13 @@ class PCMEnsembleConfig(PreTrainedConfig):
             One entry per expert, in the order of the PCM head's outputs: `name`; `backbone`, an index into `backbones`
             (default 0); `prompt` and `prompt_ids`, the text and tokens that this expert reads before the context;
             `description` and `description_ids`, the text and tokens that tell the PCM that this expert is wanted;
-            `dimension`, the axis of preference it stands on.
+            `dimension`, the axis of preference it stands on; `adapter`, what PEFT's configuration says of its LoRA.
         pcm (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the Preference Control Model's body.
         merge (`str`, *optional*, defaults to `"probabilities"`):
-            What is mixed: `"probabilities"` (the method) or `"logits"` (its ablation; excludes `expert_top_k`).
+            What is mixed: `"probabilities"` (the method), `"logits"` (its ablation), or `"adapters"`: LoRA weights, as
+            Personalized Soup does, for experts that are adapters on one backbone. Only the first goes with
+            `expert_top_k`.
         expert_top_k (`int`, *optional*):
             Keep each expert's k most probable tokens and renormalise. `None` keeps all; a larger k is closer to that.
         default_preference (`str`, `list` or `dict`, *optional*):
@@ -148,10 +151,10 @@ class PCMEnsembleConfig(PreTrainedConfig):
             raise ValueError(f"`merge` must be one of {', '.join(map(repr, MERGES))}, got {self.merge!r}.")
         if self.expert_top_k is not None and self.expert_top_k < 1:
             raise ValueError(f"`expert_top_k` must be at least 1, or None to keep all, got {self.expert_top_k}.")
-        if self.expert_top_k is not None and self.merge == "logits":
+        if self.expert_top_k is not None and self.merge != "probabilities":
             raise ValueError(
-                '`expert_top_k` cannot be used with `merge="logits"`: experts that kept different tokens have no '
-                'logits to add. Use `merge="probabilities"`.'
+                f"`expert_top_k` cannot be used with `merge={self.merge!r}`: it cuts the distributions that "
+                '`merge="probabilities"` adds.'
             )
 
 

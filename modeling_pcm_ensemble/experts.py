@@ -1,17 +1,20 @@
 """Frozen causal LMs, each serving the rows of all experts that are built on it."""
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .lora import AdapterSelection, LoraBank, adapters_selected
 from .merging import ExpertLogits
 from .preferences import ExpertRows
-from .prefixes import CachePart, pad_left, submodel_inputs
+from .prefixes import CachePart, SubmodelInputs, pad_left, submodel_inputs
 
 
 class ExpertBackbones(PreTrainedModel):
     r"""
-    The ensemble's backbones: children `"0"`, `"1"`, … in the order of `config.backbones`. All are frozen.
+    The ensemble's backbones: children `"0"`, `"1"`, … in the order of `config.backbones`, and their experts' LoRA
+    adapters in `adapters`, by the same index. All are frozen.
 
     Args:
         config (`PCMEnsembleConfig`): the ensemble's.
@@ -31,13 +34,24 @@ class ExpertBackbones(PreTrainedModel):
             backbone = backbones[index] if backbones else AutoModelForCausalLM.from_config(backbone_config)
             config.backbones[index] = backbone.config
             self.add_module(str(index), backbone)
+        self.adapters = nn.ModuleDict()
+        for index in range(len(config.backbones)):
+            adapters = {e["name"]: e["adapter"] for e in config.experts if e["backbone"] == index and e["adapter"]}
+            if adapters:
+                self.adapters[str(index)] = LoraBank(self.get_submodule(str(index)), adapters)
         self.post_init()
         self.train(False)
 
     def train(self, mode: bool = True) -> "ExpertBackbones":
-        """Stay in evaluation mode and frozen: loading replaces parameters, and then calls `eval()`."""
+        """Stay in evaluation mode and frozen: loading replaces parameters and modules, and then calls `eval()`."""
         self.requires_grad_(False)
+        for index, bank in self.adapters.items():
+            bank.attach(self.get_submodule(index))
         return super().train(False)
+
+    def bank_of(self, name: str) -> LoraBank:
+        """The bank that holds the adapter of an expert."""
+        return next(bank for bank in self.adapters.values() if name in bank.names)
 
     @torch.no_grad()
     def forward(
@@ -48,6 +62,7 @@ class ExpertBackbones(PreTrainedModel):
         attention_mask: torch.LongTensor | None,
         part: CachePart,
         logits_to_keep: int | torch.LongTensor = 0,
+        expert_weights: torch.Tensor | None = None,
     ) -> list[ExpertLogits]:
         r"""
         Run one backbone once on all its (row, expert) pairs.
@@ -59,6 +74,8 @@ class ExpertBackbones(PreTrainedModel):
             attention_mask (`torch.LongTensor` of shape `(pairs, seq)`, *optional*): theirs.
             part (`CachePart`): the backbone's memory; an empty one is given the prompts.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to predict from.
+            expert_weights (`torch.FloatTensor` of shape `(pairs, seq, experts)`, *optional*):
+                α, to mix the experts' adapters at each token instead of running each alone.
 
         Returns:
             `list[ExpertLogits]`: logits `(active rows, positions, vocab)` of each active expert.
@@ -71,19 +88,37 @@ class ExpertBackbones(PreTrainedModel):
             logits_to_keep,
             self.config.prefix_bos_token_id,
         )
-        logits = self.get_submodule(str(backbone))(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            position_ids=inputs.position_ids,
-            past_key_values=part.cache,
-            use_cache=part.cache is not None,
-            logits_to_keep=inputs.kept,
-        ).logits[..., : self.config.vocab_size]  # (pairs, positions, vocab)
+        with adapters_selected(self._selection(backbone, expert_rows, part, inputs, expert_weights)):
+            logits = self.get_submodule(str(backbone))(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                position_ids=inputs.position_ids,
+                past_key_values=part.cache,
+                use_cache=part.cache is not None,
+                logits_to_keep=inputs.kept,
+            ).logits[..., : self.config.vocab_size]  # (pairs, positions, vocab)
         chunks = logits.split([entry.num_rows for entry in expert_rows])
         return [ExpertLogits(entry.expert, entry.rows, chunk) for entry, chunk in zip(expert_rows, chunks)]
 
+    def _selection(self, backbone: int, expert_rows, part: CachePart, inputs: SubmodelInputs, expert_weights):
+        """The adapters of a call's rows; those of a cached part are worked out once."""
+        if str(backbone) not in self.adapters:
+            return None
+        bank = self.adapters[str(backbone)]
+        if expert_weights is not None:
+            if inputs.order is not None:
+                expert_weights = expert_weights.take_along_dim(inputs.order[..., None], dim=1)
+            names = self.config.expert_names
+            return AdapterSelection(expert_weights[..., [names.index(name) for name in bank.names]])
+        if part.adapters is None:
+            names = [self.config.experts[entry.expert]["name"] for entry in expert_rows]
+            part.adapters = bank.selection(names, [entry.num_rows for entry in expert_rows], inputs.input_ids.device)
+        return part.adapters
+
     def _prompts(self, expert_rows: list[ExpertRows], device: torch.device) -> torch.LongTensor | None:
         """Each pair's prompt, `(pairs, longest)`, padded on the left with -1."""
+        if expert_rows[0].expert < 0:  # rows that mix adapters, which have no prompts
+            return None
         prompts = [self.config.experts[entry.expert]["prompt_ids"] for entry in expert_rows]
         return pad_left([ids for ids, entry in zip(prompts, expert_rows) for _ in range(entry.num_rows)], device)
 

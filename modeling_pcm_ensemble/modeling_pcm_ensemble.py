@@ -97,7 +97,8 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             experts (`Mapping`):
                 Each expert's name → a Hub repository, a folder, a loaded `PreTrainedModel` (used as it is, and
                 frozen), or a mapping with `model` (one of these), `prompt` (what this expert reads before the
-                context, as system turn where the chat template has one), `description` (what tells the PCM that this
+                context, as system turn where the chat template has one), `adapter` (a LoRA that PEFT saved: a folder, a
+                repository, or a mapping shaped as its `LoraConfig` with `tensors`), `description` (what tells the PCM that this
                 expert is wanted; defaults to the prompt, else the name) and `dimension` (the axis of preference it
                 stands on). Experts that name the same model share it.
             pcm (`str`, `os.PathLike`, `PreTrainedModel` or `PreTrainedConfig`):
@@ -132,6 +133,8 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         )
         preference_weights(default_preference or parts.config.expert_names, parts.config.expert_names, 1)
         model = cls(parts.config, parts.backbones, parts.pcm)
+        for name, tensors in parts.adapters.items():
+            model.backbones.bank_of(name).load(name, tensors)
         model.generation_config = parts.backbones[0].generation_config
         model._tokenizer = parts.tokenizer
         return model.eval()
@@ -224,17 +227,21 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask,
             cache,
-            logits_to_keep,
+            0 if route.merges_adapters else logits_to_keep,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        logits = mixture_log_probs(
-            self._expert_logits(route, input_ids, attention_mask, cache, logits_to_keep),
-            log_weights,
-            self.config.merge,
-            self.config.expert_top_k,
-            exact=torch.is_grad_enabled() or labels is not None,
-        )
+        if route.merges_adapters:
+            logits = self._adapter_mixture(route, input_ids, attention_mask, cache, logits_to_keep, log_weights)
+            log_weights = log_weights[:, _kept(logits_to_keep)]
+        else:
+            logits = mixture_log_probs(
+                self._expert_logits(route, input_ids, attention_mask, cache, logits_to_keep),
+                log_weights,
+                self.config.merge,
+                self.config.expert_top_k,
+                exact=torch.is_grad_enabled() or labels is not None,
+            )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -316,6 +323,20 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             expert_logits += self.backbones(backbone, expert_rows, input_ids[rows], mask, part, logits_to_keep)
         return expert_logits
 
+    def _adapter_mixture(self, route, input_ids, attention_mask, cache, logits_to_keep, log_weights) -> torch.Tensor:
+        """log π of the one model whose weights are Σ_i α_i (W + s_i B_i A_i), α changing from token to token."""
+        if self.training:
+            raise ValueError(
+                '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
+                '`merge="probabilities"`.'
+            )
+        ((backbone, rows),) = route.expert_rows.items()
+        part = CachePart() if cache is None else cache.part(f"backbones.{backbone}")
+        ((_, _, logits),) = self.backbones(
+            backbone, rows, input_ids, attention_mask, part, logits_to_keep, log_weights.exp()
+        )
+        return logits.float().log_softmax(dim=-1)
+
     # Insight
 
     def compute_expert_weights(
@@ -352,6 +373,8 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             `torch.FloatTensor` of shape `(batch, seq - 1, experts)`: `[:, t]` is α_i π_i / Σ_j α_j π_j of the token
             that stands at t + 1; 0 where that token, or the one before it, is padding.
         """
+        if self.config.merge == "adapters":
+            raise ValueError('`attribute` needs experts that run apart; `merge="adapters"` runs one model.')
         route, mask, weights = self._whole_text(
             input_ids, attention_mask, preference, preference_text, preference_ids, tokenizer
         )
@@ -421,6 +444,10 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = cache
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+
+
+def _kept(logits_to_keep: int | torch.LongTensor) -> slice | torch.LongTensor:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
 def _cached_length(cache: PCMEnsembleCache | None) -> int:

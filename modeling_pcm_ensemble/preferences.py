@@ -147,11 +147,14 @@ class Route:
         backbone_of (`list[int]`): each expert's backbone.
         prefix_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
             What the PCM reads before the context, padded on the left with -1.
+        merges_adapters (`bool`):
+            Whether a row's experts are mixed as weights, so that each row is one pair of the only backbone.
     """
 
     weights: torch.Tensor
     backbone_of: list[int]
     prefix_ids: torch.LongTensor | None = None
+    merges_adapters: bool = False
     log_weights: torch.Tensor = field(init=False)
     expert_rows: dict[int, list[ExpertRows]] = field(init=False)  # by backbone
     pair_rows: dict[int, torch.LongTensor] = field(init=False)  # by backbone, the row of each pair, (pairs,)
@@ -165,6 +168,8 @@ class Route:
             if num_active[expert]:
                 rows = None if num_active[expert] == len(active) else active[:, expert].nonzero()[:, 0]
                 self.expert_rows.setdefault(backbone, []).append(ExpertRows(expert, rows, num_active[expert]))
+        if self.merges_adapters:
+            self.expert_rows = {backbone: [ExpertRows(-1, None, len(active))] for backbone in self.expert_rows}
         every_row = torch.arange(len(active), device=active.device)
         self.pair_rows = {
             backbone: torch.cat([every_row if entry.rows is None else entry.rows for entry in expert_rows])
@@ -183,7 +188,9 @@ class Route:
             The new route, and for each backbone the index of the old pair behind each new one, shape `(new pairs,)`.
         """
         prefix_ids = None if self.prefix_ids is None else self.prefix_ids[rows]
-        route = Route(self.weights[rows], self.backbone_of, prefix_ids)
+        route = Route(self.weights[rows], self.backbone_of, prefix_ids, self.merges_adapters)
+        if self.merges_adapters:
+            return route, dict.fromkeys(route.expert_rows, rows)
         pairs = {}
         for backbone, expert_rows in route.expert_rows.items():
             pair_of = self._pair_of(backbone)
@@ -203,7 +210,7 @@ class Route:
 
     def to(self, device: torch.device) -> "Route":
         prefix_ids = None if self.prefix_ids is None else self.prefix_ids.to(device)
-        return Route(self.weights.to(device), self.backbone_of, prefix_ids)
+        return Route(self.weights.to(device), self.backbone_of, prefix_ids, self.merges_adapters)
 
     def same_as(self, other: "Route") -> bool:
         """Whether both routes run the same pairs at the same weights under the same description."""
@@ -253,7 +260,21 @@ def build_route(
         prefix_ids = _given_prefixes(config, preference_ids, batch_size)
     else:
         prefix_ids = pad_left([_description_prefix(config, row) for row in weights.tolist()])
-    return Route(weights, [expert["backbone"] for expert in config.experts], prefix_ids)
+    if config.merge == "adapters":
+        _check_adapters(config, weights)
+    backbone_of = [expert["backbone"] for expert in config.experts]
+    return Route(weights, backbone_of, prefix_ids, merges_adapters=config.merge == "adapters")
+
+
+def _check_adapters(config: PCMEnsembleConfig, weights: torch.Tensor):
+    """`merge="adapters"` mixes LoRA weights, so all active experts must be that and nothing else on one backbone."""
+    active = [expert for expert, is_active in zip(config.experts, (weights > 0).any(dim=0)) if is_active]
+    for expert in active:
+        if expert["adapter"] is None or expert["prompt_ids"] or expert["backbone"] != active[0]["backbone"]:
+            raise ValueError(
+                f'`merge="adapters"` cannot mix expert {expert["name"]!r}: it needs experts that are LoRA adapters on '
+                'one backbone, without prompts. Use `merge="probabilities"`.'
+            )
 
 
 def _description_prefix(config: PCMEnsembleConfig, weights: list[float]) -> list[int]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, PreTrainedTokenizerBase
 
+from .lora import AdapterSelection
+
 
 @dataclass
 class CachePart:
@@ -15,11 +17,13 @@ class CachePart:
         cache (`Cache`, *optional*): keys and values of the submodel's rows.
         attention_mask (`torch.LongTensor` of shape `(rows, cached tokens)`, *optional*): None while nothing is masked.
         prefix_length (`int`): cached tokens before the context, padding included.
+        adapters (`AdapterSelection`, *optional*): each row's LoRA adapter, where it stays the same.
     """
 
     cache: Cache | None = None
     attention_mask: torch.LongTensor | None = None
     prefix_length: int = 0
+    adapters: AdapterSelection | None = None
 
     @property
     def length(self) -> int:
@@ -38,12 +42,14 @@ class SubmodelInputs:
         position_ids (`torch.LongTensor` of shape `(rows, tokens)`, *optional*): None counts from the cache's length.
         kept (`int` or `torch.LongTensor`): the tokens to predict from, as transformers' `logits_to_keep`: the last
             `kept`, those at `(positions,)`, or in each row those at `(rows, positions)`.
+        order (`torch.LongTensor` of shape `(rows, tokens)`, *optional*): where each token stood before closing up.
     """
 
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor | None
     position_ids: torch.LongTensor | None
     kept: int | torch.LongTensor
+    order: torch.LongTensor | None = None
 
 
 def pad_left(sequences: list[list[int]], device: torch.device | None = None) -> torch.LongTensor | None:
@@ -92,16 +98,16 @@ def submodel_inputs(
         return SubmodelInputs(input_ids, None, None, _last_positions(logits_to_keep, num_tokens, input_ids.shape[1]))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    kept = _last_positions(logits_to_keep, num_tokens, num_tokens)
+    kept, order = _last_positions(logits_to_keep, num_tokens, num_tokens), None
     if input_ids.shape[1] > 1:
-        input_ids, attention_mask, kept = _close_up(input_ids, attention_mask, num_tokens, kept)
+        input_ids, attention_mask, kept, order = _close_up(input_ids, attention_mask, num_tokens, kept)
     past_mask = part.attention_mask
     if past_mask is None:
         past_mask = attention_mask.new_ones(len(input_ids), part.length)
     full_mask = torch.cat([past_mask, attention_mask], dim=1)  # (rows, cached tokens + tokens)
     position_ids = (full_mask.cumsum(dim=1)[:, -input_ids.shape[1] :] - 1).clamp(min=0)
     part.attention_mask = full_mask
-    return SubmodelInputs(input_ids, full_mask, position_ids, kept)
+    return SubmodelInputs(input_ids, full_mask, position_ids, kept, order)
 
 
 def _join(prefix_ids, input_ids, attention_mask, bos_token_id):
@@ -130,7 +136,7 @@ def _close_up(input_ids, attention_mask, num_tokens: int, kept):
     ranks = attention_mask.cumsum(dim=1)  # (rows, width)
     places = (ranks + width - ranks[:, -1:] - 1).clamp(min=0)[:, -num_tokens:]  # (rows, context tokens)
     kept = places[:, -kept:] if isinstance(kept, int) else places[:, kept]
-    return input_ids.gather(1, order), attention_mask.gather(1, order), kept
+    return input_ids.gather(1, order), attention_mask.gather(1, order), kept, order
 
 
 __all__ = ["CachePart", "SubmodelInputs"]

@@ -1,0 +1,258 @@
+"""Many LoRA adapters on one frozen model, selected or weighted for each batch row, and PEFT's format in and out."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+# Linear layers beside one another that read the same input, so that their A products can be one. Only speed depends on
+# this table.
+SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("w1", "w3"),
+)
+
+
+class Columns(NamedTuple):
+    """The part of a group's low-rank space that belongs to one adapter on one layer."""
+
+    layer: str
+    adapter: int
+    rank: int
+    scale: float
+
+
+@dataclass
+class AdapterSelection:
+    r"""
+    How much of each adapter every row gets.
+
+    Args:
+        weights (`torch.Tensor` of shape `(rows, 1 or seq, adapters)`):
+            One-hot where a row runs one adapter, zeros where it runs none, any weights w for Σ_i w_i s_i B_i A_i.
+    """
+
+    weights: torch.Tensor
+    masks: dict = field(default_factory=dict)
+    products: dict = field(default_factory=dict)
+
+    def mask(self, columns: tuple[Columns, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Each column's weight times scale, `(rows, 1 or seq, columns)`; built once for all layers that share it."""
+        if (columns, dtype) not in self.masks:
+            device = self.weights.device
+            ranks = torch.tensor([entry.rank for entry in columns], device=device)
+            adapters = torch.tensor([entry.adapter for entry in columns], device=device).repeat_interleave(ranks)
+            scales = torch.tensor([entry.scale for entry in columns], device=device).repeat_interleave(ranks)
+            self.masks[columns, dtype] = (self.weights[..., adapters] * scales).to(dtype)
+        return self.masks[columns, dtype]
+
+
+_selection: ContextVar[AdapterSelection | None] = ContextVar("adapter_selection", default=None)
+
+
+@contextmanager
+def adapters_selected(selection: AdapterSelection | None) -> Iterator[None]:
+    """Run forward passes inside with these adapters."""
+    token = _selection.set(selection)
+    try:
+        yield
+    finally:
+        _selection.reset(token)
+        if selection is not None:
+            selection.products.clear()
+
+
+class LoraGroup(nn.Module):
+    r"""
+    All adapters on linear layers that read the same input: one product with every A, side by side; what belongs to
+    other adapters than a row's is masked.
+
+    Parameters: `lora_A` of shape `(columns, in)`, and for each layer `lora_B` of shape `(out, columns of the layer)`.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], columns: list[Columns]):
+        super().__init__()
+        self.columns = tuple(sorted(columns, key=lambda entry: (entry.layer, entry.adapter)))
+        weight = next(iter(linears.values())).weight
+        like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
+        in_features, _ = features(next(iter(linears.values())))
+        self.lora_A = nn.Parameter(torch.zeros(sum(entry.rank for entry in columns), in_features, **like))
+        for name, linear in linears.items():
+            start, stop = self.span(name)
+            lora_B = torch.zeros(features(linear)[1], stop - start, **like)  # noqa: N806
+            self.add_module(name, LoraLayer(self, lora_B, start, stop))
+
+    def span(self, layer: str, adapter: int | None = None) -> tuple[int, int]:
+        """First and last column (exclusive) of a layer, or of one adapter on it."""
+        places = list(accumulate((entry.rank for entry in self.columns), initial=0))
+        mine = [i for i, e in enumerate(self.columns) if e.layer == layer and adapter in (None, e.adapter)]
+        return places[mine[0]], places[mine[-1] + 1]
+
+    def forward(self, hidden_states: torch.Tensor, selection: AdapterSelection) -> torch.Tensor:
+        """The masked product with A, `(rows * seq, columns)`; computed once for the layers of the group."""
+        known = selection.products.get(id(self))
+        if known is None or known[0] is not hidden_states:
+            low = nn.functional.linear(hidden_states, self.lora_A.to(hidden_states.dtype))  # (rows, seq, columns)
+            low = low * selection.mask(self.columns, low.dtype)
+            known = selection.products[id(self)] = (hidden_states, low.reshape(-1, low.shape[-1]))
+        return known[1]
+
+
+class LoraLayer(nn.Module):
+    """One layer's share of a [`LoraGroup`]; adds B A x to the layer's output through a forward hook."""
+
+    def __init__(self, group: LoraGroup, lora_B: torch.Tensor, start: int, stop: int):  # noqa: N803
+        super().__init__()
+        self.lora_B = nn.Parameter(lora_B)
+        self.start, self.stop = start, stop
+        self.group = (group,)  # in a tuple, so that it is not a submodule of its own child
+
+    def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        selection = _selection.get()
+        if selection is None:
+            return output
+        low = self.group[0](inputs[0], selection)[:, self.start : self.stop]  # (rows * seq, columns of the layer)
+        output.view(-1, output.shape[-1]).addmm_(low.to(output.dtype), self.lora_B.T.to(output.dtype))
+        return output
+
+
+class LoraBank(nn.Module):
+    r"""
+    The adapters of all experts on one backbone. Its modules stand at the paths of the layers they belong to; the
+    backbone itself stays as it is.
+
+    Args:
+        backbone (`PreTrainedModel`): the frozen model.
+        adapters (`dict[str, dict]`): each expert's name → its adapter's configuration, see [`adapter_config`].
+    """
+
+    def __init__(self, backbone: PreTrainedModel, adapters: dict[str, dict]):
+        super().__init__()
+        self.names = list(adapters)
+        self.handles = []
+        columns: dict[str, list[Columns]] = {}
+        for index, adapter in enumerate(adapters.values()):
+            for path, (rank, scale) in adapted_layers(backbone, adapter).items():
+                columns.setdefault(path, []).append(Columns(path.rpartition(".")[2], index, rank, scale))
+        for paths in _groups(list(columns)):
+            linears = {path.rpartition(".")[2]: backbone.get_submodule(path) for path in paths}
+            group = LoraGroup(linears, [entry for path in paths for entry in columns[path]])
+            _add_at(self, paths[0].rpartition(".")[0], "_".join(linears), group)
+
+    def attach(self, backbone: PreTrainedModel):
+        """Hook every adapter layer to its layer of the backbone. Loading may have replaced those modules."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = [
+            backbone.get_submodule(path).register_forward_hook(layer.add_to_output) for path, layer in self.layers()
+        ]
+
+    def layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        """(path of the layer in the backbone, adapter layer)."""
+        for path, module in self.named_modules():
+            if isinstance(module, LoraLayer):
+                parent, _, name = path.rpartition(".")
+                yield f"{parent.rpartition('.')[0]}.{name}".lstrip("."), module
+
+    def selection(self, names: list[str | None], num_rows: list[int], device: torch.device) -> AdapterSelection:
+        """`num_rows[i]` rows with the adapter of expert `names[i]`, or with none where the bank has none by that name."""
+        weights = torch.zeros(sum(num_rows), 1, len(self.names))
+        for row, name in enumerate(name for name, count in zip(names, num_rows) for _ in range(count)):
+            if name in self.names:
+                weights[row, 0, self.names.index(name)] = 1
+        return AdapterSelection(weights.to(device))
+
+    @torch.no_grad()
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """One expert's adapter as PEFT names it: `<path>.lora_A.weight` (rank, in), `<path>.lora_B.weight` (out, rank)."""
+        adapter, tensors = self.names.index(name), {}
+        for path, layer in self.layers():
+            group, layer_name = layer.group[0], path.rpartition(".")[2]
+            if any(entry.layer == layer_name and entry.adapter == adapter for entry in group.columns):
+                start, stop = group.span(layer_name, adapter)
+                tensors[f"{path}.lora_A.weight"] = group.lora_A[start:stop]
+                tensors[f"{path}.lora_B.weight"] = layer.lora_B[:, start - layer.start : stop - layer.start]
+        return tensors
+
+    @torch.no_grad()
+    def load(self, name: str, tensors: Mapping[str, torch.Tensor]):
+        """Fill one expert's adapter, see [`tensors`]."""
+        for key, place in self.tensors(name).items():  # views of the bank's own parameters
+            place.copy_(tensors[key])
+
+
+def adapted_layers(backbone: PreTrainedModel, adapter: dict) -> dict[str, tuple[int, float]]:
+    """Path → (rank, scale) of each layer of the backbone that PEFT would adapt under this configuration."""
+    output = backbone.get_output_embeddings()
+    layers = {}
+    for path, module in backbone.named_modules():
+        is_linear = isinstance(module, (nn.Linear, Conv1D))
+        if is_linear and _is_target(path, adapter, is_output=module is output):
+            rank = _by_pattern(adapter["rank_pattern"], path, adapter["r"])
+            alpha = _by_pattern(adapter["alpha_pattern"], path, adapter["lora_alpha"])
+            layers[path] = (rank, alpha / (math.sqrt(rank) if adapter["use_rslora"] else rank))
+    return layers
+
+
+def _is_target(path: str, adapter: dict, is_output: bool) -> bool:
+    target, excluded = adapter["target_modules"], adapter["exclude_modules"]
+    if excluded and (re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded)):
+        return False
+    if isinstance(target, str):
+        return not is_output if target.lower() == "all-linear" else bool(re.fullmatch(target, path))
+    if path in target:
+        return True
+    if not _ends_with(path, target):
+        return False
+    indexes = adapter["layers_to_transform"]
+    if indexes is None or indexes == []:
+        return True
+    patterns = adapter["layers_pattern"] or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = next((m for p in patterns if (m := re.match(rf"(?:.*?\.)??{p}\.(\d+)\.", path))), None)
+    return found is not None and int(found[1]) in ([indexes] if isinstance(indexes, int) else indexes)
+
+
+def _ends_with(path: str, names: list[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(patterns: dict, path: str, default):
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out)"""
+    return tuple(linear.weight.shape) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+
+
+def _groups(paths: list[str]) -> list[list[str]]:
+    """Paths that stand beside one another and read the same input go together."""
+    groups: dict[tuple, list[str]] = {}
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        together = next((names for names in SAME_INPUT if name in names), (name,))
+        groups.setdefault((parent, together), []).append(path)
+    return list(groups.values())
+
+
+def _add_at(root: nn.Module, path: str, name: str, module: nn.Module):
+    for part in filter(None, path.split(".")):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(name, module)
+
+
+__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "adapters_selected", "features"]
