@@ -84,6 +84,31 @@ def build_parts(
     return Parts(config, backbones, body, tokenizer, {name: tensors for name, (_, tensors) in adapters.items()})
 
 
+def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, list[PreTrainedModel], dict | None]:
+    """
+    Do the work of [`PCMEnsembleForCausalLM.add_expert`] without touching the ensemble.
+
+    Returns:
+        The expert's entry in the configuration, the backbones with its own, and its adapter's tensors.
+    """
+    config = model.config
+    ((name, spec),) = expert_specs({name: expert}).items()
+    if name in config.expert_names:
+        raise ValueError(f"The ensemble already has an expert {name!r}. Choose another name, or remove it first.")
+    backbones = [model.backbones.get_submodule(str(index)) for index in range(len(config.backbones))]
+    loader = _Loader(model_kwargs, list(backbones))
+    for index, backbone in enumerate(backbones):
+        loader.indexes |= {id(backbone): index} | ({_source_key(n): index} if (n := backbone.name_or_path) else {})
+    index = loader.backbone(spec["model"], f"expert {name!r}")
+    tokenizer = loader.tokenizer(model.tokenizer)
+    _check_vocabularies([*loader.backbones, model.pcm.body], [*map(repr, config.expert_names), name, "PCM"], tokenizer)
+    entry = _expert_entry(name, spec, index, tokenizer, config.prefix_bos_token_id)
+    adapter = None
+    if spec.get("adapter") is not None:
+        entry["adapter"], adapter = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
+    return entry, loader.backbones, adapter
+
+
 def expert_specs(experts: Mapping) -> dict[str, dict]:
     """Bring what `experts` may hold into one form: name → mapping with `model` and what else was given."""
     if not isinstance(experts, Mapping):

@@ -152,11 +152,15 @@ class LoraBank(nn.Module):
 
     def attach(self, backbone: PreTrainedModel):
         """Hook every adapter layer to its layer of the backbone. Loading may have replaced those modules."""
-        for handle in self.handles:
-            handle.remove()
+        self.detach()
         self.handles = [
             backbone.get_submodule(path).register_forward_hook(layer.add_to_output) for path, layer in self.layers()
         ]
+
+    def detach(self):
+        """Take the hooks off again."""
+        for handle in self.handles:
+            handle.remove()
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """(path of the layer in the backbone, adapter layer)."""

@@ -10,12 +10,13 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedConfig, PreTr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .building import build_parts, check_loading
+from .building import build_expert, build_parts, check_loading
 from .cache import PCMEnsembleCache
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, token_log_probs
 from .pcm import PreferenceControlModel
+from .peft_format import write_adapter
 from .preferences import Route, build_route, preference_weights
 from .prefixes import CachePart
 from .saving import staged_folder
@@ -138,6 +139,70 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         model.generation_config = parts.backbones[0].generation_config
         model._tokenizer = parts.tokenizer
         return model.eval()
+
+    def add_expert(self, name: str, expert, **model_kwargs):
+        r"""
+        Add an expert. The PCM keeps what it has learnt of the others; the new one starts at the user's weight.
+
+        Args:
+            name (`str`): its name.
+            expert: what [`from_experts`] takes for one; a model that the ensemble already has is shared.
+            model_kwargs: passed to `from_pretrained`.
+
+        Raises:
+            TypeError, ValueError: as [`from_experts`], or if the name is taken; the ensemble stays as it was.
+        """
+        entry, backbones, adapter = build_expert(self, name, expert, model_kwargs)
+        new = {} if adapter is None else {name: adapter}
+        self._set_experts([*self.config.experts, entry], backbones, [*range(self.config.num_experts), None], new)
+
+    def remove_expert(self, name: str):
+        """
+        Remove an expert, with its adapter, its row of the PCM's head and a backbone that no other expert needs.
+
+        Raises:
+            ValueError: if there is no such expert, it is the last, or the default preference names it.
+        """
+        names = self.config.expert_names
+        preference_weights(name, names, 1)
+        kept = [index for index, other in enumerate(names) if other != name]
+        if not kept:
+            raise ValueError(f"Expert {name!r} is the only one. An ensemble needs at least one expert.")
+        if self.config.default_preference is not None:
+            preference_weights(self.config.default_preference, [names[index] for index in kept], 1)
+        experts = [self.config.experts[index] for index in kept]
+        used = sorted({expert["backbone"] for expert in experts})
+        experts = [expert | {"backbone": used.index(expert["backbone"])} for expert in experts]
+        self._set_experts(experts, [self.backbones.get_submodule(str(index)) for index in used], kept, {})
+
+    @torch.no_grad()
+    def _set_experts(self, experts: list[dict], backbones: list[PreTrainedModel], head_rows: list[int | None], new: dict):
+        """Rebuild what depends on the list of experts. `head_rows` are the rows of the old head, None for a zero one."""
+        names = [expert["name"] for expert in experts]
+        banks = self.backbones.adapters.values()
+        adapters = {n: {k: t.clone() for k, t in b.tensors(n).items()} for b in banks for n in b.names if n in names}
+        for bank in banks:
+            bank.detach()
+        self.config.experts, self.config.backbones = experts, [backbone.config for backbone in backbones]
+        self.backbones = ExpertBackbones(self.config, backbones)
+        for name, tensors in (adapters | new).items():
+            self.backbones.bank_of(name).load(name, tensors)
+        self.pcm.set_head_rows(head_rows)
+        self.post_init()
+
+    def export_adapter(self, name: str, folder: str | os.PathLike):
+        """
+        Write an expert's LoRA adapter as PEFT does: `PeftModel.from_pretrained(backbone, folder)` loads it.
+
+        Raises:
+            ValueError: if there is no such expert, or it has no adapter.
+        """
+        preference_weights(name, self.config.expert_names, 1)
+        expert = self.config.experts[self.config.expert_names.index(name)]
+        if expert["adapter"] is None:
+            raise ValueError(f"Expert {name!r} has no adapter to export.")
+        base_model = self.config.backbones[expert["backbone"]].name_or_path
+        write_adapter(folder, expert["adapter"], self.backbones.bank_of(name).tensors(name), base_model)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

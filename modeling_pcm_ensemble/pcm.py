@@ -39,6 +39,13 @@ class PreferenceControlModel(PreTrainedModel):
         if module is self.head:
             nn.init.zeros_(module.weight)
 
+    def set_head_rows(self, rows: list[int | None]):
+        """Give the head one output for each entry: an old row by its index, or a zero one for None."""
+        old = self.head.weight.data
+        self.head = nn.Linear(old.shape[1], len(rows), bias=False, dtype=old.dtype, device=old.device)
+        self.head.weight.data = torch.stack([old.new_zeros(old.shape[1]) if row is None else old[row] for row in rows])
+        self.head._is_hf_initialized = True
+
     def forward(
         self,
         input_ids: torch.LongTensor,
