@@ -77,7 +77,7 @@ def stream_answers(
     options = {"max_new_tokens": tokens, "do_sample": False}
     with Live(console=console, refresh_per_second=8) as live:
         vanilla = AnswerTable(model.tokenizer, ["vanilla"], live, {})
-        model.backbones.get_submodule("0").generate(**inputs, streamer=vanilla, **options)
+        model.backbones[0].generate(**inputs, streamer=vanilla, **options)
         table = AnswerTable(model.tokenizer, list(preferences), live, vanilla.answers())
         rows = {name: value.expand(len(preferences), -1) for name, value in inputs.items()}
         return model.generate(**rows, preference=list(preferences.values()), streamer=table, **options)
@@ -112,7 +112,7 @@ def seconds_per_token(runs: dict[str, tuple], inputs: BatchEncoding, rounds: int
 def print_speed(model: PCMEnsembleForCausalLM, inputs: BatchEncoding, console: Console):
     names = model.config.expert_names
     runs = {
-        "one expert alone": (model.backbones.get_submodule("0"), {}),
+        "one expert alone": (model.backbones[0], {}),
         "3 experts and the PCM": (model, {"preference": names[::2]}),
         "6 experts and the PCM": (model, {"preference": names}),
     }

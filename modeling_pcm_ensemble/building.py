@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,8 +21,9 @@ from transformers.utils import logging
 
 from .chat_templates import leading_bos, render_prompt, without_default_system_turn
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .experts import run_rows
 from .peft_format import check_adapter, read_adapter
-from .prefixes import encode_description
+from .prefixes import CachePart, encode_description, submodel_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +72,7 @@ def build_parts(
         backbones=[backbone.config for backbone in backbones],
         pcm=body.config,
         experts=[
-            _expert_entry(name, spec, backbone, tokenizer, bos) | {"adapter": adapters.get(name, (None,))[0]}
+            _expert_entry(name, spec, backbone, tokenizer, bos) | {"adapter": adapters.get(name, (None, None))[0]}
             for (name, spec), backbone in zip(specs.items(), backbone_of)
         ],
         prefix_bos_token_id=bos,
@@ -95,9 +97,8 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, li
     ((name, spec),) = expert_specs({name: expert}).items()
     if name in config.expert_names:
         raise ValueError(f"The ensemble already has an expert {name!r}. Choose another name, or remove it first.")
-    backbones = [model.backbones.get_submodule(str(index)) for index in range(len(config.backbones))]
-    loader = _Loader(model_kwargs, list(backbones))
-    for index, backbone in enumerate(backbones):
+    loader = _Loader(model_kwargs, list(model.backbones))
+    for index, backbone in enumerate(model.backbones):
         loader.indexes |= {id(backbone): index} | ({_source_key(n): index} if (n := backbone.name_or_path) else {})
     index = loader.backbone(spec["model"], f"expert {name!r}")
     tokenizer = loader.tokenizer(model.tokenizer)
@@ -172,11 +173,13 @@ class _Loader:
                     f"The model of {label} is a {type(source).__name__}, which has no LM head. Load it with "
                     "`AutoModelForCausalLM`."
                 )
+            check_serves_rows(source, label)
             return source
         _check_is_causal_lm(AutoConfig.from_pretrained(source, **self._hub_options()), label)
         options = {"ignore_mismatched_sizes": True} | self.model_kwargs  # refused below, by name
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
         check_loading(loading, f"the checkpoint of {label}, {str(source)!r}")
+        check_serves_rows(model, label)
         return model
 
     def adapter(self, source, backbone: int, label: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -190,13 +193,18 @@ class _Loader:
         if isinstance(source, PreTrainedConfig):
             config = _first_layers(source, num_layers)
             _check_is_causal_lm(config, "the PCM")
-            return AutoModel.from_config(config)
+            return AutoModel.from_config(config, **{k: v for k, v in self.model_kwargs.items() if k == "dtype"})
         key = _source_key(source)
         model = self.backbones[self.indexes[key]] if key in self.indexes else self._causal_lm(source, "the PCM")
         self.sources.append(source)
         whole = model.base_model
         body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=whole.dtype).to(whole.device)
         weights = whole.state_dict()
+        if missing := sorted(body.state_dict().keys() - weights.keys()):
+            raise ValueError(
+                f"The PCM cannot be made from a {type(model).__name__}: as a model without LM head it would need the "
+                f"tensor {missing[0]}. Use another causal LM."
+            )
         body.load_state_dict({name: weights[name] for name in body.state_dict()})
         return body.eval()
 
@@ -262,10 +270,41 @@ def _check_is_causal_lm(config: PreTrainedConfig, label: str):
         raise ValueError(f"The model of {label} is an ensemble itself. Use its experts.")
     if config.is_encoder_decoder:
         raise ValueError(f"The model of {label} is an encoder-decoder ({config.model_type}). Use a causal LM.")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", True):
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers "
             "library. Use one that `AutoModelForCausalLM` loads without code of its own."
+        )
+
+
+@torch.no_grad()
+def check_serves_rows(model: PreTrainedModel, label: str):
+    """
+    Try the model on two short rows, one of them padded, with a cache; refuse it if they differ from each row alone.
+
+    This finds models that look ahead, whose state no mask reaches (recurrent ones), that count positions in a way of
+    their own, or that have no key-value cache. No flag of transformers tells all of these.
+    """
+    model.eval()
+    a, b, c = 3, 4, 5
+    ids, mask = torch.tensor([[a, b, c], [0, b, c]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    try:
+        part = CachePart(DynamicCache(config=model.config))
+        run_rows(model, submodel_inputs(ids[:, :2], mask[:, :2], None, part), part)
+        found = run_rows(model, submodel_inputs(ids[:, 2:], mask, None, part), part)[:, -1].float()  # (2, vocab)
+        alone = [model(input_ids=row).logits[0].float() for row in (ids[:1], ids[1:, 1:], ids[:1, :2])]
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The model of {label}, a {type(model).__name__}, does not run with a mask, positions and a key-value "
+            f"cache, as every expert must ({type(error).__name__}: {error}). Use a causal LM with attention."
+        ) from error
+    pairs = [(found[0], alone[0][-1]), (found[1], alone[1][-1]), (alone[2][-1], alone[0][1])]
+    # In 16 bits the differences between two orders of summation are near 0.01 of the logits' spread.
+    if any((one - other).std() > 0.1 * other.std() for one, other in pairs):
+        raise ValueError(
+            f"The model of {label}, a {type(model).__name__}, predicts something else with padding and a cache than "
+            "alone, or looks at later tokens. Use a causal LM with attention and ordinary positions."
         )
 
 
@@ -324,6 +363,7 @@ def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | No
         "description": description,
         "description_ids": encode_description(tokenizer, description) if tokenizer is not None else [],
         "dimension": spec.get("dimension"),
+        "adapter": None,
     }
 
 

@@ -4,7 +4,6 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .lora import AdapterSelection
 from .preferences import Route
 from .prefixes import CachePart
 
@@ -36,6 +35,13 @@ class PCMEnsembleCache(Cache):
         max_length: int | None = None,
         cache_config: dict | None = None,
     ):
+        if cache_implementation not in (None, "dynamic", *STATIC, *QUANTIZED, *OFFLOADED):
+            raise ValueError(
+                "`cache_implementation` must be None, 'dynamic', 'offloaded', 'static', 'offloaded_static' or "
+                f"'quantized', got {cache_implementation!r}."
+            )
+        if cache_implementation in STATIC and max_length is None:
+            raise ValueError("A static cache needs `max_length`, the most context tokens that it holds.")
         self.config = config
         self.cache_implementation = cache_implementation
         self.max_length = max_length
@@ -91,8 +97,7 @@ class PCMEnsembleCache(Cache):
     def crop(self, tokens_to_remove: int):
         super().crop(tokens_to_remove)
         for part in self.parts.values():
-            if part.attention_mask is not None:
-                part.attention_mask = part.attention_mask[:, : part.length]
+            part.crop()
 
     def reset(self):
         super().reset()
@@ -117,10 +122,7 @@ class PCMEnsembleCache(Cache):
         self.parts = {name: part for name, part in self.parts.items() if name in part_rows}
         for name, part in self.parts.items():
             getattr(part.cache, method)(part_rows[name])
-            if part.attention_mask is not None:
-                part.attention_mask = part.attention_mask[part_rows[name]]
-            if part.adapters is not None:
-                part.adapters = AdapterSelection(part.adapters.weights[part_rows[name]])
+            part.select(part_rows[name])
 
 
 __all__ = ["PCMEnsembleCache"]

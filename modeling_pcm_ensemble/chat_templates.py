@@ -2,13 +2,17 @@
 
 import copy
 import json
+from contextlib import suppress
 
 from transformers import PreTrainedTokenizerBase
 
 try:
     from jinja2 import TemplateError
 except ImportError:  # rendering a template without jinja2 fails with transformers' own message
-    TemplateError = ()
+
+    class TemplateError(Exception):
+        pass
+
 
 SYSTEM, USER, ASSISTANT = "1f0a6c", "8b2e4d", "c7d915"  # texts that no template contains
 
@@ -17,8 +21,8 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS token that begins every text once, so that a prefix and a context would both bring it; else None."""
     bos = tokenizer.bos_token_id
     texts = [tokenizer("a")["input_ids"]]
-    if tokenizer.chat_template:
-        chat = _render(tokenizer, ("user", USER), ("assistant", ASSISTANT))
+    with suppress(TemplateError):  # a template that wants other chats than this one
+        chat = _render(tokenizer, ("user", USER), ("assistant", ASSISTANT)) if tokenizer.chat_template else ""
         texts.append(tokenizer(chat, add_special_tokens=False)["input_ids"])
     begins = bos is not None and any(ids[:1] == [bos] for ids in texts)
     return bos if begins and all(ids.count(bos) <= 1 for ids in texts) else None

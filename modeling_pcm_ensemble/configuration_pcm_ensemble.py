@@ -81,7 +81,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
         if self._attn_implementation is not None:
             self._attn_implementation = self._attn_implementation
         if self.vocab_size is None:
-            self.vocab_size = min((part.vocab_size for part in self.sub_config_items().values()), default=None)
+            parts = self.sub_config_items().values()
+            self.vocab_size = min((part.get_text_config().vocab_size for part in parts), default=None)
 
     @property
     def expert_names(self) -> list[str]:
@@ -93,11 +94,11 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        return self.pcm.hidden_size
+        return self.pcm.get_text_config().hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.pcm.num_hidden_layers
+        return self.pcm.get_text_config().num_hidden_layers
 
     @property
     def max_position_embeddings(self) -> int | None:
@@ -107,7 +108,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         limits = [
             part.max_position_embeddings - prefix_length
             for part, prefix_length in [*prompts, (self.pcm, description)]
-            if getattr(part, "max_position_embeddings", None) is not None
+            if (getattr(part, "max_position_embeddings", None) or -1) > 0
         ]
         return min(limits, default=None)
 
@@ -123,8 +124,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
         return {name: type(config) for name, config in self.sub_config_items().items()}
 
     def __getattr__(self, name: str):
-        if name.startswith("backbones."):
-            return self.sub_config_items()[name]
+        if name.startswith("backbones.") and (config := self.sub_config_items().get(name)) is not None:
+            return config
         raise AttributeError(f"`{type(self).__name__}` has no attribute `{name}`.")
 
     def to_dict(self) -> dict:

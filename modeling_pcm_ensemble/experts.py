@@ -1,5 +1,7 @@
 """Frozen causal LMs, each serving the rows of all experts that are built on it."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -11,10 +13,22 @@ from .preferences import ExpertRows
 from .prefixes import CachePart, SubmodelInputs, pad_left, submodel_inputs
 
 
+def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) -> torch.Tensor:
+    """A causal LM's logits, `(rows, positions, vocab)`."""
+    return model(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        position_ids=inputs.position_ids,
+        past_key_values=part.cache,
+        use_cache=part.cache is not None,
+        logits_to_keep=inputs.kept,
+    ).logits
+
+
 class ExpertBackbones(PreTrainedModel):
     r"""
-    The ensemble's backbones: children `"0"`, `"1"`, … in the order of `config.backbones`, and their experts' LoRA
-    adapters in `adapters`, by the same index. All are frozen.
+    The ensemble's backbones, by index, in the order of `config.backbones`, and their experts' LoRA adapters in
+    `adapters`, by the same index as a string. All are frozen.
 
     Args:
         config (`PCMEnsembleConfig`): the ensemble's.
@@ -35,18 +49,27 @@ class ExpertBackbones(PreTrainedModel):
             config.backbones[index] = backbone.config
             self.add_module(str(index), backbone)
         self.adapters = nn.ModuleDict()
-        for index in range(len(config.backbones)):
+        for index in range(len(self)):
             adapters = {e["name"]: e["adapter"] for e in config.experts if e["backbone"] == index and e["adapter"]}
             if adapters:
-                self.adapters[str(index)] = LoraBank(self.get_submodule(str(index)), adapters)
+                self.adapters[str(index)] = LoraBank(self[index], adapters)
         self.post_init()
         self.train(False)
+
+    def __len__(self) -> int:
+        return len(self.config.backbones)
+
+    def __getitem__(self, index: int) -> PreTrainedModel:
+        return self.get_submodule(str(range(len(self))[index]))
+
+    def __iter__(self) -> Iterator[PreTrainedModel]:
+        return (self[index] for index in range(len(self)))
 
     def train(self, mode: bool = True) -> "ExpertBackbones":
         """Stay in evaluation mode and frozen: loading replaces parameters and modules, and then calls `eval()`."""
         self.requires_grad_(False)
         for index, bank in self.adapters.items():
-            bank.attach(self.get_submodule(index))
+            bank.attach(self[int(index)])
         return super().train(False)
 
     def bank_of(self, name: str) -> LoraBank:
@@ -71,7 +94,7 @@ class ExpertBackbones(PreTrainedModel):
             backbone (`int`): its index.
             expert_rows (`list[ExpertRows]`): the batch rows of each of its active experts.
             input_ids (`torch.LongTensor` of shape `(pairs, seq)`): each pair's new context tokens.
-            attention_mask (`torch.LongTensor` of shape `(pairs, seq)`, *optional*): theirs.
+            attention_mask (`torch.LongTensor` of shape `(pairs, cached + seq)`, *optional*): the context's.
             part (`CachePart`): the backbone's memory; an empty one is given the prompts.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to predict from.
             expert_weights (`torch.FloatTensor` of shape `(pairs, seq, experts)`, *optional*):
@@ -89,14 +112,8 @@ class ExpertBackbones(PreTrainedModel):
             self.config.prefix_bos_token_id,
         )
         with adapters_selected(self._selection(backbone, expert_rows, part, inputs, expert_weights)):
-            logits = self.get_submodule(str(backbone))(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                position_ids=inputs.position_ids,
-                past_key_values=part.cache,
-                use_cache=part.cache is not None,
-                logits_to_keep=inputs.kept,
-            ).logits[..., : self.config.vocab_size]  # (pairs, positions, vocab)
+            logits = run_rows(self[backbone], inputs, part)
+        logits = logits[..., : self.config.vocab_size]  # (pairs, positions, vocab)
         chunks = logits.split([entry.num_rows for entry in expert_rows])
         return [ExpertLogits(entry.expert, entry.rows, chunk) for entry, chunk in zip(expert_rows, chunks)]
 
@@ -123,4 +140,4 @@ class ExpertBackbones(PreTrainedModel):
         return pad_left([ids for ids, entry in zip(prompts, expert_rows) for _ in range(entry.num_rows)], device)
 
 
-__all__ = ["ExpertBackbones"]
+__all__ = ["ExpertBackbones", "run_rows"]

@@ -170,7 +170,7 @@ class LoraBank(nn.Module):
                 yield f"{parent.rpartition('.')[0]}.{name}".lstrip("."), module
 
     def selection(self, names: list[str | None], num_rows: list[int], device: torch.device) -> AdapterSelection:
-        """`num_rows[i]` rows with the adapter of expert `names[i]`, or with none where the bank has none by that name."""
+        """`num_rows[i]` rows with the adapter of expert `names[i]`, or none where the bank has none by that name."""
         weights = torch.zeros(sum(num_rows), 1, len(self.names))
         for row, name in enumerate(name for name, count in zip(names, num_rows) for _ in range(count)):
             if name in self.names:
@@ -179,7 +179,7 @@ class LoraBank(nn.Module):
 
     @torch.no_grad()
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """One expert's adapter as PEFT names it: `<path>.lora_A.weight` (rank, in), `<path>.lora_B.weight` (out, rank)."""
+        """An expert's adapter in PEFT's terms: `<path>.lora_A.weight` (rank, in), `<path>.lora_B.weight` (out, rank)."""
         adapter, tensors = self.names.index(name), {}
         for path, layer in self.layers():
             group, layer_name = layer.group[0], path.rpartition(".")[2]

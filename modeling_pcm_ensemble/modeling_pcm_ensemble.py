@@ -1,16 +1,25 @@
 """The ensemble as a transformers model: forward and the hooks of `generate()`."""
 
+import copy
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .building import build_expert, build_parts, check_loading
+from .building import HUB_OPTIONS, build_expert, build_parts, check_loading
 from .cache import PCMEnsembleCache
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
@@ -71,10 +80,14 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
                 "An ensemble needs at least one entry in `config.experts`, and `config.pcm`. Build one with "
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
+        config.validate()  # values that were set after it was made
         super().__init__(config)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
         self._tokenizer = None
+        self._tokenizer_options = {}
+        parts = (self.pcm.body, *self.backbones)
+        self._is_stateful = any(part._is_stateful for part in parts)
         self.post_init()
 
     # Building, loading, saving
@@ -97,11 +110,11 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         Args:
             experts (`Mapping`):
                 Each expert's name → a Hub repository, a folder, a loaded `PreTrainedModel` (used as it is, and
-                frozen), or a mapping with `model` (one of these), `prompt` (what this expert reads before the
-                context, as system turn where the chat template has one), `adapter` (a LoRA that PEFT saved: a folder, a
-                repository, or a mapping shaped as its `LoraConfig` with `tensors`), `description` (what tells the PCM that this
-                expert is wanted; defaults to the prompt, else the name) and `dimension` (the axis of preference it
-                stands on). Experts that name the same model share it.
+                frozen), or a mapping with `model` (one of these), `adapter` (a LoRA that PEFT saved: a folder, a
+                repository, or a mapping shaped as its `LoraConfig` with `tensors`), `prompt` (what this expert reads
+                before the context, as system turn where the chat template has one), `description` (what tells the PCM
+                that this expert is wanted; defaults to the prompt, else the name) and `dimension` (the axis of
+                preference it stands on). Experts that name the same model share it.
             pcm (`str`, `os.PathLike`, `PreTrainedModel` or `PreTrainedConfig`):
                 The causal LM that the PCM's body is copied from, or a configuration for random weights.
             pcm_layers (`int`, *optional*): take the first layers only; None takes all.
@@ -136,7 +149,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         model = cls(parts.config, parts.backbones, parts.pcm)
         for name, tensors in parts.adapters.items():
             model.backbones.bank_of(name).load(name, tensors)
-        model.generation_config = parts.backbones[0].generation_config
+        model.generation_config = copy.deepcopy(parts.backbones[0].generation_config)
         model._tokenizer = parts.tokenizer
         return model.eval()
 
@@ -173,11 +186,13 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         experts = [self.config.experts[index] for index in kept]
         used = sorted({expert["backbone"] for expert in experts})
         experts = [expert | {"backbone": used.index(expert["backbone"])} for expert in experts]
-        self._set_experts(experts, [self.backbones.get_submodule(str(index)) for index in used], kept, {})
+        self._set_experts(experts, [self.backbones[index] for index in used], kept, {})
 
     @torch.no_grad()
-    def _set_experts(self, experts: list[dict], backbones: list[PreTrainedModel], head_rows: list[int | None], new: dict):
-        """Rebuild what depends on the list of experts. `head_rows` are the rows of the old head, None for a zero one."""
+    def _set_experts(
+        self, experts: list[dict], backbones: list[PreTrainedModel], head_rows: list[int | None], new: dict
+    ):
+        """Rebuild what depends on the experts. `head_rows` are rows of the old head, None for a zero one."""
         names = [expert["name"] for expert in experts]
         banks = self.backbones.adapters.values()
         adapters = {n: {k: t.clone() for k, t in b.tensors(n).items()} for b in banks for n in b.names if n in names}
@@ -210,6 +225,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         kwargs.setdefault("ignore_mismatched_sizes", True)
         model, loading = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_loading(loading, f"the checkpoint {model.name_or_path!r}")
+        model._tokenizer_options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         return (model, loading) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
@@ -223,7 +239,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             return
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        with staged_folder(save_directory) as staging:
+        with staged_folder(save_directory, kwargs.get("variant")) as staging:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
             super().save_pretrained(staging, **kwargs)
@@ -233,7 +249,9 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         """The tokenizer given to `from_experts`, else the checkpoint's own, loaded at first use; None without one."""
         if self._tokenizer is None and self.name_or_path:
             with suppress(OSError, ValueError):
-                self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.name_or_path, config=self.config, **self._tokenizer_options
+                )
         return self._tokenizer
 
     def get_input_embeddings(self):
@@ -278,8 +296,15 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             TypeError, ValueError: on input that is not as above, before any model runs.
         """
         _check_inputs(input_ids, inputs_embeds, past_key_values, kwargs)
+        if isinstance(logits_to_keep, torch.Tensor) and (
+            logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool
+        ):
+            raise ValueError(
+                "`logits_to_keep` must be a number of tokens or a tensor of positions of shape (positions,), got "
+                f"{logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}."
+            )
         route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
-        attention_mask = self._new_tokens_mask(input_ids, attention_mask, past_key_values)
+        attention_mask = _check_mask(input_ids, attention_mask, past_key_values)
         self._check_length(route, _cached_length(past_key_values) + input_ids.shape[1])
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = past_key_values
@@ -340,18 +365,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             )
         return route
 
-    def _new_tokens_mask(self, input_ids, attention_mask, cache) -> torch.LongTensor | None:
-        """The columns of `attention_mask` that belong to `input_ids`, `(batch, seq)`."""
-        if attention_mask is None:
-            return None
-        expected = (input_ids.shape[0], _cached_length(cache) + input_ids.shape[1])
-        if attention_mask.shape != expected:
-            raise ValueError(
-                f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but cached and new tokens make "
-                f"{tuple(map(int, expected))}."
-            )
-        return attention_mask[:, -input_ids.shape[1] :].long()
-
     def _check_length(self, route: Route, length: int):
         """Refuse a context that is longer than the positions of a submodel which reads it behind its prefix."""
         config = self.config
@@ -361,7 +374,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
                 prefixes.append((f"expert {expert['name']!r}", config.backbones[backbone], len(expert["prompt_ids"])))
         for reader, part, prefix_length in prefixes:
             limit = getattr(part, "max_position_embeddings", None)
-            if limit is not None and length + prefix_length > limit:
+            if limit is not None and 0 < limit < length + prefix_length:
                 raise ValueError(
                     f"The context of {length} tokens is too long for {reader}, which has {limit} positions and reads "
                     f"{prefix_length} tokens of its own first. Use at most {limit - prefix_length} tokens, prompt and "
@@ -453,7 +466,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         """Route, mask of the tokens, and α at each of them."""
         _check_inputs(input_ids, None, None, {})
         route = self._route(len(input_ids), None, *preference)
-        mask = self._new_tokens_mask(input_ids, attention_mask, None)
+        mask = _check_mask(input_ids, attention_mask, None)
         self._check_length(route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
 
@@ -500,6 +513,11 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         if cache is not None:
             _check_cache(cache)
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("attention_mask") is not None:
+            raise ValueError(
+                "`prefill_chunk_size` cannot be used with padded rows, because a later chunk's padding would stand "
+                "between an expert's prompt and the text. Leave it out, or generate for rows of one length."
+            )
         route = self._route(rows, cache, preference, preference_ids=preference_ids)
         self._check_length(route, max_cache_length)
         if cache is not None:
@@ -510,6 +528,17 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
+    def _get_logits_processor(self, *args, model_kwargs: dict | None = None, **kwargs):
+        """Classifier-free guidance calls the model once more, which must be under the same preference."""
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        preference = {name: (model_kwargs or {}).get(name) for name in ("preference", "preference_ids")}
+        if (cache := (model_kwargs or {}).get("past_key_values")) is not None:
+            preference = {"preference": cache.route.weights, "preference_ids": cache.route.prefix_ids}
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = partial(self, **preference)
+        return processors
+
 
 def _kept(logits_to_keep: int | torch.LongTensor) -> slice | torch.LongTensor:
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -517,6 +546,19 @@ def _kept(logits_to_keep: int | torch.LongTensor) -> slice | torch.LongTensor:
 
 def _cached_length(cache: PCMEnsembleCache | None) -> int:
     return 0 if cache is None else cache.get_seq_length()
+
+
+def _check_mask(input_ids, attention_mask, cache) -> torch.LongTensor | None:
+    """`attention_mask`, `(batch, cached + seq)`, as integers."""
+    if attention_mask is None:
+        return None
+    expected = (input_ids.shape[0], _cached_length(cache) + input_ids.shape[1])
+    if attention_mask.shape != expected:
+        raise ValueError(
+            f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but cached and new tokens make "
+            f"{tuple(map(int, expected))}."
+        )
+    return attention_mask.long()
 
 
 def _check_cache(cache):

@@ -60,7 +60,7 @@ class PreferenceControlModel(PreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`): new context tokens.
-            attention_mask (`torch.LongTensor` of shape `(batch, seq)`, *optional*): theirs.
+            attention_mask (`torch.LongTensor` of shape `(batch, cached + seq)`, *optional*): the context's.
             prefix_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): descriptions, padded with -1.
             part (`CachePart`): the PCM's memory; an empty one is given the descriptions.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to weight.

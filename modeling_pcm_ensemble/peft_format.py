@@ -116,7 +116,12 @@ def check_adapter(backbone: PreTrainedModel, config: dict, tensors: Mapping[str,
 def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str, torch.Tensor], base_model: str):
     """Write a folder that `PeftModel.from_pretrained` loads."""
     os.makedirs(folder, exist_ok=True)
-    full = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base_model}
+    full = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": base_model,
+    }
     tensors = {PREFIX + key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
     save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
     with open(os.path.join(folder, CONFIG_NAME), "w", encoding="utf-8") as file:

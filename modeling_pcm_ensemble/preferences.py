@@ -80,19 +80,19 @@ def _row_weights(preference, names: list[str]) -> torch.Tensor:
     elif isinstance(preference, (list, tuple)) and not _is_rows(preference):
         if isinstance(preference[0], Real):
             _check_width(len(preference), names)
-            return torch.tensor(preference, dtype=torch.float32)
+            return torch.tensor([float(weight) for weight in preference], dtype=torch.float64).float()
         preference = dict.fromkeys(preference, 1.0)
     if not isinstance(preference, Mapping):
         raise TypeError(
             "`preference` must be an expert's name, a mapping from names to weights, a list of names, a list with one "
             f"mapping or list for each row, or a tensor; got {type(preference).__name__}."
         )
-    weights = torch.zeros(len(names))
+    weights = [0.0] * len(names)
     for name, weight in preference.items():
         if not isinstance(weight, Real):
             raise TypeError(f"The weight of expert {name!r} must be a number, got {type(weight).__name__}.")
-        weights[_expert_index(name, names)] = weight
-    return weights
+        weights[_expert_index(name, names)] = float(weight)
+    return torch.tensor(weights, dtype=torch.float64).float()
 
 
 def _expert_index(name: str, names: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Rows of [prefix | context]: what a submodel reads, while the user sees the context alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, PreTrainedTokenizerBase
@@ -16,6 +16,8 @@ class CachePart:
     Args:
         cache (`Cache`, *optional*): keys and values of the submodel's rows.
         attention_mask (`torch.LongTensor` of shape `(rows, cached tokens)`, *optional*): None while nothing is masked.
+        orders (`list[tuple[int, torch.LongTensor]]`):
+            (first token, order `(rows, tokens)`) of each stretch of cached tokens whose rows were closed up.
         prefix_length (`int`): cached tokens before the context, padding included.
         adapters (`AdapterSelection`, *optional*): each row's LoRA adapter, where it stays the same.
     """
@@ -24,11 +26,45 @@ class CachePart:
     attention_mask: torch.LongTensor | None = None
     prefix_length: int = 0
     adapters: AdapterSelection | None = None
+    orders: list[tuple[int, torch.LongTensor]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
         """Cached tokens, prefix included."""
         return 0 if self.cache is None else self.cache.get_seq_length()
+
+    def past_mask(
+        self, context_mask: torch.LongTensor | None, num_rows: int, device: torch.device
+    ) -> torch.LongTensor:
+        """
+        The mask of the cached tokens, `(rows, cached tokens)`: what was masked, and what `context_mask`, of shape
+        `(rows, cached context tokens)`, masks by now, such as the padding of a row that ended before the others.
+        """
+        mask = self.attention_mask
+        if mask is None:
+            mask = torch.ones(num_rows, self.length, dtype=torch.long, device=device)
+        if context_mask is None or context_mask.shape[1] == 0:
+            return mask
+        given = torch.cat([context_mask.new_ones(num_rows, self.prefix_length), context_mask], dim=1)
+        for start, order in self.orders:
+            stretch = given[:, start : start + order.shape[1]]
+            given = torch.cat([given[:, :start], stretch.gather(1, order), given[:, start + order.shape[1] :]], dim=1)
+        return mask & given
+
+    def crop(self):
+        """Forget what was noted of tokens that the cache has dropped."""
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[:, : self.length]
+        orders = [(start, order[:, : max(self.length - start, 0)]) for start, order in self.orders]
+        self.orders = [(start, order.clamp(max=order.shape[1] - 1)) for start, order in orders if order.shape[1]]
+
+    def select(self, rows: torch.LongTensor):
+        """Note row `rows[i]` as row i. The cache's own rows are the caller's."""
+        self.orders = [(start, order[rows]) for start, order in self.orders]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[rows]
+        if self.adapters is not None:
+            self.adapters = AdapterSelection(self.adapters.weights[rows])
 
 
 @dataclass
@@ -82,17 +118,20 @@ def submodel_inputs(
 
     Args:
         input_ids (`torch.LongTensor` of shape `(rows, tokens)`): context tokens that are not cached yet.
-        attention_mask (`torch.LongTensor` of shape `(rows, tokens)`, *optional*): theirs, 1 = keep.
+        attention_mask (`torch.LongTensor` of shape `(rows, cached context tokens + tokens)`, *optional*): 1 = keep.
         prefix_ids (`torch.LongTensor` of shape `(rows, prefix tokens)`, *optional*): padded on the left with -1.
         part (`CachePart`): the submodel's memory. Only an empty one takes a prefix.
         logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): among the context tokens; 0 keeps all.
         bos_token_id (`int`, *optional*): masked out of a context whose prefix begins with it.
     """
-    num_tokens = input_ids.shape[1]
-    if part.length == 0 and prefix_ids is not None:
+    num_tokens, length = input_ids.shape[1], part.length
+    context_mask = None
+    if attention_mask is not None:
+        context_mask, attention_mask = attention_mask[:, :-num_tokens], attention_mask[:, -num_tokens:]
+    if length == 0 and prefix_ids is not None:
         input_ids, attention_mask = _join(prefix_ids, input_ids, attention_mask, bos_token_id)
         part.prefix_length = prefix_ids.shape[1]
-    if part.length == 0 and attention_mask is not None and attention_mask.all():
+    if length == 0 and attention_mask is not None and attention_mask.all():
         attention_mask = None
     if attention_mask is None and part.attention_mask is None:
         return SubmodelInputs(input_ids, None, None, _last_positions(logits_to_keep, num_tokens, input_ids.shape[1]))
@@ -101,10 +140,10 @@ def submodel_inputs(
     kept, order = _last_positions(logits_to_keep, num_tokens, num_tokens), None
     if input_ids.shape[1] > 1:
         input_ids, attention_mask, kept, order = _close_up(input_ids, attention_mask, num_tokens, kept)
-    past_mask = part.attention_mask
-    if past_mask is None:
-        past_mask = attention_mask.new_ones(len(input_ids), part.length)
+    past_mask = part.past_mask(context_mask, len(input_ids), input_ids.device)
     full_mask = torch.cat([past_mask, attention_mask], dim=1)  # (rows, cached tokens + tokens)
+    if order is not None:
+        part.orders.append((length, order))
     position_ids = (full_mask.cumsum(dim=1)[:, -input_ids.shape[1] :] - 1).clamp(min=0)
     part.attention_mask = full_mask
     return SubmodelInputs(input_ids, full_mask, position_ids, kept, order)

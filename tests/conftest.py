@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -16,6 +17,9 @@ from transformers import (
 )
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 VOCAB = 99
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -102,7 +106,7 @@ def reference(model, context: list[int], weights: list[float], description: list
     expert_weights = unnormalised / unnormalised.sum(-1, keepdim=True)
     rows = []
     for expert in config.experts:
-        backbone = model.backbones.get_submodule(str(expert["backbone"]))
+        backbone = model.backbones[expert["backbone"]]
         logits = backbone(torch.tensor([expert["prompt_ids"] + context])).logits[0, -len(context) :]
         rows.append(logits.float().log_softmax(-1))
     expert_log_probs = torch.stack(rows)  # (experts, seq, vocab)

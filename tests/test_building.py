@@ -39,7 +39,7 @@ def test_experts_from_folders_models_and_mappings_are_the_models_themselves(llam
         {"a": llama_folder, "b": loaded, "c": {"model": qwen_folder, "prompt": "Hi"}}, pcm=llama_folder, pcm_layers=1
     )
     assert len(model.config.backbones) == 3
-    assert model.backbones.get_submodule("1") is loaded
+    assert model.backbones[1] is loaded
     output = model(CONTEXT, preference=["a", "b", "c"])
     prompt = model.config.experts[2]["prompt_ids"]
     probs = [
@@ -64,7 +64,7 @@ def test_experts_that_name_the_same_model_share_one_backbone(llama_folder, tmp_p
 
 def test_the_pcm_is_a_copy_of_the_first_layers(llama_folder):
     model = PCMEnsembleForCausalLM.from_experts({"a": llama_folder}, pcm=llama_folder, pcm_layers=1)
-    source = model.backbones.get_submodule("0").model
+    source = model.backbones[0].model
     assert len(model.pcm.body.layers) == model.config.pcm.num_hidden_layers == 1
     assert_close(model.pcm.body.layers[0].mlp.up_proj.weight, source.layers[0].mlp.up_proj.weight)
     assert model.pcm.body.embed_tokens.weight.data_ptr() != source.embed_tokens.weight.data_ptr()
@@ -152,7 +152,7 @@ def test_descriptions_default_to_the_prompt_and_then_to_the_name():
 )
 def test_options_of_from_pretrained_reach_every_part(llama_folder, qwen_folder, kwargs):
     model = PCMEnsembleForCausalLM.from_experts({"a": llama_folder, "b": qwen_folder}, pcm=llama_folder, **kwargs)
-    parts = [*model.backbones.children(), model.pcm.body]
+    parts = [*model.backbones, model.pcm.body]
     assert len(parts) == 3
     for part in parts:
         assert part.dtype == kwargs.get("dtype", torch.float32)
@@ -188,7 +188,7 @@ def bert(is_decoder: bool) -> BertLMHeadModel:
         pytest.param({"a": {"prompt": "x"}}, TypeError, "`model` of expert 'a'", id="no-model"),
         pytest.param({"a": {"model": "x", "promt": "y"}}, ValueError, r"unknown fields \['promt'\]", id="misspelt"),
         pytest.param({"a": {"model": "x", "prompt": 3}}, TypeError, "`prompt` of expert 'a' must be", id="prompt"),
-        pytest.param({"a": lambda: bert(False)}, ValueError, "is not a causal LM", id="bidirectional"),
+        pytest.param({"a": lambda: bert(False)}, ValueError, "looks at later tokens", id="bidirectional"),
         pytest.param(
             {"a": lambda: T5ForConditionalGeneration(
                 T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=8, num_layers=1, num_heads=2))},
@@ -222,7 +222,11 @@ def test_experts_that_cannot_be_used_are_refused_by_name(experts, error, words):
         ({"pcm_layers": 3}, ValueError, "`pcm_layers` must be between 1 and 2"),
         ({"default_preference": "z"}, ValueError, "unknown expert 'z'"),
         ({"expert_top_k": 0}, Exception, "`expert_top_k` must be at least 1"),
-        ({"merge": "weights"}, Exception, "`merge` must be one of 'probabilities', 'logits', got 'weights'"),
+        (
+            {"merge": "weights"},
+            Exception,
+            "`merge` must be one of 'probabilities', 'logits', 'adapters', got 'weights'",
+        ),
         ({"merge": "logits", "expert_top_k": 3}, Exception, "cannot be used with"),
     ],
 )
@@ -312,7 +316,7 @@ def test_a_context_longer_than_a_submodels_positions_is_refused_before_any_model
     ],
 )
 def test_inputs_that_cannot_be_used_are_refused_before_any_model_runs(prompted, inputs, words):
-    for part in (*prompted.backbones.children(), prompted.pcm.body):
+    for part in (*prompted.backbones, prompted.pcm.body):
         part.register_forward_hook(lambda *_: pytest.fail("a model ran"))
     with pytest.raises(ValueError, match=words):
         prompted(**inputs)

@@ -93,7 +93,7 @@ def test_a_prefix_with_bos_takes_the_place_of_the_contexts_bos():
     model = make_ensemble([tiny_llama(1)], [(0, [1, 6, 7], [11]), (0, [], [12])], prefix_bos_token_id=1)
     context = [1, 21, 22, 23]
     output = model(**left_pad([context, [1, 31]]), preference=[["e0"], ["e1"]])
-    backbone = model.backbones.get_submodule("0")
+    backbone = model.backbones[0]
     without_bos = backbone(torch.tensor([[1, 6, 7, 21, 22, 23]])).logits[0, -4:].log_softmax(-1)
     assert_close(output.logits[0], without_bos, atol=1e-4, rtol=0)
     assert_close(output.logits[1, -2:], backbone(torch.tensor([[1, 31]])).logits[0].log_softmax(-1), atol=1e-4, rtol=0)
@@ -125,13 +125,13 @@ def test_each_needed_backbone_runs_once_with_as_many_rows_as_active_pairs(mixed)
     def count_rows(name):
         return lambda module, args, kwargs, output: calls.append((name, len(kwargs["input_ids"])))
 
-    for name, backbone in mixed.backbones.named_children():
+    for name, backbone in enumerate(mixed.backbones):
         backbone.register_forward_hook(count_rows(name), with_kwargs=True)
     preferences = [["e0", "e1"], ["e1"], ["e5"]]
     with torch.no_grad():
         cache = mixed(torch.tensor([CONTEXT] * 3), preference=preferences).past_key_values
         mixed(torch.tensor([[1], [2], [3]]), past_key_values=cache)
-    assert calls == [("0", 3), ("3", 1)] * 2
+    assert calls == [(0, 3), (3, 1)] * 2
     assert set(cache.parts) == {"pcm", "backbones.0", "backbones.3"}
 
 
@@ -229,7 +229,7 @@ def test_weights_and_shares_of_a_whole_text_equal_the_formula(mixed):
 
 
 def test_expert_weights_of_a_whole_text_run_no_expert(mixed):
-    for backbone in mixed.backbones.children():
+    for backbone in mixed.backbones:
         backbone.register_forward_hook(lambda *_: pytest.fail("an expert ran"))
     mixed.compute_expert_weights(torch.tensor([CONTEXT]))
 
@@ -239,5 +239,5 @@ def test_parts_are_held_once():
     model = make_ensemble([backbone], [(0, [i], []) for i in range(6)])
     pcm = sum(p.numel() for p in model.pcm.parameters())
     assert sum(p.numel() for p in model.parameters()) == backbone.num_parameters() + pcm
-    assert model.backbones.get_submodule("0").lm_head.weight.data_ptr() == backbone.lm_head.weight.data_ptr()
+    assert model.backbones[0].lm_head.weight.data_ptr() == backbone.lm_head.weight.data_ptr()
     assert model.config.backbones[0] is backbone.config

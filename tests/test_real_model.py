@@ -35,7 +35,7 @@ def text(model, output, inputs) -> list[str]:
 
 
 def test_one_prompted_expert_writes_what_the_plain_model_writes_under_its_system_prompt(ensemble):
-    plain = ensemble.backbones.get_submodule("0")
+    plain = ensemble.backbones[0]
     for name in ("elementary", "concise"):
         system = {"role": "system", "content": demo.PREFERENCES[name][1]}
         messages = [system, {"role": "user", "content": QUESTIONS[0]}]
@@ -66,7 +66,7 @@ def test_logits_equal_the_formula_on_real_weights(ensemble):
     weights = torch.tensor([1.0, 0, 0.5, 0, 2, 0])
     with torch.no_grad():
         output = ensemble(**inputs, preference=weights)
-        plain = ensemble.backbones.get_submodule("0")
+        plain = ensemble.backbones[0]
         mixture = 0
         for i in weights.nonzero()[:, 0].tolist():
             ids = torch.tensor([ensemble.config.experts[i]["prompt_ids"] + inputs["input_ids"][0].tolist()])
@@ -77,7 +77,7 @@ def test_logits_equal_the_formula_on_real_weights(ensemble):
 
 def test_six_prompted_experts_weigh_one_model_and_the_pcm(ensemble):
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in ensemble.parameters()}
-    plain = ensemble.backbones.get_submodule("0")
+    plain = ensemble.backbones[0]
     pcm = sum(p.nbytes for p in ensemble.pcm.parameters())
     assert sum(storages.values()) == sum(p.nbytes for p in plain.parameters()) + pcm
     assert len(ensemble.config.backbones) == 1
