@@ -19,8 +19,7 @@ from rich.table import Table
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
-from modeling_pcm_ensemble.preferences import preference_weights
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo, preference_weights
 
 PREFERENCES = ("elementary", "elementary,friendly=0.5,concise=0.5", "knowledgeable,informative")
 

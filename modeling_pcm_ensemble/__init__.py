@@ -5,9 +5,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .cache import PCMEnsembleCache
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM, PCMEnsembleOutput
+from .preferences import preference_weights
 
 AutoConfig.register("pcm_ensemble", PCMEnsembleConfig, exist_ok=True)
 AutoModel.register(PCMEnsembleConfig, PCMEnsembleForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(PCMEnsembleConfig, PCMEnsembleForCausalLM, exist_ok=True)
 
-__all__ = ["PCMEnsembleCache", "PCMEnsembleConfig", "PCMEnsembleForCausalLM", "PCMEnsembleOutput"]
+__all__ = [
+    "PCMEnsembleCache",
+    "PCMEnsembleConfig",
+    "PCMEnsembleForCausalLM",
+    "PCMEnsembleOutput",
+    "preference_weights",
+]

@@ -17,15 +17,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file
 
 from .chat_templates import leading_bos, render_prompt, without_default_system_turn
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import run_rows
 from .peft_format import check_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
-
-logger = logging.get_logger(__name__)
 
 SPEC_FIELDS = ("model", "adapter", "prompt", "description", "dimension")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
@@ -60,7 +58,9 @@ def build_parts(
     body = loader.pcm_body(pcm, pcm_layers)
     tokenizer = loader.tokenizer(tokenizer)
     backbones = loader.backbones
-    _check_vocabularies([*backbones, body], [*loader.labels, "the PCM"], tokenizer)
+    labels = [*loader.labels, "the PCM"]
+    _check_vocabularies([*backbones, body], labels, tokenizer)
+    _check_dtypes([*backbones, body], labels)
     bos = leading_bos(tokenizer) if tokenizer is not None else None
     adapters = {
         name: loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
@@ -77,7 +77,7 @@ def build_parts(
         ],
         prefix_bos_token_id=bos,
         bos_token_id=generation_config.bos_token_id,
-        eos_token_id=generation_config.eos_token_id,
+        eos_token_id=_all_end_tokens(backbones),
         pad_token_id=generation_config.pad_token_id,
         **config_kwargs,
     )
@@ -108,6 +108,13 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, li
     if spec.get("adapter") is not None:
         entry["adapter"], adapter = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
     return entry, loader.backbones, adapter
+
+
+def _all_end_tokens(backbones: list[PreTrainedModel]) -> int | list[int] | None:
+    """Whatever token one of the experts ends a text with."""
+    found = [backbone.generation_config.eos_token_id for backbone in backbones]
+    ids = dict.fromkeys(i for entry in found for i in (entry if isinstance(entry, list) else [entry]) if i is not None)
+    return None if not ids else next(iter(ids)) if len(ids) == 1 else list(ids)
 
 
 def expert_specs(experts: Mapping) -> dict[str, dict]:
@@ -193,7 +200,7 @@ class _Loader:
         if isinstance(source, PreTrainedConfig):
             config = _first_layers(source, num_layers)
             _check_is_causal_lm(config, "the PCM")
-            return AutoModel.from_config(config, **{k: v for k, v in self.model_kwargs.items() if k == "dtype"})
+            return AutoModel.from_config(config, **self._options("dtype", "attn_implementation"))
         key = _source_key(source)
         model = self.backbones[self.indexes[key]] if key in self.indexes else self._causal_lm(source, "the PCM")
         self.sources.append(source)
@@ -219,21 +226,25 @@ class _Loader:
             source.name_or_path if isinstance(source, PreTrainedModel) else str(source) for source in self.sources
         ]
         for name in dict.fromkeys(filter(None, names)):
-            if (own := self._own_tokenizer(name)) is not None:
+            if (own := load_tokenizer(name, **self._hub_options())) is not None:
                 found.append((repr(name), own))
         for label, other in found[1:]:
             _check_same_vocabulary(*found[0], label, other)
         return copy.deepcopy(found[0][1]) if found else None
 
-    def _own_tokenizer(self, source: str) -> PreTrainedTokenizerBase | None:
-        try:
-            return AutoTokenizer.from_pretrained(source, **self._hub_options())
-        except (OSError, ValueError):
-            logger.info(f"{source!r} has no tokenizer.")
-            return None
-
     def _hub_options(self) -> dict:
-        return {name: self.model_kwargs[name] for name in HUB_OPTIONS if name in self.model_kwargs}
+        return self._options(*HUB_OPTIONS)
+
+    def _options(self, *names: str) -> dict:
+        return {name: self.model_kwargs[name] for name in names if name in self.model_kwargs}
+
+
+def load_tokenizer(source: str, **options) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or repository; None if it has none."""
+    hub_options = {name: value for name, value in options.items() if name in (*HUB_OPTIONS, "subfolder")}
+    hub_options.pop("trust_remote_code", None)
+    file = cached_file(source, "tokenizer_config.json", **hub_options, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else AutoTokenizer.from_pretrained(source, **options)
 
 
 def _source_key(source):
@@ -301,7 +312,8 @@ def check_serves_rows(model: PreTrainedModel, label: str):
         ) from error
     pairs = [(found[0], alone[0][-1]), (found[1], alone[1][-1]), (alone[2][-1], alone[0][1])]
     # In 16 bits the differences between two orders of summation are near 0.01 of the logits' spread.
-    if any((one - other).std() > 0.1 * other.std() for one, other in pairs):
+    tolerance = 0.005 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if any((one - other).std() > tolerance * other.std() for one, other in pairs):
         raise ValueError(
             f"The model of {label}, a {type(model).__name__}, predicts something else with padding and a cache than "
             "alone, or looks at later tokens. Use a causal LM with attention and ordinary positions."
@@ -317,6 +329,13 @@ def check_loading(loading: dict, label: str):
             f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Save the model again, or use "
             "the configuration that belongs to these weights."
         )
+
+
+def _check_dtypes(models: list[PreTrainedModel], labels: list[str]):
+    """A checkpoint is loaded in one dtype, so that an ensemble of several would come back as another."""
+    if len({model.dtype for model in models}) > 1:
+        found = ", ".join(f"{label} {model.dtype}" for label, model in zip(labels, models))
+        raise ValueError(f"All parts must have one dtype, got {found}. Pass `dtype=`, or cast loaded models before.")
 
 
 def _check_vocabularies(models: list[PreTrainedModel], labels: list[str], tokenizer):
@@ -336,13 +355,13 @@ def _check_vocabularies(models: list[PreTrainedModel], labels: list[str], tokeni
 
 
 def _check_same_vocabulary(label: str, tokenizer, other_label: str, other):
-    """Refuse two tokenizers that give one id to different tokens; more tokens at the end are padding to the other."""
     tokens, other_tokens = ({index: token for token, index in t.get_vocab().items()} for t in (tokenizer, other))
-    for index in sorted(tokens.keys() & other_tokens.keys()):
-        if tokens[index] != other_tokens[index]:
+    for index in sorted(tokens | other_tokens):
+        token, other_token = tokens.get(index), other_tokens.get(index)
+        if token != other_token:
             raise ValueError(
-                f"All parts must share one vocabulary: token {index} is {tokens[index]!r} in {label}, but "
-                f"{other_tokens[index]!r} in {other_label}. Use models with the same tokenizer."
+                f"All parts must share one vocabulary: token {index} is {token!r} in {label}, but {other_token!r} in "
+                f"{other_label}. Use models with the same tokenizer."
             )
 
 

@@ -22,7 +22,8 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     bos = tokenizer.bos_token_id
     texts = [tokenizer("a")["input_ids"]]
     with suppress(TemplateError):  # a template that wants other chats than this one
-        chat = _render(tokenizer, ("user", USER), ("assistant", ASSISTANT)) if tokenizer.chat_template else ""
+        has_template = isinstance(tokenizer.chat_template, str)
+        chat = _render(tokenizer, ("user", USER), ("assistant", ASSISTANT)) if has_template else ""
         texts.append(tokenizer(chat, add_special_tokens=False)["input_ids"])
     begins = bos is not None and any(ids[:1] == [bos] for ids in texts)
     return bos if begins and all(ids.count(bos) <= 1 for ids in texts) else None
@@ -35,8 +36,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: int | No
     turns = _first_turns(tokenizer)
     if turns is None:
         return [bos] * (bos is not None) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    system_turn, _ = turns
-    return tokenizer(system_turn.replace(SYSTEM, prompt), add_special_tokens=False)["input_ids"]
+    return tokenizer(turns[0].replace(SYSTEM, prompt), add_special_tokens=False)["input_ids"]
 
 
 def without_default_system_turn(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -45,19 +45,25 @@ def without_default_system_turn(tokenizer: PreTrainedTokenizerBase) -> PreTraine
     turns = _first_turns(tokenizer)
     if turns is None or not turns[1]:
         return tokenizer
-    template = tokenizer.chat_template.removesuffix("\n")  # as jinja does
+    # A chat without system message gets one, whose turn is then cut off. What stands before it, such as today's date,
+    # need not be known; what stands behind it does.
+    bos, end = turns[2], SYSTEM + turns[0].split(SYSTEM)[1]
+    system, bos, end = (json.dumps(text, ensure_ascii=False) for text in (SYSTEM, bos, end))
     tokenizer.chat_template = (
-        "{% set rendered_chat %}" + template + "{% endset %}"
-        "{{ rendered_chat if messages[0]['role'] == 'system' else "
-        f"rendered_chat | replace({json.dumps(turns[1])}, '', 1) }}}}"
+        "{% set has_system = messages[0]['role'] == 'system' %}"
+        "{% if not has_system %}"
+        f"{{% set messages = [{{'role': 'system', 'content': {system}}}] + messages %}}"
+        "{% endif %}"
+        "{% set rendered_chat %}" + tokenizer.chat_template.removesuffix("\n") + "{% endset %}"
+        f"{{{{ rendered_chat if has_system else {bos} + rendered_chat.split({end}, 1)[1] }}}}"
     )
     return tokenizer
 
 
-def _first_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+def _first_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
     """
-    What the chat template writes before the user's first turn: for a chat with the system message `SYSTEM`, and by
-    itself, less BOS, for one without. None where there is no template, or none with a system turn of its own.
+    What the chat template writes before the user's first turn: for a chat with the system message `SYSTEM`; by itself,
+    less BOS, for one without; and that BOS. None where there is no template, or none with a system turn of its own.
     """
     if not isinstance(tokenizer.chat_template, str):
         return None
@@ -73,7 +79,8 @@ def _first_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     system_turn, default = with_system.removesuffix(user_turn), without_system.removesuffix(user_turn)
     if SYSTEM not in system_turn:
         return None
-    return system_turn, default if leading_bos(tokenizer) is None else default.removeprefix(tokenizer.bos_token)
+    bos = "" if leading_bos(tokenizer) is None or not default.startswith(tokenizer.bos_token) else tokenizer.bos_token
+    return system_turn, default.removeprefix(bos), bos
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str]) -> str:

@@ -78,7 +78,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         self.backbones, self.pcm = [], None
         super().__post_init__(**kwargs)
         self.backbones, self.pcm = backbones, pcm
-        if self._attn_implementation is not None:
+        if self._attn_implementation is not None:  # one that was asked for; setting it passes it on
             self._attn_implementation = self._attn_implementation
         if self.vocab_size is None:
             parts = self.sub_config_items().values()
@@ -105,6 +105,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         """Longest context that every expert and the PCM can read behind their longest prefix; None without a limit."""
         prompts = [(self.backbones[expert["backbone"]], len(expert["prompt_ids"])) for expert in self.experts]
         description = sum(len(expert["description_ids"]) for expert in self.experts)
+        description += self.prefix_bos_token_id is not None
         limits = [
             part.max_position_embeddings - prefix_length
             for part, prefix_length in [*prompts, (self.pcm, description)]

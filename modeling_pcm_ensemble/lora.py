@@ -179,7 +179,10 @@ class LoraBank(nn.Module):
 
     @torch.no_grad()
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """An expert's adapter in PEFT's terms: `<path>.lora_A.weight` (rank, in), `<path>.lora_B.weight` (out, rank)."""
+        """
+        An expert's tensors by PEFT's names: `<path>.lora_A.weight` of shape `(rank, in)`, `<path>.lora_B.weight` of
+        shape `(out, rank)`. They are views of the bank's parameters.
+        """
         adapter, tensors = self.names.index(name), {}
         for path, layer in self.layers():
             group, layer_name = layer.group[0], path.rpartition(".")[2]

@@ -66,7 +66,11 @@ def mixture_log_probs(
             + log_expert_weights[:, :, entry.expert, None]
             for entry in expert_logits
         ]
-        return torch.stack(terms).logsumexp(dim=0)
+        stacked = torch.stack(terms)  # (experts, batch, seq, vocab)
+        if expert_top_k is None:
+            return stacked.logsumexp(dim=0)
+        dropped = stacked.isinf().all(dim=0)  # kept by no expert; logsumexp has no gradient there
+        return stacked.masked_fill(dropped, 0).logsumexp(dim=0).masked_fill(dropped, float("-inf"))
     mixture = _sum_probs(expert_logits, log_expert_weights.exp())
     if expert_top_k is None:
         mixture.clamp_(min=torch.finfo(torch.float32).tiny)  # log 0 only for tokens that no expert kept

@@ -3,13 +3,12 @@
 import copy
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers import (
-    AutoTokenizer,
+    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,9 +16,10 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .building import HUB_OPTIONS, build_expert, build_parts, check_loading
+from .building import HUB_OPTIONS, build_expert, build_parts, check_loading, load_tokenizer
 from .cache import PCMEnsembleCache
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
@@ -29,6 +29,8 @@ from .peft_format import write_adapter
 from .preferences import Route, build_route, preference_weights
 from .prefixes import CachePart
 from .saving import staged_folder
+
+PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "commit_description", "tags")
 
 
 @dataclass
@@ -150,6 +152,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         for name, tensors in parts.adapters.items():
             model.backbones.bank_of(name).load(name, tensors)
         model.generation_config = copy.deepcopy(parts.backbones[0].generation_config)
+        model.generation_config.eos_token_id = parts.config.eos_token_id
         model._tokenizer = parts.tokenizer
         return model.eval()
 
@@ -237,21 +240,21 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         if not is_main_process:
             super().save_pretrained(save_directory, is_main_process=False, **kwargs)
             return
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        push = kwargs.pop("push_to_hub", False)
+        hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         with staged_folder(save_directory, kwargs.get("variant")) as staging:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
             super().save_pretrained(staging, **kwargs)
+        if push:
+            repo_id = hub_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, **hub_options)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer given to `from_experts`, else the checkpoint's own, loaded at first use; None without one."""
         if self._tokenizer is None and self.name_or_path:
-            with suppress(OSError, ValueError):
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    self.name_or_path, config=self.config, **self._tokenizer_options
-                )
+            self._tokenizer = load_tokenizer(self.name_or_path, config=self.config, **self._tokenizer_options)
         return self._tokenizer
 
     def get_input_embeddings(self):
@@ -310,8 +313,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         cache = past_key_values
         if use_cache and cache is None:
             cache = PCMEnsembleCache(self.config)
-        if cache is not None:
-            cache.route = route
         log_weights, pcm_output = self._log_expert_weights(
             route,
             input_ids,
@@ -332,6 +333,8 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
                 self.config.expert_top_k,
                 exact=torch.is_grad_enabled() or labels is not None,
             )
+        if cache is not None:
+            cache.route = route
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -506,20 +509,20 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             )
         elif generation_config.use_cache:
             cache = PCMEnsembleCache(
-                self.config, generation_config.cache_implementation, max_cache_length, generation_config.cache_config
+                self.config,
+                generation_config.cache_implementation,
+                max(max_cache_length, generation_config.max_cache_len or 0),
+                generation_config.cache_config,
             )
         names = ("preference", "preference_ids")
         preference, preference_ids = (model_kwargs.get(name) for name in names)
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         if cache is not None:
             _check_cache(cache)
-        if generation_config.prefill_chunk_size is not None and model_kwargs.get("attention_mask") is not None:
-            raise ValueError(
-                "`prefill_chunk_size` cannot be used with padded rows, because a later chunk's padding would stand "
-                "between an expert's prompt and the text. Leave it out, or generate for rows of one length."
-            )
         route = self._route(rows, cache, preference, preference_ids=preference_ids)
         self._check_length(route, max_cache_length)
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("attention_mask") is not None:
+            self._check_no_sliding_windows(route)
         if cache is not None:
             cache.route = route
             for name in names:  # the cache knows; forward need not compare it at each token
@@ -527,6 +530,15 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = cache
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+
+    def _check_no_sliding_windows(self, route: Route):
+        """Padding that comes in a later chunk stays behind the prefix, where a sliding window would count it."""
+        for backbone in route.expert_rows:
+            if any(DynamicCache(config=self.config.backbones[backbone]).is_sliding):
+                raise ValueError(
+                    "`prefill_chunk_size` cannot be used with padded rows where experts have sliding windows. Leave "
+                    "it out, or generate for rows of one length."
+                )
 
     def _get_logits_processor(self, *args, model_kwargs: dict | None = None, **kwargs):
         """Classifier-free guidance calls the model once more, which must be under the same preference."""
@@ -575,6 +587,9 @@ def _check_inputs(input_ids, inputs_embeds, past_key_values, kwargs: dict):
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         shape = None if input_ids is None else tuple(input_ids.shape)
         raise ValueError(f"`input_ids` must have the shape (batch, seq) with at least one token, got {shape}.")
+    unknown = kwargs.keys() - TransformersKwargs.__optional_keys__ - {"position_ids", "token_type_ids", "return_dict"}
+    if unknown:
+        raise TypeError(f"`forward` got the unknown arguments {sorted(unknown)}.")
     if kwargs.get("position_ids") is not None:
         raise ValueError(
             "`position_ids` cannot be used, because each submodel counts its own prefix. They follow from "

@@ -158,6 +158,7 @@ class Route:
     log_weights: torch.Tensor = field(init=False)
     expert_rows: dict[int, list[ExpertRows]] = field(init=False)  # by backbone
     pair_rows: dict[int, torch.LongTensor] = field(init=False)  # by backbone, the row of each pair, (pairs,)
+    pair_tables: dict[int, torch.LongTensor] = field(init=False, default_factory=dict)  # see `_pair_of`
 
     def __post_init__(self):
         self.log_weights = self.weights.log()  # (batch, experts), -inf where excluded
@@ -188,12 +189,16 @@ class Route:
             The new route, and for each backbone the index of the old pair behind each new one, shape `(new pairs,)`.
         """
         prefix_ids = None if self.prefix_ids is None else self.prefix_ids[rows]
-        route = Route(self.weights[rows], self.backbone_of, prefix_ids, self.merges_adapters)
+        route = self
+        if not torch.equal(self.weights[rows], self.weights) or prefix_ids is not None:
+            route = Route(self.weights[rows], self.backbone_of, prefix_ids, self.merges_adapters)
         if self.merges_adapters:
             return route, dict.fromkeys(route.expert_rows, rows)
         pairs = {}
         for backbone, expert_rows in route.expert_rows.items():
-            pair_of = self._pair_of(backbone)
+            if backbone not in self.pair_tables:
+                self.pair_tables[backbone] = self._pair_of(backbone)
+            pair_of = self.pair_tables[backbone]
             pairs[backbone] = torch.cat(
                 [pair_of[rows if new is None else rows[new], expert] for expert, new, _ in expert_rows]
             )
@@ -240,7 +245,7 @@ def build_route(
         preference_text (`str` or `list[str]`, *optional*): replaces the active experts' descriptions, for all rows or
             one for each.
         preference_ids (`torch.LongTensor` of shape `(tokens,)` or `(batch, tokens)`, *optional*): the same as tokens;
-            `config.pad_token_id` and negative numbers are padding.
+            negative numbers, and `config.pad_token_id` at the ends, are padding.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`.
 
     Raises:
@@ -281,8 +286,9 @@ def _description_prefix(config: PCMEnsembleConfig, weights: list[float]) -> list
     """The descriptions of a row's active experts, joined; empty when all are active at equal weight."""
     if len(set(weights)) == 1:
         return []
-    active = [expert for expert, weight in zip(config.experts, weights) if weight > 0]
-    return _after_bos(config, [token for expert in active for token in expert["description_ids"]])
+    # Sorted, so that the order in which the experts are listed does not matter.
+    active = sorted(expert["description_ids"] for expert, weight in zip(config.experts, weights) if weight > 0)
+    return _after_bos(config, [token for ids in active for token in ids])
 
 
 def _text_prefixes(config: PCMEnsembleConfig, text, batch_size: int, tokenizer) -> list[list[int]]:
@@ -314,4 +320,6 @@ def _given_prefixes(config: PCMEnsembleConfig, ids: torch.LongTensor, batch_size
     if ids.numel() and ids.max() >= config.pcm.vocab_size:
         raise ValueError(f"`preference_ids` holds {ids.max().item()}, but the PCM has {config.pcm.vocab_size} tokens.")
     ids = ids.cpu().long().expand(batch_size, -1)
-    return ids.masked_fill((ids < 0) | (ids == config.pad_token_id), -1)
+    padding = ((ids < 0) | (ids == config.pad_token_id)).long()
+    at_ends = padding.cumprod(dim=1) + padding.flip(1).cumprod(dim=1).flip(1) > 0
+    return ids.masked_fill((ids < 0) | at_ends, -1)

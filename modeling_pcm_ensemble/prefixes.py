@@ -52,11 +52,20 @@ class CachePart:
         return mask & given
 
     def crop(self):
-        """Forget what was noted of tokens that the cache has dropped."""
+        """
+        Forget what was noted of tokens that the cache has dropped.
+
+        Raises:
+            ValueError: if closing up had moved padding away from them, so that others were dropped than was meant.
+        """
+        for start, order in self.orders:
+            dropped = torch.arange(order.shape[1], device=order.device)[max(self.length - start, 0) :]
+            if not (order[:, max(self.length - start, 0) :] == dropped).all():
+                raise ValueError("A cache of rows that were padded on the right cannot be cropped. Pad on the left.")
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[:, : self.length]
         orders = [(start, order[:, : max(self.length - start, 0)]) for start, order in self.orders]
-        self.orders = [(start, order.clamp(max=order.shape[1] - 1)) for start, order in orders if order.shape[1]]
+        self.orders = [(start, order) for start, order in orders if order.shape[1]]
 
     def select(self, rows: torch.LongTensor):
         """Note row `rows[i]` as row i. The cache's own rows are the caller's."""
@@ -75,7 +84,7 @@ class SubmodelInputs:
     Args:
         input_ids (`torch.LongTensor` of shape `(rows, tokens)`): prefix, where it is not cached yet, then context.
         attention_mask (`torch.LongTensor` of shape `(rows, cached tokens + tokens)`, *optional*): None masks nothing.
-        position_ids (`torch.LongTensor` of shape `(rows, tokens)`, *optional*): None counts from the cache's length.
+        position_ids (`torch.LongTensor` of shape `(rows, tokens)` or `(1, tokens)`): unmasked tokens before each.
         kept (`int` or `torch.LongTensor`): the tokens to predict from, as transformers' `logits_to_keep`: the last
             `kept`, those at `(positions,)`, or in each row those at `(rows, positions)`.
         order (`torch.LongTensor` of shape `(rows, tokens)`, *optional*): where each token stood before closing up.
@@ -83,7 +92,7 @@ class SubmodelInputs:
 
     input_ids: torch.LongTensor
     attention_mask: torch.LongTensor | None
-    position_ids: torch.LongTensor | None
+    position_ids: torch.LongTensor
     kept: int | torch.LongTensor
     order: torch.LongTensor | None = None
 
@@ -134,7 +143,9 @@ def submodel_inputs(
     if length == 0 and attention_mask is not None and attention_mask.all():
         attention_mask = None
     if attention_mask is None and part.attention_mask is None:
-        return SubmodelInputs(input_ids, None, None, _last_positions(logits_to_keep, num_tokens, input_ids.shape[1]))
+        kept = _last_positions(logits_to_keep, num_tokens, input_ids.shape[1])
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + length  # (1, tokens)
+        return SubmodelInputs(input_ids, None, position_ids, kept)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     kept, order = _last_positions(logits_to_keep, num_tokens, num_tokens), None
@@ -155,7 +166,8 @@ def _join(prefix_ids, input_ids, attention_mask, bos_token_id):
     context_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long().clone()
     if bos_token_id is not None:
         first = context_mask.argmax(dim=1, keepdim=True)  # (rows, 1), each row's first unmasked token
-        repeated = (prefix_ids == bos_token_id).any(dim=1, keepdim=True) & (input_ids.gather(1, first) == bos_token_id)
+        begins = prefix_ids.gather(1, prefix_mask.argmax(dim=1, keepdim=True)) == bos_token_id  # (rows, 1)
+        repeated = begins & (input_ids.gather(1, first) == bos_token_id)
         context_mask.scatter_(1, first, context_mask.gather(1, first) * ~repeated)
     return torch.cat([prefix_ids.clamp(min=0), input_ids], dim=1), torch.cat([prefix_mask, context_mask], dim=1)
 

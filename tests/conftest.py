@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    logging,
 )
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
@@ -151,3 +152,12 @@ def tiny_tokenizer(chat_template: str | None = SYSTEM_TEMPLATE, letters: str = "
         chat_template=chat_template,
         padding_side="left",
     )
+
+
+@pytest.fixture
+def transformers_log(caplog):
+    """Gives what transformers has logged since the test began, at warning level or above."""
+    logging.enable_propagation()
+    logging.set_verbosity_warning()
+    yield lambda: [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    logging.disable_propagation()

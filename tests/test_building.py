@@ -8,7 +8,22 @@ import torch
 from conftest import SYSTEM_TEMPLATE, reference, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaModel,
+    MambaConfig,
+    OpenAIGPTConfig,
+    OPTConfig,
+    RobertaConfig,
+    RwkvConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.chat_templates import leading_bos
@@ -30,7 +45,7 @@ def llama_folder(tmp_path) -> str:
 
 @pytest.fixture
 def qwen_folder(tmp_path) -> str:
-    return save(tmp_path / "qwen", tiny_qwen2(2), tiny_tokenizer())
+    return save(tmp_path / "qwen", tiny_qwen2(2))  # its tokenizer class would add a token of its own
 
 
 def test_experts_from_folders_models_and_mappings_are_the_models_themselves(llama_folder, qwen_folder):
@@ -167,15 +182,78 @@ def test_default_preference_and_merge_reach_the_config():
     assert PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(3), merge="logits").config.merge == "logits"
 
 
+SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3}
+HEADS = {"num_attention_heads": 2, "intermediate_size": 8}
+
+
 def bert(is_decoder: bool) -> BertLMHeadModel:
-    sizes = {
-        "vocab_size": 99,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-    }
-    return BertLMHeadModel(BertConfig(**sizes, is_decoder=is_decoder))
+    return BertLMHeadModel(BertConfig(**SMALL, **HEADS, is_decoder=is_decoder))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MambaConfig(**SMALL), id="no-key-value-cache"),
+        pytest.param(RwkvConfig(**SMALL, attention_hidden_size=16), id="a-state-no-mask-reaches"),
+        pytest.param(RobertaConfig(**SMALL, **HEADS, is_decoder=True), id="positions-of-its-own"),
+        pytest.param(OpenAIGPTConfig(vocab_size=99, n_embd=16, n_layer=2, n_head=2), id="no-cache"),
+    ],
+)
+def test_models_that_cannot_serve_padded_cached_rows_are_refused(config):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"The model of expert 'a', a .*Use a causal LM with attention"):
+        PCMEnsembleForCausalLM.from_experts({"a": AutoModelForCausalLM.from_config(config)}, pcm=tiny_llama(2))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTNeoXConfig(**SMALL, **HEADS),
+        OPTConfig(**SMALL, word_embed_proj_dim=16, num_attention_heads=2, ffn_dim=8),
+        BloomConfig(vocab_size=99, hidden_size=16, n_layer=2, n_head=2),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_other_architectures_are_the_models_themselves(config):
+    torch.manual_seed(0)
+    expert = AutoModelForCausalLM.from_config(config).eval()
+    expected = expert(input_ids=CONTEXT).logits.log_softmax(-1)
+    model = PCMEnsembleForCausalLM.from_experts({"a": expert}, pcm=tiny_llama(2))
+    assert_close(model(CONTEXT).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_parts_of_different_dtypes_are_refused():
+    experts = {"a": tiny_llama(1), "b": tiny_llama(2).to(torch.bfloat16)}
+    with pytest.raises(
+        ValueError, match=r"must have one dtype, got expert 'a' torch.float32, expert 'b' torch.bfloat16"
+    ):
+        PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(3))
+
+
+def test_a_tokenizer_with_more_tokens_is_refused_with_the_first_of_them(llama_folder, tmp_path):
+    more = tiny_tokenizer()
+    more.add_tokens(["<x>"])
+    other = save(tmp_path / "other", tiny_llama(2, vocab_size=112), more)
+    with pytest.raises(ValueError, match=r"token 99 is None in .*llama', but '<x>' in .*other'"):
+        PCMEnsembleForCausalLM.from_experts({"a": llama_folder, "b": other}, pcm=llama_folder)
+
+
+def test_a_text_ends_where_any_expert_ends_it():
+    other = tiny_llama(2)
+    other.generation_config.eos_token_id = [7, 2]
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": other}, pcm=tiny_llama(3))
+    assert model.generation_config.eos_token_id == [2, 7]
+
+
+def test_a_dated_default_system_turn_stays_away_on_the_next_day():
+    today = "{% set today = 'Today is ' + (day | default('Monday')) + ' \U0001f600.' %}"
+    tokenizer = tiny_tokenizer(today + SYSTEM_TEMPLATE.replace("You are a test.", "' + today + '"))
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"a": {"model": tiny_llama(1), "prompt": "Hi"}}, pcm=tiny_llama(2), tokenizer=tokenizer
+    )
+    chat = [{"role": "user", "content": "Hi"}]
+    assert "Today is Monday" in tokenizer.apply_chat_template(chat, tokenize=False)
+    assert model.tokenizer.apply_chat_template(chat, tokenize=False, day="Tuesday") == "<s>user\nHi<e>\n"
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,18 @@ def test_a_reset_cache_starts_over_under_another_preference(mixed, cache):
 def test_a_cache_of_other_rows_is_refused(mixed, cache):
     with pytest.raises(ValueError, match="`past_key_values` has 3 rows, but `input_ids` has 1"):
         mixed(torch.tensor([[21]]), past_key_values=cache)
+
+
+def test_cropping_rows_padded_on_the_right_is_refused(prompted):
+    ids, mask = torch.tensor([[21, 22, 23], [31, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    with torch.no_grad():
+        cache = prompted(ids, attention_mask=mask, preference=["e0", "e1"]).past_key_values
+    with pytest.raises(ValueError, match="padded on the right cannot be cropped"):
+        cache.crop(-1)
+
+
+def test_a_kind_of_cache_that_there_is_not_is_refused(mixed):
+    with pytest.raises(ValueError, match="got 'statik'"):
+        PCMEnsembleCache(mixed.config, "statik")
+    with pytest.raises(ValueError, match="A static cache needs `max_length`"):
+        PCMEnsembleCache(mixed.config, "static")

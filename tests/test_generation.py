@@ -14,6 +14,7 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from modeling_pcm_ensemble import PCMEnsembleCache
 
@@ -226,8 +227,9 @@ def test_the_same_preference_may_be_given_again_with_the_cache_and_another_is_re
         torch.tensor([[21, 22]]), preference="e0", max_new_tokens=2, return_dict_in_generate=True, do_sample=False
     )
     again = mixed.generate(output.sequences, past_key_values=output.past_key_values, preference="e0", max_new_tokens=2)
-    with pytest.raises(ValueError, match="filled under another preference"):
-        mixed.generate(again, past_key_values=output.past_key_values, preference="e1", max_new_tokens=2)
+    for other in ({"preference": "e1"}, {"preference": "e0", "preference_ids": torch.tensor([33])}):
+        with pytest.raises(ValueError, match="filled under another preference"):
+            mixed.generate(again, past_key_values=output.past_key_values, max_new_tokens=2, **other)
 
 
 def test_scores_logits_and_transition_scores_are_the_mixtures(mixed):
@@ -269,11 +271,72 @@ def test_stop_strings_take_the_tokenizer_too(mixed):
     assert stopped.tolist() == tokens[: tokens.tolist().index(tokens[3]) + 1].tolist()
 
 
-@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
-def test_every_part_gets_the_kind_of_cache_asked_for(mixed, cache_implementation):
+@pytest.mark.parametrize(
+    ("cache_implementation", "layers"),
+    [
+        ("dynamic", {DynamicLayer, DynamicSlidingWindowLayer}),
+        ("static", {StaticLayer, StaticSlidingWindowLayer}),
+    ],
+)
+def test_every_part_gets_the_kind_of_cache_asked_for(mixed, cache_implementation, layers):
     inputs, weights = left_pad(ROWS), torch.tensor(WEIGHTS)
-    tokens = new_tokens(mixed, inputs, preference=weights, cache_implementation=cache_implementation)
-    assert tokens.tolist() == [greedy_by_hand(mixed, row, w) for row, w in zip(ROWS, WEIGHTS)]
+    options = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True}
+    output = mixed.generate(**inputs, preference=weights, cache_implementation=cache_implementation, **options)
+    assert output.sequences[:, 5:].tolist() == [greedy_by_hand(mixed, row, w) for row, w in zip(ROWS, WEIGHTS)]
+    assert {type(layer) for layer in output.past_key_values.layers} == layers
+
+
+def test_a_batched_chat_goes_on_without_the_padding_of_rows_that_ended_early(mixed):
+    weights = torch.tensor(WEIGHTS[:2])
+    first = mixed.generate(
+        **left_pad(ROWS[:2]), preference=weights, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+    )
+    ended = first.sequences.clone()
+    ended[1, -2:] = 0  # as if row 1 had ended two tokens before row 0
+    turn = torch.tensor([[51, 52], [61, 62]])
+    ids = torch.cat([ended, turn], dim=1)
+    mask = torch.cat([left_pad(ROWS[:2])["attention_mask"], torch.ones(2, 6).long()], dim=1)
+    mask[1, 7:9] = 0
+    output = mixed.generate(
+        ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False
+    )
+    for i in range(2):
+        context = ids[i][mask[i].bool()].tolist()
+        if i == 1:  # experts 2 alone, which has no sliding window
+            assert output[i, 11:].tolist() == greedy_by_hand(mixed, context, WEIGHTS[i], steps=4)
+
+
+def test_chunked_prefill_of_padded_rows_equals_one_pass(prompted):
+    weights = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 2.0, 0.5]])
+    whole = new_tokens(prompted, left_pad(ROWS), preference=weights)
+    assert new_tokens(prompted, left_pad(ROWS), preference=weights, prefill_chunk_size=2).tolist() == whole.tolist()
+
+
+def test_chunked_prefill_of_padded_rows_is_refused_where_windows_slide(mixed):
+    with pytest.raises(ValueError, match="`prefill_chunk_size` cannot be used with padded rows"):
+        new_tokens(mixed, left_pad(ROWS), preference=torch.tensor(WEIGHTS), prefill_chunk_size=2)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_guidance_runs_its_unconditional_branch_under_the_same_preference(mixed, use_cache):
+    weights, negative, scale = [1.0, 0.0, 0.5, 0.0, 0.0, 0.0], [33, 34], 2.5
+    tokens = list(ROWS[0])
+    for _ in range(4):
+        conditional = reference(mixed, tokens, weights)["log_probs"][-1].log_softmax(-1)
+        unconditional = reference(mixed, negative + tokens[len(ROWS[0]) :], weights)["log_probs"][-1].log_softmax(-1)
+        tokens.append((scale * (conditional - unconditional) + unconditional).argmax().item())
+    output = mixed.generate(
+        **left_pad(ROWS[:1]), preference=torch.tensor(weights), guidance_scale=scale, use_cache=use_cache,
+        negative_prompt_ids=torch.tensor([negative]), max_new_tokens=4, do_sample=False,
+    )  # fmt: skip
+    assert output[0].tolist() == tokens
+
+
+def test_a_description_may_hold_the_padding_token(mixed):
+    ids = torch.tensor([[33, 0, 34], [0, 35, 36]])
+    expected = [greedy_by_hand(mixed, row, [1.0] * 6, d) for row, d in zip(ROWS, ([33, 0, 34], [35, 36]))]
+    for use_cache in (True, False):
+        assert new_tokens(mixed, left_pad(ROWS[:2]), preference_ids=ids, use_cache=use_cache).tolist() == expected
 
 
 def test_rows_end_at_their_own_end_of_sequence(mixed):

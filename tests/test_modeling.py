@@ -5,6 +5,8 @@ import torch
 from conftest import VOCAB, left_pad, make_ensemble, reference, tiny_gpt2, tiny_llama
 from torch.testing import assert_close
 
+from modeling_pcm_ensemble import PCMEnsembleCache
+
 CONTEXT = [21, 22, 23, 24, 25, 26, 27]
 WEIGHTS = [1.0, 0.5, 2.0, 0.0, 0.25, 1.0]
 
@@ -241,3 +243,74 @@ def test_parts_are_held_once():
     assert sum(p.numel() for p in model.parameters()) == backbone.num_parameters() + pcm
     assert model.backbones[0].lm_head.weight.data_ptr() == backbone.lm_head.weight.data_ptr()
     assert model.config.backbones[0] is backbone.config
+
+
+def test_experts_that_drop_tokens_leave_a_gradient_that_is_a_number(mixed):
+    mixed.config.expert_top_k = 40
+    output = mixed(torch.tensor([CONTEXT]), preference=torch.tensor(WEIGHTS))
+    kept = output.logits[output.logits.isfinite()]
+    assert len(kept) < output.logits.numel()
+    kept.sum().backward()
+    assert mixed.pcm.head.weight.grad.isfinite().all()
+    assert mixed.pcm.head.weight.grad.abs().sum() > 0
+
+
+def test_the_order_of_experts_does_not_matter():
+    experts = [(0, [5, 6], [13, 12]), (1, [], [11]), (0, [8], [12, 14, 15])]
+    order = [2, 0, 1]
+    model = make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts)
+    permuted = make_ensemble([tiny_llama(1), tiny_gpt2(2)], [experts[i] for i in order])
+    permuted.pcm.head.weight.data = model.pcm.head.weight.data[order]
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    output, other = model(torch.tensor([CONTEXT]), preference=weights), permuted(torch.tensor([CONTEXT]), preference=weights[order])  # fmt: skip  # noqa: E501
+    assert_close(other.logits, output.logits, atol=1e-5, rtol=0)
+    assert_close(other.expert_weights, output.expert_weights[..., order], atol=1e-5, rtol=0)
+
+
+def test_a_zero_weight_equals_an_ensemble_without_the_expert():
+    """Under one description; without, the PCM is told of the experts that remain only where there are others."""
+    experts = [(0, [5, 6], [11]), (1, [], [12]), (0, [8], [13])]
+    model = make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts)
+    without = make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts[:2])
+    without.pcm.head.weight.data = model.pcm.head.weight.data[:2]
+    ids, description = torch.tensor([CONTEXT]), torch.tensor([33])
+    output = model(ids, preference=[1, 2, 0], preference_ids=description)
+    assert_close(output.logits, without(ids, preference=[1, 2], preference_ids=description).logits, atol=1e-5, rtol=0)
+
+
+def test_an_unknown_argument_is_refused(mixed):
+    with pytest.raises(TypeError, match=r"unknown arguments \['preferense'\]"):
+        mixed(torch.tensor([CONTEXT]), preferense="e0")
+
+
+def test_logits_to_keep_counts_the_positions_of_right_padded_rows(mixed):
+    ids = torch.tensor([CONTEXT, [31, 32, 33, 34, 0, 0, 0]])
+    mask = torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
+    whole = mixed(ids, attention_mask=mask, preference=["e0", "e4"])
+    kept = mixed(ids, attention_mask=mask, preference=["e0", "e4"], logits_to_keep=torch.tensor([1, 3]))
+    assert_close(kept.logits, whole.logits[:, [1, 3]], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="`logits_to_keep` must be a number of tokens or a tensor of positions"):
+        mixed(ids, logits_to_keep=mask.bool())
+
+
+def test_shares_of_right_padded_rows_and_truncated_experts_equal_the_formula(mixed):
+    mixed.config.expert_top_k = 30
+    ids = torch.tensor([CONTEXT, [31, 32, 33, 34, 0, 0, 0]])
+    mask = torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
+    shares = mixed.attribute(ids, attention_mask=mask, preference=torch.tensor(WEIGHTS))
+    for i, row in enumerate((CONTEXT, [31, 32, 33, 34])):
+        expected = reference(mixed, row, WEIGHTS)
+        probs = expected["expert_log_probs"].exp()
+        probs = probs * (probs >= probs.topk(30, dim=-1).values[..., -1:])
+        probs = probs / probs.sum(-1, keepdim=True)
+        picked = probs[:, :-1].gather(2, torch.tensor(row[1:]).expand(6, -1)[..., None])[..., 0].T
+        parts = expected["expert_weights"][:-1] * picked
+        assert_close(shares[i, : len(row) - 1], (parts / parts.sum(-1, keepdim=True)).nan_to_num(), atol=1e-4, rtol=0)
+    assert shares[1, 3:].eq(0).all()
+
+
+def test_a_failed_call_leaves_an_empty_cache_empty(mixed):
+    cache = PCMEnsembleCache(mixed.config)
+    with pytest.raises(IndexError):
+        mixed(torch.tensor([[500]]), past_key_values=cache, preference="e0")
+    assert cache.route is None

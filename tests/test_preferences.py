@@ -1,5 +1,8 @@
 """Preferences: every accepted form, every refusal, and the route that follows."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
@@ -23,6 +26,9 @@ NAMES = ["concise", "friendly", "elementary"]
         pytest.param([{"concise": 2}, {"friendly": 1}], [[2, 0, 0], [0, 1, 0]], id="mapping-per-row"),
         pytest.param([["concise"], ["friendly", "elementary"]], [[1, 0, 0], [0, 1, 1]], id="names-per-row"),
         pytest.param([[1, 2, 3], [0, 0, 1]], [[1, 2, 3], [0, 0, 1]], id="numbers-per-row"),
+        pytest.param(
+            {"concise": np.float32(0.5), "friendly": Fraction(1, 4)}, [[0.5, 0.25, 0]] * 2, id="other-numbers"
+        ),
         pytest.param(torch.tensor([1, 0, 2]), [[1, 0, 2]] * 2, id="tensor"),
         pytest.param(torch.tensor([[1, 0, 2], [0, 1, 0]]), [[1, 0, 2], [0, 1, 0]], id="tensor-per-row"),
     ],
@@ -39,6 +45,7 @@ def test_every_accepted_form_gives_weights_by_row_and_expert(preference, expecte
         pytest.param({"concise": -1}, ValueError, "expert 'concise' the weight -1.0 in row 0", id="negative"),
         pytest.param({"concise": float("nan")}, ValueError, "'concise' the weight nan", id="nan"),
         pytest.param(torch.tensor([1, float("inf"), 0]), ValueError, "'friendly' the weight inf", id="infinite"),
+        pytest.param({"concise": 1e300}, ValueError, "'concise' the weight inf", id="too-large"),
         pytest.param({"concise": 0}, ValueError, "leaves row 0 without an expert", id="all-zero"),
         pytest.param([{"concise": 1}, {"concise": 0}], ValueError, "leaves row 1 without", id="a-zero-row"),
         pytest.param([["concise"]], ValueError, "has 1 rows, but the batch has 2", id="too-few-rows"),

@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
 
@@ -243,13 +243,35 @@ def test_weights_that_do_not_belong_to_the_config_are_refused(ensemble, tmp_path
         PCMEnsembleForCausalLM.from_pretrained(tmp_path)
 
 
-def test_saving_and_loading_logs_no_warning(ensemble, tmp_path, capfd):
-    logging.set_verbosity_warning()
+def test_saving_and_loading_logs_no_warning(ensemble, tmp_path, transformers_log):
     ensemble.save_pretrained(tmp_path)
     model = PCMEnsembleForCausalLM.from_pretrained(tmp_path)
     model.generate(CONTEXT, preference=PREFERENCE, max_new_tokens=3)
-    errors = capfd.readouterr().err
-    assert "[transformers]" not in errors, errors
+    assert transformers_log() == []
+
+
+def test_variants_stand_beside_one_another(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path)
+    expected = ensemble(CONTEXT).logits
+    torch.nn.init.ones_(ensemble.pcm.head.weight)
+    ensemble.save_pretrained(tmp_path, variant="v2", max_shard_size="50KB")
+    ensemble.save_pretrained(tmp_path, variant="v2")
+    assert torch.equal(PCMEnsembleForCausalLM.from_pretrained(tmp_path)(CONTEXT).logits, expected)
+    second = PCMEnsembleForCausalLM.from_pretrained(tmp_path, variant="v2")
+    assert torch.equal(second(CONTEXT).logits, ensemble(CONTEXT).logits)
+    assert {p.name for p in tmp_path.glob("*.safetensors*")} == {"model.safetensors", "model.v2.safetensors"}
+
+
+def test_the_tokenizer_comes_from_where_the_model_came_from(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path / "sub")
+    model = PCMEnsembleForCausalLM.from_pretrained(tmp_path, subfolder="sub")
+    assert model.tokenizer("Hi")["input_ids"] == ensemble.tokenizer("Hi")["input_ids"]
+
+
+def test_a_value_set_at_loading_is_checked_too(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="`merge` must be one of"):
+        PCMEnsembleForCausalLM.from_pretrained(tmp_path, merge="foo")
 
 
 def test_loading_does_not_change_what_the_weights_say(ensemble, tmp_path):
