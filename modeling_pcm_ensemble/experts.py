@@ -126,7 +126,7 @@ class ExpertBackbones(PreTrainedModel):
             if inputs.order is not None:
                 expert_weights = expert_weights.take_along_dim(inputs.order[..., None], dim=1)
             names = self.config.expert_names
-            return AdapterSelection(expert_weights[..., [names.index(name) for name in bank.names]])
+            return AdapterSelection(expert_weights[..., [names.index(name) for name in bank.names]], bank.number)
         if part.adapters is None:
             names = [self.config.experts[entry.expert]["name"] for entry in expert_rows]
             part.adapters = bank.selection(names, [entry.num_rows for entry in expert_rows], inputs.input_ids.device)

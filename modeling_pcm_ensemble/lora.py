@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import torch
@@ -41,11 +41,17 @@ class AdapterSelection:
     Args:
         weights (`torch.Tensor` of shape `(rows, 1 or seq, adapters)`):
             One-hot where a row runs one adapter, zeros where it runs none, any weights w for Σ_i w_i s_i B_i A_i.
+        bank (`int`): the number of the bank that they select from; two ensembles may share a backbone.
     """
 
     weights: torch.Tensor
+    bank: int
     masks: dict = field(default_factory=dict)
     products: dict = field(default_factory=dict)
+
+    def rows(self, index: torch.LongTensor) -> "AdapterSelection":
+        """The selection of a batch whose row i is this one's row `index[i]`."""
+        return AdapterSelection(self.weights[index], self.bank)
 
     def mask(self, columns: tuple[Columns, ...], dtype: torch.dtype) -> torch.Tensor:
         """Each column's weight times scale, `(rows, 1 or seq, columns)`; built once for all layers that share it."""
@@ -58,6 +64,7 @@ class AdapterSelection:
         return self.masks[columns, dtype]
 
 
+_bank_numbers = count()
 _selection: ContextVar[AdapterSelection | None] = ContextVar("adapter_selection", default=None)
 
 
@@ -81,7 +88,7 @@ class LoraGroup(nn.Module):
     Parameters: `lora_A` of shape `(columns, in)`, and for each layer `lora_B` of shape `(out, columns of the layer)`.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], columns: list[Columns]):
+    def __init__(self, linears: dict[str, nn.Module], columns: list[Columns], bank: int):
         super().__init__()
         self.columns = tuple(sorted(columns, key=lambda entry: (entry.layer, entry.adapter)))
         weight = next(iter(linears.values())).weight
@@ -91,7 +98,7 @@ class LoraGroup(nn.Module):
         for name, linear in linears.items():
             start, stop = self.span(name)
             lora_B = torch.zeros(features(linear)[1], stop - start, **like)  # noqa: N806
-            self.add_module(name, LoraLayer(self, lora_B, start, stop))
+            self.add_module(name, LoraLayer(self, lora_B, start, stop, bank))
 
     def span(self, layer: str, adapter: int | None = None) -> tuple[int, int]:
         """First and last column (exclusive) of a layer, or of one adapter on it."""
@@ -112,15 +119,16 @@ class LoraGroup(nn.Module):
 class LoraLayer(nn.Module):
     """One layer's share of a [`LoraGroup`]; adds B A x to the layer's output through a forward hook."""
 
-    def __init__(self, group: LoraGroup, lora_B: torch.Tensor, start: int, stop: int):  # noqa: N803
+    def __init__(self, group: LoraGroup, lora_B: torch.Tensor, start: int, stop: int, bank: int):  # noqa: N803
         super().__init__()
+        self.bank = bank
         self.lora_B = nn.Parameter(lora_B)
         self.start, self.stop = start, stop
         self.group = (group,)  # in a tuple, so that it is not a submodule of its own child
 
     def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         selection = _selection.get()
-        if selection is None:
+        if selection is None or selection.bank != self.bank:
             return output
         low = self.group[0](inputs[0], selection)[:, self.start : self.stop]  # (rows * seq, columns of the layer)
         output.view(-1, output.shape[-1]).addmm_(low.to(output.dtype), self.lora_B.T.to(output.dtype))
@@ -139,6 +147,7 @@ class LoraBank(nn.Module):
 
     def __init__(self, backbone: PreTrainedModel, adapters: dict[str, dict]):
         super().__init__()
+        self.number = next(_bank_numbers)
         self.names = list(adapters)
         self.handles = []
         columns: dict[str, list[Columns]] = {}
@@ -147,7 +156,7 @@ class LoraBank(nn.Module):
                 columns.setdefault(path, []).append(Columns(path.rpartition(".")[2], index, rank, scale))
         for paths in _groups(list(columns)):
             linears = {path.rpartition(".")[2]: backbone.get_submodule(path) for path in paths}
-            group = LoraGroup(linears, [entry for path in paths for entry in columns[path]])
+            group = LoraGroup(linears, [entry for path in paths for entry in columns[path]], self.number)
             _add_at(self, paths[0].rpartition(".")[0], "_".join(linears), group)
 
     def attach(self, backbone: PreTrainedModel):
@@ -172,10 +181,10 @@ class LoraBank(nn.Module):
     def selection(self, names: list[str | None], num_rows: list[int], device: torch.device) -> AdapterSelection:
         """`num_rows[i]` rows with the adapter of expert `names[i]`, or none where the bank has none by that name."""
         weights = torch.zeros(sum(num_rows), 1, len(self.names))
-        for row, name in enumerate(name for name, count in zip(names, num_rows) for _ in range(count)):
+        for row, name in enumerate(name for name, rows in zip(names, num_rows) for _ in range(rows)):
             if name in self.names:
                 weights[row, 0, self.names.index(name)] = 1
-        return AdapterSelection(weights.to(device))
+        return AdapterSelection(weights.to(device), self.number)
 
     @torch.no_grad()
     def tensors(self, name: str) -> dict[str, torch.Tensor]:

@@ -73,7 +73,7 @@ class CachePart:
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[rows]
         if self.adapters is not None:
-            self.adapters = AdapterSelection(self.adapters.weights[rows])
+            self.adapters = self.adapters.rows(rows)
 
 
 @dataclass

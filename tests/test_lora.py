@@ -266,6 +266,12 @@ def test_the_backbone_alone_runs_without_adapters(backbone, adapters):
     assert torch.equal(model.backbones[0](CONTEXT).logits, tiny_llama(1)(CONTEXT).logits)
 
 
+def test_two_ensembles_may_share_a_backbone(backbone, adapters):
+    one, other = lora_ensemble(backbone, {"a": adapters["a"]}), lora_ensemble(backbone, {"x": adapters["b"]})
+    assert_close(one(CONTEXT).logits, peft_log_probs(tiny_llama(1), adapters["a"], CONTEXT), atol=1e-4, rtol=0)
+    assert_close(other(CONTEXT).logits, peft_log_probs(tiny_llama(1), adapters["b"], CONTEXT), atol=1e-4, rtol=0)
+
+
 def test_adapters_weigh_what_they_weigh(backbone, adapters):
     model = lora_ensemble(backbone, adapters)
     files = [load_file(f"{folder}/adapter_model.safetensors") for folder in adapters.values()]

@@ -1,0 +1,143 @@
+"""What the benchmarks share: the models, interleaved timing, and how results are written."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+
+import matplotlib as mpl
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+DTYPE = torch.bfloat16
+RANK = 16
+PCM_LAYERS = 4
+
+
+def load_backbone(arguments) -> PreTrainedModel:
+    """SmolLM2-135M, or a random Llama of the size asked for, in bfloat16 and in memory of its own."""
+    torch.manual_seed(0)
+    if arguments.layers is None:
+        model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=DTYPE)
+    else:
+        config = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=arguments.hidden,
+            intermediate_size=4 * arguments.hidden,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=arguments.hidden // 64,
+            num_key_value_heads=max(1, arguments.hidden // 256),
+            tie_word_embeddings=True,
+        )
+        model = LlamaForCausalLM(config).to(DTYPE)
+    for parameter in model.parameters():  # a checkpoint is mapped from disk, which a first pass would have to read
+        parameter.data = parameter.data.clone()
+    return model.eval().requires_grad_(False)
+
+
+def random_adapter(backbone: PreTrainedModel, seed: int) -> dict:
+    """A LoRA on all linear layers, as `from_experts` takes it."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, module in backbone.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not backbone.get_output_embeddings():
+            a = torch.randn(RANK, module.in_features, generator=generator) * module.in_features**-0.5
+            b = torch.randn(module.out_features, RANK, generator=generator) * 0.01
+            tensors |= {f"{path}.lora_A.weight": a.to(DTYPE), f"{path}.lora_B.weight": b.to(DTYPE)}
+    return {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "tensors": tensors}
+
+
+def lora_ensemble(backbone: PreTrainedModel, num_experts: int, **kwargs) -> PCMEnsembleForCausalLM:
+    experts = {f"lora{i}": {"model": backbone, "adapter": random_adapter(backbone, i)} for i in range(num_experts)}
+    return PCMEnsembleForCausalLM.from_experts(experts, pcm=backbone, pcm_layers=PCM_LAYERS, **kwargs)
+
+
+def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length: int = 18) -> PCMEnsembleForCausalLM:
+    """Experts prompted with as many tokens as those of the quickstart."""
+    model = PCMEnsembleForCausalLM.from_experts(
+        {f"prompted{i}": {"model": backbone} for i in range(num_experts)}, pcm=backbone, pcm_layers=PCM_LAYERS
+    )
+    for i, expert in enumerate(model.config.experts):
+        expert["prompt_ids"] = [(i * 31 + j) % 40000 + 100 for j in range(prompt_length)]
+    return model
+
+
+def interleaved(
+    steps: dict[str, Callable[[], None]], rounds: int, warm_up: int = 4, title: str = ""
+) -> dict[str, list]:
+    """Seconds of each step in each round. All steps take turns, so that a slow moment hits all of them."""
+    seconds = {name: [] for name in steps}
+    for done in tqdm(range(rounds + warm_up), desc=title, leave=False):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if done >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: dict[str, list], reference: str) -> list[dict]:
+    """Median seconds, and the median and quartiles of the ratio to the reference in the same round."""
+    rows = []
+    for name, values in seconds.items():
+        ratios = [value / base for value, base in zip(values, seconds[reference])]
+        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        times = {"seconds": median(values), "ratio": median(ratios), "quartiles": [low, high]}
+        rows.append({"name": name, "rounds": len(values)} | times)
+    return rows
+
+
+def write_results(name: str, rows: list[dict], columns: list[str], arguments, picture: Callable | None = None):
+    """Print a table, and write it as JSON with machine and versions, and as PNG where there is a picture."""
+    model = "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(DTYPE),
+        "model": model,
+    }
+    table = Table(*columns, title=f"{name}: {model}, {machine['threads']} threads, bfloat16")
+    for row in rows:
+        table.add_row(*(f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
+    Console().print(table)
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = name if arguments.layers is None else f"{name}-llama-{arguments.layers}x{arguments.hidden}"
+    (folder / f"{stem}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    if picture is not None:
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        picture(axes)
+        axes.set_title(f"{model}, {machine['threads']} CPU threads, bfloat16")
+        figure.savefig(folder / f"{stem}.png", dpi=120)
+        plt.close(figure)
+
+
+def grouped_bars(axes, rows: list[dict], group: str, label: str):
+    """Ratios as bars, one colour for each name, side by side in each group, with their quartiles."""
+    groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, "name"))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        mine = [row for row in rows if row["name"] == name]
+        places = [groups.index(row[group]) + (i - len(names) / 2 + 0.5) * width for row in mine]
+        heights = [row["ratio"] for row in mine]
+        spread = [[abs(row["ratio"] - row["quartiles"][end]) for row in mine] for end in (0, 1)]
+        bars = axes.bar(places, heights, width, label=name, yerr=spread, error_kw={"linewidth": 0.8})
+        axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
+    axes.set_xticks(range(len(groups)), [f"{group} {value}" for value in groups])
+    axes.set_ylabel(label)
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.legend(fontsize=7)
