@@ -1,12 +1,13 @@
-"""python -m benchmarks decode | serve | memory | scaling | profile"""
+"""python -m benchmarks decode | serve | memory | scaling | profile | readme"""
 
 import argparse
 
 from transformers.utils import logging
 
-from . import decode, memory, profile, scaling, serve
+from . import decode, memory, profile, readme, scaling, serve
 
-COMMANDS = {"decode": decode, "serve": serve, "memory": memory, "scaling": scaling, "profile": profile}
+MODULES = (decode, serve, memory, scaling, profile, readme)
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
 def main():

@@ -8,6 +8,7 @@ from peft import PeftModel, XLoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.merging import ExpertLogits, log_expert_weights, mixture_log_probs
 
 from .common import (
     DTYPE,
@@ -48,6 +49,7 @@ def run(arguments):
         steps = {name: cached_step(model, token) for name, model in models.items()}
         steps["separate models"] = one_after_another([cached_step(model, token) for model in copies])
         steps["PEFT mixed batch"] = peft_step(peft, backbone, lora.config.expert_names, token)
+        steps["mixture alone"] = mixture_step(backbone.config.vocab_size, batch)
         if xlora is not None and batch == 1:
             context = torch.randint(100, 40000, (batch, CONTEXT))
             steps["PEFT X-LoRA"] = lambda context=context: xlora(context, use_cache=False)
@@ -60,6 +62,18 @@ def run(arguments):
 
 def one_after_another(steps: list):
     return lambda: [step() for step in steps]
+
+
+def mixture_step(vocab_size: int, batch: int):
+    """What joins three experts' logits, with the weights of a PCM."""
+    logits = torch.randn(EXPERTS, batch, 1, vocab_size).to(DTYPE)
+    scores, weights = torch.randn(batch, 1, EXPERTS), torch.ones(batch, EXPERTS)
+
+    def step():
+        experts = [ExpertLogits(i, None, logits[i]) for i in range(EXPERTS)]
+        return mixture_log_probs(experts, log_expert_weights(scores, weights.log()), exact=False)
+
+    return step
 
 
 def cached_step(model, token: torch.Tensor, context: int = CONTEXT):

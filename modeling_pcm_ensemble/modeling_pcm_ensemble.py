@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from transformers import (
-    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,11 +15,11 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .building import HUB_OPTIONS, build_expert, build_parts, check_loading, load_tokenizer
 from .cache import PCMEnsembleCache
+from .checks import cached_length, check_cache, check_inputs, check_length, check_mask, check_no_sliding_windows
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, token_log_probs
@@ -298,17 +297,10 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         Raises:
             TypeError, ValueError: on input that is not as above, before any model runs.
         """
-        _check_inputs(input_ids, inputs_embeds, past_key_values, kwargs)
-        if isinstance(logits_to_keep, torch.Tensor) and (
-            logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool
-        ):
-            raise ValueError(
-                "`logits_to_keep` must be a number of tokens or a tensor of positions of shape (positions,), got "
-                f"{logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}."
-            )
+        check_inputs(input_ids, inputs_embeds, past_key_values, logits_to_keep, kwargs)
         route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
-        attention_mask = _check_mask(input_ids, attention_mask, past_key_values)
-        self._check_length(route, _cached_length(past_key_values) + input_ids.shape[1])
+        attention_mask = check_mask(input_ids, attention_mask, past_key_values)
+        check_length(self.config, route, cached_length(past_key_values) + input_ids.shape[1])
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = past_key_values
         if use_cache and cache is None:
@@ -367,22 +359,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
                 "to go on with the first one, or start without `past_key_values`."
             )
         return route
-
-    def _check_length(self, route: Route, length: int):
-        """Refuse a context that is longer than the positions of a submodel which reads it behind its prefix."""
-        config = self.config
-        prefixes = [("the PCM", config.pcm, 0 if route.prefix_ids is None else route.prefix_ids.shape[1])]
-        for backbone, expert_rows in route.expert_rows.items():
-            for expert in (config.experts[entry.expert] for entry in expert_rows):
-                prefixes.append((f"expert {expert['name']!r}", config.backbones[backbone], len(expert["prompt_ids"])))
-        for reader, part, prefix_length in prefixes:
-            limit = getattr(part, "max_position_embeddings", None)
-            if limit is not None and 0 < limit < length + prefix_length:
-                raise ValueError(
-                    f"The context of {length} tokens is too long for {reader}, which has {limit} positions and reads "
-                    f"{prefix_length} tokens of its own first. Use at most {limit - prefix_length} tokens, prompt and "
-                    "new ones together."
-                )
 
     def _log_expert_weights(self, route, input_ids, attention_mask, cache, logits_to_keep=0, **kwargs):
         """log α, `(batch, positions, experts)`, and the PCM body's output."""
@@ -467,10 +443,10 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
 
     def _whole_text(self, input_ids, attention_mask, *preference):
         """Route, mask of the tokens, and α at each of them."""
-        _check_inputs(input_ids, None, None, {})
+        check_inputs(input_ids, None, None, 0, {})
         route = self._route(len(input_ids), None, *preference)
-        mask = _check_mask(input_ids, attention_mask, None)
-        self._check_length(route, input_ids.shape[1])
+        mask = check_mask(input_ids, attention_mask, None)
+        check_length(self.config, route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
 
     # Hooks of generate()
@@ -518,11 +494,11 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         preference, preference_ids = (model_kwargs.get(name) for name in names)
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         if cache is not None:
-            _check_cache(cache)
+            check_cache(cache)
         route = self._route(rows, cache, preference, preference_ids=preference_ids)
-        self._check_length(route, max_cache_length)
+        check_length(self.config, route, max_cache_length)
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("attention_mask") is not None:
-            self._check_no_sliding_windows(route)
+            check_no_sliding_windows(self.config, route)
         if cache is not None:
             cache.route = route
             for name in names:  # the cache knows; forward need not compare it at each token
@@ -530,15 +506,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = cache
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-
-    def _check_no_sliding_windows(self, route: Route):
-        """Padding that comes in a later chunk stays behind the prefix, where a sliding window would count it."""
-        for backbone in route.expert_rows:
-            if any(DynamicCache(config=self.config.backbones[backbone]).is_sliding):
-                raise ValueError(
-                    "`prefill_chunk_size` cannot be used with padded rows where experts have sliding windows. Leave "
-                    "it out, or generate for rows of one length."
-                )
 
     def _get_logits_processor(self, *args, model_kwargs: dict | None = None, **kwargs):
         """Classifier-free guidance calls the model once more, which must be under the same preference."""
@@ -554,49 +521,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
 
 def _kept(logits_to_keep: int | torch.LongTensor) -> slice | torch.LongTensor:
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-
-
-def _cached_length(cache: PCMEnsembleCache | None) -> int:
-    return 0 if cache is None else cache.get_seq_length()
-
-
-def _check_mask(input_ids, attention_mask, cache) -> torch.LongTensor | None:
-    """`attention_mask`, `(batch, cached + seq)`, as integers."""
-    if attention_mask is None:
-        return None
-    expected = (input_ids.shape[0], _cached_length(cache) + input_ids.shape[1])
-    if attention_mask.shape != expected:
-        raise ValueError(
-            f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but cached and new tokens make "
-            f"{tuple(map(int, expected))}."
-        )
-    return attention_mask.long()
-
-
-def _check_cache(cache):
-    if not isinstance(cache, PCMEnsembleCache):
-        raise TypeError(
-            f"`past_key_values` must be a `PCMEnsembleCache`, got {type(cache).__name__}. Leave it out of the first "
-            "call and pass back the one it returns, or start with `PCMEnsembleCache(model.config)`."
-        )
-
-
-def _check_inputs(input_ids, inputs_embeds, past_key_values, kwargs: dict):
-    if inputs_embeds is not None:
-        raise ValueError("`inputs_embeds` cannot be used, because experts do not share embeddings. Pass `input_ids`.")
-    if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        shape = None if input_ids is None else tuple(input_ids.shape)
-        raise ValueError(f"`input_ids` must have the shape (batch, seq) with at least one token, got {shape}.")
-    unknown = kwargs.keys() - TransformersKwargs.__optional_keys__ - {"position_ids", "token_type_ids", "return_dict"}
-    if unknown:
-        raise TypeError(f"`forward` got the unknown arguments {sorted(unknown)}.")
-    if kwargs.get("position_ids") is not None:
-        raise ValueError(
-            "`position_ids` cannot be used, because each submodel counts its own prefix. They follow from "
-            "`attention_mask`; leave them out."
-        )
-    if past_key_values is not None:
-        _check_cache(past_key_values)
 
 
 PCMEnsembleConfig.register_for_auto_class()

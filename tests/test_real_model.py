@@ -1,5 +1,6 @@
 """The real SmolLM2-135M-Instruct: what a newcomer does, and what only real weights and a real tokenizer can show."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -7,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
+from benchmarks.common import random_adapter
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 
-pytestmark = pytest.mark.real_model
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's call
+]
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ["What is gravity?", "Why should I brush my teeth before I go to bed?", "Who are you?"]
 
@@ -89,6 +96,24 @@ def test_the_chat_template_adds_no_system_turn_of_its_own(ensemble):
     prompt = ensemble.tokenizer.decode(ensemble.config.experts[2]["prompt_ids"])
     assert prompt == f"<|im_start|>system\n{demo.PREFERENCES['concise'][1]}<|im_end|>\n"
     assert ensemble.config.prefix_bos_token_id is None  # <|im_start|> is BOS, but begins every turn
+
+
+def test_a_lora_expert_gives_pefts_logits_on_real_weights(tmp_path):
+    backbone = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=torch.float32)
+    adapter = random_adapter(backbone, 0)
+    adapter["tensors"] = {key: tensor.float() for key, tensor in adapter["tensors"].items()}
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"a": {"model": backbone, "adapter": adapter}, "base": backbone}, pcm=backbone, pcm_layers=1
+    )
+    model.export_adapter("a", tmp_path)
+    inputs = model.tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
+    with torch.no_grad():
+        found = model(**inputs, preference="a").logits
+        base = model(**inputs, preference="base").logits
+        peft = PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path).eval()
+        expected = peft(input_ids=inputs["input_ids"]).logits.log_softmax(-1)
+    assert (found - expected).abs().max() < 1e-4
+    assert (found - base).abs().max() > 0.1
 
 
 def run(*command: str, cwd) -> str:

@@ -1,0 +1,43 @@
+"""The benchmarks run, and the README says what they found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.readme import with_tables
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["decode", "--batches", "1", "2", "--rounds", "2"], {"LoRA experts", "separate models", "PEFT mixed batch"}),
+        (["serve", "--requests", "3", "--tokens", "4", "--rounds", "1"], {"this library", "one plain model"}),
+        (["scaling", "--experts", "1", "2", "--batches", "2", "--contexts", "16", "--rounds", "2"], {"LoRA experts"}),
+        (["memory"], {"one plain model", "six LoRA experts and the PCM"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_benchmark_measures_every_variant(command, names, tmp_path):
+    size = ["--layers", "4", "--hidden", "128", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "benchmarks", *command, *size], check=True, cwd=ROOT, capture_output=True)
+    (result,) = tmp_path.glob("*.json")
+    found = json.loads(result.read_text())
+    assert names <= {row["name"] for row in found["rows"]}
+    assert found["machine"]["model"] == "Llama 4 x 128"
+    if command[0] == "memory":
+        for row in found["rows"]:
+            assert row["weights_mb"] == pytest.approx(row["expected_weights_mb"], rel=0.02)
+    else:
+        assert all(row["seconds"] > 0 for row in found["rows"])
+        assert list(tmp_path.glob("*.png"))
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert with_tables(text, ROOT / "benchmarks" / "results") == text
+    assert "| LoRA experts |" in text
