@@ -43,7 +43,7 @@ def run(arguments):
             soup.merge(weights[user])
             soup.model.generate(ids[user : user + 1], **options)
 
-    few, every = arguments.soup_requests, arguments.requests
+    few, every = min(arguments.soup_requests, arguments.requests), arguments.requests
     runs = {
         "Personalized Soup, ideal merge": (few, lambda: merge_and_generate(few)),
         "this library": (every, lambda: mixture.generate(ids, preference=weights, **options)),
