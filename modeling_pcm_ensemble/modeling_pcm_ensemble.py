@@ -428,7 +428,8 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
 
         Returns:
             `torch.FloatTensor` of shape `(batch, seq - 1, experts)`: `[:, t]` is α_i π_i / Σ_j α_j π_j of the token
-            that stands at t + 1; 0 where that token, or the one before it, is padding.
+            that stands at t + 1; 0 where that token, or the one before it, is padding. Under `merge="logits"` too
+            these are the shares in a mixture of probabilities.
         """
         if self.config.merge == "adapters":
             raise ValueError('`attribute` needs experts that run apart; `merge="adapters"` runs one model.')
