@@ -18,7 +18,7 @@ def run(arguments):
 
 def with_tables(text: str, results: Path) -> str:
     """`text` with the table behind each marker made anew from `results`."""
-    for name, make_table in (("decode", decode_table), ("serve", serve_table)):
+    for name, make_table in (("decode", decode_table), ("scaling", scaling_table), ("serve", serve_table)):
         table = make_table(json.loads((results / f"{name}.json").read_text())["rows"])
         before, marker, after = text.partition(f"<!-- {name} table -->\n")
         text = before + marker + table + re.sub(r"\A(\|.*\n)*", "", after)
@@ -33,6 +33,17 @@ def decode_table(rows: list[dict]) -> str:
         cells = [f"{ratios[name, batch]:.2f}" if (name, batch) in ratios else "–" for batch in batches]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def scaling_table(rows: list[dict]) -> str:
+    """The part with one request and the shortest context."""
+    shortest = min(row["context"] for row in rows)
+    mine = [r for r in rows if r["name"] == "LoRA experts" and (r["batch"], r["context"]) == (1, shortest)]
+    lines = [
+        "| LoRA experts | " + " | ".join(str(row["experts"]) for row in mine) + " |",
+        "|---" * (len(mine) + 1) + "|",
+    ]
+    return "\n".join([*lines, "| batch 1 | " + " | ".join(f"{row['ratio']:.2f}" for row in mine) + " |"]) + "\n"
 
 
 def serve_table(rows: list[dict]) -> str:
