@@ -200,12 +200,14 @@ class _Loader:
         if isinstance(source, PreTrainedConfig):
             config = _first_layers(source, num_layers)
             _check_is_causal_lm(config, "the PCM")
-            return AutoModel.from_config(config, **self._options("dtype", "attn_implementation"))
+            return AutoModel.from_config(config, dtype=self.backbones[0].dtype, **self._options("attn_implementation"))
         key = _source_key(source)
         model = self.backbones[self.indexes[key]] if key in self.indexes else self._causal_lm(source, "the PCM")
         self.sources.append(source)
         whole = model.base_model
-        body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=whole.dtype).to(whole.device)
+        body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=self.backbones[0].dtype).to(
+            whole.device
+        )
         weights = whole.state_dict()
         if missing := sorted(body.state_dict().keys() - weights.keys()):
             raise ValueError(

@@ -96,6 +96,15 @@ def test_the_pcm_may_be_made_from_a_configuration():
     assert len(model.pcm.body.layers) == 2
 
 
+def test_the_pcm_takes_the_dtype_of_the_experts():
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+    )
+    for pcm in (config, tiny_llama(2)):
+        model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1).to(torch.bfloat16)}, pcm=pcm)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_a_zero_head_gives_the_users_weights():
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_llama(2)}, pcm=tiny_llama(3))
     assert_close(model(CONTEXT, preference=[1, 3]).expert_weights[0, 0], torch.tensor([0.25, 0.75]))
