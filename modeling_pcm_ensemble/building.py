@@ -77,7 +77,7 @@ def build_parts(
         ],
         prefix_bos_token_id=bos,
         bos_token_id=generation_config.bos_token_id,
-        eos_token_id=_all_end_tokens(backbones),
+        eos_token_id=all_end_tokens(backbones),
         pad_token_id=generation_config.pad_token_id,
         **config_kwargs,
     )
@@ -86,12 +86,12 @@ def build_parts(
     return Parts(config, backbones, body, tokenizer, {name: tensors for name, (_, tensors) in adapters.items()})
 
 
-def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, list[PreTrainedModel], dict | None]:
+def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, Parts]:
     """
     Do the work of [`PCMEnsembleForCausalLM.add_expert`] without touching the ensemble.
 
     Returns:
-        The expert's entry in the configuration, the backbones with its own, and its adapter's tensors.
+        The expert's entry in the configuration, and the parts with its own among them.
     """
     config = model.config
     ((name, spec),) = expert_specs({name: expert}).items()
@@ -102,15 +102,18 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, li
         loader.indexes |= {id(backbone): index} | ({_source_key(n): index} if (n := backbone.name_or_path) else {})
     index = loader.backbone(spec["model"], f"expert {name!r}")
     tokenizer = loader.tokenizer(model.tokenizer)
-    _check_vocabularies([*loader.backbones, model.pcm.body], [*map(repr, config.expert_names), name, "PCM"], tokenizer)
-    entry = _expert_entry(name, spec, index, tokenizer, config.prefix_bos_token_id)
-    adapter = None
+    labels = [f"backbone {i}" for i in range(len(model.backbones))] + loader.labels + ["the PCM"]
+    _check_vocabularies([*loader.backbones, model.pcm.body], labels, tokenizer)
+    _check_dtypes([*loader.backbones, model.pcm.body], labels)
+    entry, adapters = _expert_entry(name, spec, index, tokenizer, config.prefix_bos_token_id), {}
     if spec.get("adapter") is not None:
-        entry["adapter"], adapter = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
-    return entry, loader.backbones, adapter
+        entry["adapter"], adapters[name] = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
+    if spec.get("prompt"):
+        tokenizer = without_default_system_turn(tokenizer)
+    return entry, Parts(config, loader.backbones, model.pcm.body, tokenizer, adapters)
 
 
-def _all_end_tokens(backbones: list[PreTrainedModel]) -> int | list[int] | None:
+def all_end_tokens(backbones: list[PreTrainedModel]) -> int | list[int] | None:
     """Whatever token one of the experts ends a text with."""
     found = [backbone.generation_config.eos_token_id for backbone in backbones]
     ids = dict.fromkeys(i for entry in found for i in (entry if isinstance(entry, list) else [entry]) if i is not None)
@@ -245,8 +248,9 @@ def load_tokenizer(source: str, **options) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder or repository; None if it has none."""
     hub_options = {name: value for name, value in options.items() if name in (*HUB_OPTIONS, "subfolder")}
     hub_options.pop("trust_remote_code", None)
-    file = cached_file(source, "tokenizer_config.json", **hub_options, _raise_exceptions_for_missing_entries=False)
-    return None if file is None else AutoTokenizer.from_pretrained(source, **options)
+    hub_options["_raise_exceptions_for_missing_entries"] = False
+    files = (cached_file(source, name, **hub_options) for name in ("tokenizer_config.json", "tokenizer.json"))
+    return AutoTokenizer.from_pretrained(source, **options) if any(files) else None
 
 
 def _source_key(source):
@@ -388,4 +392,4 @@ def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | No
     }
 
 
-__all__ = ["Parts", "build_parts", "check_loading"]
+__all__ = ["Parts", "all_end_tokens", "build_expert", "build_parts", "check_loading", "load_tokenizer"]

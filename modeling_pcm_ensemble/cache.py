@@ -95,9 +95,9 @@ class PCMEnsembleCache(Cache):
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int):
-        super().crop(tokens_to_remove)
         for part in self.parts.values():
-            part.crop()
+            part.crop(part.length + tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def reset(self):
         super().reset()

@@ -15,9 +15,10 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .building import HUB_OPTIONS, build_expert, build_parts, check_loading, load_tokenizer
+from .building import HUB_OPTIONS, all_end_tokens, build_expert, build_parts, check_loading, load_tokenizer
 from .cache import PCMEnsembleCache
 from .checks import cached_length, check_cache, check_inputs, check_length, check_mask, check_no_sliding_windows
 from .configuration_pcm_ensemble import PCMEnsembleConfig
@@ -28,6 +29,8 @@ from .peft_format import write_adapter
 from .preferences import Route, build_route, preference_weights
 from .prefixes import CachePart
 from .saving import staged_folder
+
+logger = logging.get_logger(__name__)
 
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "commit_description", "tags")
 
@@ -167,9 +170,12 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         Raises:
             TypeError, ValueError: as [`from_experts`], or if the name is taken; the ensemble stays as it was.
         """
-        entry, backbones, adapter = build_expert(self, name, expert, model_kwargs)
-        new = {} if adapter is None else {name: adapter}
-        self._set_experts([*self.config.experts, entry], backbones, [*range(self.config.num_experts), None], new)
+        entry, parts = build_expert(self, name, expert, model_kwargs)
+        if len(parts.backbones) > len(self.backbones):
+            self.config.eos_token_id = self.generation_config.eos_token_id = all_end_tokens(parts.backbones)
+        head_rows = [*range(self.config.num_experts), None]
+        self._set_experts([*self.config.experts, entry], parts.backbones, head_rows, parts.adapters)
+        self._tokenizer = parts.tokenizer
 
     def remove_expert(self, name: str):
         """
@@ -201,6 +207,9 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         for bank in banks:
             bank.detach()
         self.config.experts, self.config.backbones = experts, [backbone.config for backbone in backbones]
+        self.config.vocab_size = min(
+            part.get_text_config().vocab_size for part in self.config.sub_config_items().values()
+        )
         self.backbones = ExpertBackbones(self.config, backbones)
         for name, tensors in (adapters | new).items():
             self.backbones.bank_of(name).load(name, tensors)
@@ -241,9 +250,14 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             return
         push = kwargs.pop("push_to_hub", False)
         hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        try:
+            tokenizer = self.tokenizer
+        except OSError as error:  # weights must not be lost because a repository cannot be reached
+            logger.warning(f"The ensemble is saved without its tokenizer, which could not be loaded: {error}")
+            tokenizer = None
         with staged_folder(save_directory, kwargs.get("variant")) as staging:
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(staging)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
             super().save_pretrained(staging, **kwargs)
         if push:
             repo_id = hub_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
@@ -343,6 +357,11 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         self, batch_size: int, cache, preference=None, preference_text=None, preference_ids=None, tokenizer=None
     ) -> Route:
         """The route of a call: the cache's, which a preference given again must not change, or a new one."""
+        if self.config.merge == "adapters" and self.training:
+            raise ValueError(
+                '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
+                '`merge="probabilities"`.'
+            )
         given = preference is not None or preference_text is not None or preference_ids is not None
         started = cache is not None and cache.route is not None
         if started and not given:
@@ -382,11 +401,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
 
     def _adapter_mixture(self, route, input_ids, attention_mask, cache, logits_to_keep, log_weights) -> torch.Tensor:
         """log π of the one model whose weights are Σ_i α_i (W + s_i B_i A_i), α changing from token to token."""
-        if self.training:
-            raise ValueError(
-                '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
-                '`merge="probabilities"`.'
-            )
         ((backbone, rows),) = route.expert_rows.items()
         part = CachePart() if cache is None else cache.part(f"backbones.{backbone}")
         ((_, _, logits),) = self.backbones(

@@ -51,20 +51,20 @@ class CachePart:
             given = torch.cat([given[:, :start], stretch.gather(1, order), given[:, start + order.shape[1] :]], dim=1)
         return mask & given
 
-    def crop(self):
+    def crop(self, length: int):
         """
-        Forget what was noted of tokens that the cache has dropped.
+        Forget what was noted of the tokens beyond `length`, which the cache is about to drop.
 
         Raises:
-            ValueError: if closing up had moved padding away from them, so that others were dropped than was meant.
+            ValueError: if closing up had moved padding away from there, so that other tokens would go than was meant.
         """
         for start, order in self.orders:
-            dropped = torch.arange(order.shape[1], device=order.device)[max(self.length - start, 0) :]
-            if not (order[:, max(self.length - start, 0) :] == dropped).all():
+            dropped = torch.arange(order.shape[1], device=order.device)[max(length - start, 0) :]
+            if not (order[:, max(length - start, 0) :] == dropped).all():
                 raise ValueError("A cache of rows that were padded on the right cannot be cropped. Pad on the left.")
         if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[:, : self.length]
-        orders = [(start, order[:, : max(self.length - start, 0)]) for start, order in self.orders]
+            self.attention_mask = self.attention_mask[:, :length]
+        orders = [(start, order[:, : max(length - start, 0)]) for start, order in self.orders]
         self.orders = [(start, order) for start, order in orders if order.shape[1]]
 
     def select(self, rows: torch.LongTensor):

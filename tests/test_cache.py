@@ -86,6 +86,7 @@ def test_cropping_rows_padded_on_the_right_is_refused(prompted):
         cache = prompted(ids, attention_mask=mask, preference=["e0", "e1"]).past_key_values
     with pytest.raises(ValueError, match="padded on the right cannot be cropped"):
         cache.crop(-1)
+    assert cache.get_seq_length() == 3
 
 
 def test_a_kind_of_cache_that_there_is_not_is_refused(mixed):

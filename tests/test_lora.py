@@ -251,6 +251,22 @@ def test_a_new_backbone_comes_with_its_expert(backbone, adapters):
     )
 
 
+def test_a_new_expert_brings_its_vocabulary_end_token_and_chat_template():
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"a": tiny_llama(1, vocab_size=112)}, pcm=tiny_llama(9, vocab_size=112), tokenizer=tiny_tokenizer()
+    )
+    chat = [{"role": "user", "content": "Hi"}]
+    assert "You are a test" in model.tokenizer.apply_chat_template(chat, tokenize=False)
+    other = tiny_llama(2)
+    other.generation_config.eos_token_id = 7
+    model.add_expert("b", {"model": other, "prompt": "Be brief."})
+    assert model.generation_config.eos_token_id == [2, 7]
+    assert model(CONTEXT).logits.shape[-1] == 99
+    assert "You are a test" not in model.tokenizer.apply_chat_template(chat, tokenize=False)
+    with pytest.raises(ValueError, match=r"one dtype, got backbone 0 torch.float32, .*expert 'c' torch.bfloat16"):
+        model.add_expert("c", tiny_llama(3).to(torch.bfloat16))
+
+
 def test_a_copy_keeps_adapters_of_its_own(backbone, adapters):
     model = lora_ensemble(backbone, adapters)
     expected = model(CONTEXT, preference="b").logits
