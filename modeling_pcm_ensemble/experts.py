@@ -1,6 +1,7 @@
 """Frozen causal LMs, each serving the rows of all experts that are built on it."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .lora import AdapterSelection, LoraBank, adapters_selected
 from .merging import ExpertLogits
 from .preferences import ExpertRows
-from .prefixes import CachePart, SubmodelInputs, pad_left, submodel_inputs
+from .prefixes import CachePart, SubmodelInputs, encode_prefixes_once, pad_left, submodel_inputs
 
 
 def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) -> torch.Tensor:
@@ -103,10 +104,13 @@ class ExpertBackbones(PreTrainedModel):
         Returns:
             `list[ExpertLogits]`: logits `(active rows, positions, vocab)` of each active expert.
         """
+        prompts = self._prompts(expert_rows, input_ids.device) if part.length == 0 else None
+        if prompts is not None:
+            self._encode_prompts_once(backbone, expert_rows, prompts, part)
         inputs = submodel_inputs(
             input_ids,
             attention_mask,
-            self._prompts(expert_rows, input_ids.device) if part.length == 0 else None,
+            prompts,
             part,
             logits_to_keep,
             self.config.prefix_bos_token_id,
@@ -116,6 +120,16 @@ class ExpertBackbones(PreTrainedModel):
         logits = logits[..., : self.config.vocab_size]  # (pairs, positions, vocab)
         chunks = logits.split([entry.num_rows for entry in expert_rows])
         return [ExpertLogits(entry.expert, entry.rows, chunk) for entry, chunk in zip(expert_rows, chunks)]
+
+    def _encode_prompts_once(self, backbone: int, expert_rows: list[ExpertRows], prompts, part: CachePart):
+        groups = torch.arange(len(expert_rows)).repeat_interleave(torch.tensor([e.num_rows for e in expert_rows]))
+        selection = None
+        if str(backbone) in self.adapters:
+            names = [self.config.experts[entry.expert]["name"] for entry in expert_rows]
+            selection = self.adapters[str(backbone)].selection(names, [1] * len(names), prompts.device)
+        with adapters_selected(selection):
+            run = partial(run_rows, self[backbone], part=part)
+            encode_prefixes_once(prompts, groups.to(prompts.device), part, run)
 
     def _selection(self, backbone: int, expert_rows, part: CachePart, inputs: SubmodelInputs, expert_weights):
         """The adapters of a call's rows; those of a cached part are worked out once."""

@@ -10,6 +10,8 @@ from conftest import left_pad, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2, 
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
@@ -388,3 +390,19 @@ def test_what_cannot_be_done_with_experts_is_refused(backbone, tmp_path, act, wo
     with pytest.raises(ValueError, match=words):
         act(model, adapter)
     assert model.config.expert_names == ["a"]
+
+
+def test_adapters_on_a_quantised_backbone_add_to_its_quantised_layers(backbone, adapters, tmp_path):
+    backbone.save_pretrained(tmp_path / "backbone")
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone", quantization_config=config)
+    model = lora_ensemble(quantised, adapters)
+    rounded = copy.deepcopy(backbone)
+    for name, parameter in quantised.named_parameters():
+        value = parameter.dequantize() if hasattr(parameter, "dequantize") else parameter
+        rounded.get_parameter(name).data = value.detach().clone()
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(rounded.get_parameter(weight), backbone.get_parameter(weight))
+    for name, folder in adapters.items():
+        logits = model(CONTEXT, preference=name).logits
+        assert (logits - peft_log_probs(rounded, folder, CONTEXT)).abs().max() < 1e-4

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import VOCAB, left_pad, make_ensemble, reference, tiny_gpt2, tiny_llama
+from conftest import VOCAB, left_pad, make_ensemble, reference, tiny_gpt2, tiny_llama, tiny_mistral
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import PCMEnsembleCache
+from modeling_pcm_ensemble import PCMEnsembleCache, prefixes
 
 CONTEXT = [21, 22, 23, 24, 25, 26, 27]
 WEIGHTS = [1.0, 0.5, 2.0, 0.0, 0.25, 1.0]
@@ -314,3 +314,38 @@ def test_a_failed_call_leaves_an_empty_cache_empty(mixed):
     with pytest.raises(IndexError):
         mixed(torch.tensor([[500]]), past_key_values=cache, preference="e0")
     assert cache.route is None
+
+
+@pytest.mark.parametrize("bos", [None, 21], ids=["no-bos", "contexts-begin-with-the-prompts-bos"])
+def test_prompts_of_many_rows_are_encoded_once_for_each_expert(monkeypatch, bos):
+    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    experts = [(0, [21, 6, 7], [11, 12]), (0, [8], [13]), (0, [], [14]), (1, [9, 9], [15])]
+    model = make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts, prefix_bos_token_id=bos)
+    rows = [CONTEXT, [21, 31, 32], [41, 42, 43], [21, 22]]
+    preferences = [["e0", "e1", "e2"], ["e0", "e3"], ["e1", "e3"], ["e0"]]
+    shapes = []
+    model.backbones[0].register_forward_hook(
+        lambda module, args, kwargs, output: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with torch.no_grad():
+        shared = model(**left_pad(rows), preference=preferences)
+        step = model(torch.tensor([[1]] * 4), past_key_values=shared.past_key_values)
+        shared.past_key_values.crop(-1)
+        again = model(torch.tensor([[1]] * 4), past_key_values=shared.past_key_values)
+    assert shapes == [(3, 2), (6, 8), (6, 1), (6, 1)]
+    assert_close(again.logits, step.logits, atol=1e-5, rtol=0)
+    for i, row in enumerate(rows):
+        alone = model(torch.tensor([[*row, 1]]), preference=preferences[i], use_cache=False).logits[0]
+        assert_close(shared.logits[i, -len(row) :], alone[:-1], atol=1e-4, rtol=0)
+        assert_close(step.logits[i], alone[-1:], atol=1e-4, rtol=0)
+
+
+def test_prompts_of_sliding_windows_are_encoded_with_each_row(monkeypatch):
+    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    model = make_ensemble([tiny_mistral(4)], [(0, [5, 6, 7], [11]), (0, [8], [12])])
+    rows = [CONTEXT, [31, 32, 33]]
+    with torch.no_grad():
+        together = model(**left_pad(rows)).logits
+        for logits, row in zip(together, rows):
+            alone = model(torch.tensor([row]), use_cache=False).logits[0]
+            assert_close(logits[-len(row) :], alone, atol=1e-4, rtol=0)
