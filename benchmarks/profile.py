@@ -1,5 +1,7 @@
 """Where a decode step goes: the operators of one model step, by time."""
 
+from pathlib import Path
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -21,4 +23,8 @@ def run(arguments):
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(arguments.steps):
             step()
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
+    print(table)
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"profile-{arguments.experts}-{arguments.batch}.txt").write_text(table)

@@ -2,12 +2,44 @@
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
 from .prefixes import CachePart
 
 STATIC, QUANTIZED, OFFLOADED = ("static", "offloaded_static"), ("quantized",), ("offloaded", "offloaded_static")
+STEPS_AHEAD = 64  # tokens that a growing layer makes room for, at least
+
+
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer with room for tokens to come: a step writes its own token where `torch.cat` would copy all."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.rooms: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # by name: the room, and what is used of it
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if self.get_seq_length() == 0 or key_states.requires_grad:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
+        room, used = self.rooms.get(name, (None, None))
+        # Other keys than the last step's (reordered, cropped, moved) have no room behind them.
+        if used is not old or room.shape[-2] < total or room.is_inference() != torch.is_inference_mode_enabled():
+            room = old.new_empty(*old.shape[:-2], total + max(total // 4, STEPS_AHEAD), old.shape[-1])
+            room[..., :length, :] = old
+        room[..., length:total, :] = new
+        self.rooms[name] = room, room[..., :total, :]
+        return self.rooms[name][1]
+
+    def reset(self):
+        super().reset()
+        self.rooms.clear()
 
 
 class PCMEnsembleCache(Cache):
@@ -67,7 +99,10 @@ class PCMEnsembleCache(Cache):
         if self.cache_implementation in QUANTIZED:
             options = {"backend": "quanto", "config": config} | self.cache_config
             return QuantizedCache(**options)
-        return DynamicCache(config=config, offloading=offloading)
+        cache = DynamicCache(config=config, offloading=offloading)
+        if not offloading:
+            cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
 
     # Whatever `Cache` does layer by layer (reset, crop, is_sliding, …) it does to the layers of all parts.
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import cached_assets_path, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
@@ -87,6 +88,24 @@ def smollm2_ensemble(**kwargs) -> PCMEnsembleForCausalLM:
     model = fetch_smollm2()
     options = {"pcm": model, "pcm_layers": 4, "dtype": torch.bfloat16} | kwargs
     return PCMEnsembleForCausalLM.from_experts(smollm2_experts(model), **options)
+
+
+def lora_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
+    """Six LoRA experts on one SmolLM2, from `artifacts/<name>`, and a PCM of its first four layers, untrained."""
+    model = fetch_smollm2()
+    experts = {
+        name: {"model": model, "adapter": str(artifacts / name), "description": description, "dimension": dimension}
+        for name, (dimension, description) in PREFERENCES.items()
+    }
+    options = {"pcm": model, "pcm_layers": 4, "dtype": torch.bfloat16} | kwargs
+    return PCMEnsembleForCausalLM.from_experts(experts, **options)
+
+
+def trained_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
+    """[`lora_ensemble`] with the trained PCM of `artifacts/pcm.safetensors`, without its frozen embeddings."""
+    model = lora_ensemble(artifacts, **kwargs)
+    model.pcm.load_state_dict(load_file(artifacts / "pcm.safetensors"), strict=False)
+    return model
 
 
 def _convert_wheel(target: Path):

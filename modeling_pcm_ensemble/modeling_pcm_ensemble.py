@@ -47,9 +47,11 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
         hidden_states, attentions (`tuple`, *optional*): the PCM's, over its prefix and the context.
         expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`):
             α. `[:, t]` weights the experts' predictions of token t + 1; 0 for inactive experts.
+        expert_logits (`list[ExpertLogits]`, *optional*): what was merged, with `output_expert_logits=True`.
     """
 
     expert_weights: torch.FloatTensor | None = None
+    expert_logits: list[ExpertLogits] | None = None
 
 
 class PCMEnsemblePreTrainedModel(PreTrainedModel):
@@ -255,6 +257,8 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         except OSError as error:  # weights must not be lost because a repository cannot be reached
             logger.warning(f"The ensemble is saved without its tokenizer, which could not be loaded: {error}")
             tokenizer = None
+        for part in (self.pcm.body, *self.backbones):
+            part.config.dtype = part.dtype  # `to()` leaves it behind, and `dtype="auto"` reads it
         with staged_folder(save_directory, kwargs.get("variant")) as staging:
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
@@ -291,6 +295,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_expert_logits: bool = False,
         **kwargs,
     ) -> PCMEnsembleOutput:
         r"""
@@ -307,6 +312,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             preference, preference_text, preference_ids (*optional*): see [`~preferences.build_route`].
             tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`; defaults to the ensemble's own.
             output_hidden_states, output_attentions (`bool`, *optional*): of the PCM.
+            output_expert_logits (`bool`): whether to give each active expert's logits too.
 
         Raises:
             TypeError, ValueError: on input that is not as above, before any model runs.
@@ -328,12 +334,14 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
+        expert_logits = None
         if route.merges_adapters:
             logits = self._adapter_mixture(route, input_ids, attention_mask, cache, logits_to_keep, log_weights)
             log_weights = log_weights[:, _kept(logits_to_keep)]
         else:
+            expert_logits = self._expert_logits(route, input_ids, attention_mask, cache, logits_to_keep)
             logits = mixture_log_probs(
-                self._expert_logits(route, input_ids, attention_mask, cache, logits_to_keep),
+                expert_logits,
                 log_weights,
                 self.config.merge,
                 self.config.expert_top_k,
@@ -351,6 +359,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             hidden_states=pcm_output.hidden_states,
             attentions=pcm_output.attentions,
             expert_weights=log_weights.exp(),
+            expert_logits=expert_logits if output_expert_logits else None,
         )
 
     def _route(

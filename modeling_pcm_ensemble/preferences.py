@@ -264,7 +264,7 @@ def build_route(
     elif preference_ids is not None:
         prefix_ids = _given_prefixes(config, preference_ids, batch_size)
     else:
-        prefix_ids = pad_left([_description_prefix(config, row) for row in weights.tolist()])
+        prefix_ids = pad_left([description_prefix(config, row) for row in weights.tolist()])
     if config.merge == "adapters":
         _check_adapters(config, weights)
     backbone_of = [expert["backbone"] for expert in config.experts]
@@ -282,7 +282,7 @@ def _check_adapters(config: PCMEnsembleConfig, weights: torch.Tensor):
             )
 
 
-def _description_prefix(config: PCMEnsembleConfig, weights: list[float]) -> list[int]:
+def description_prefix(config: PCMEnsembleConfig, weights: list[float]) -> list[int]:
     """The descriptions of a row's active experts, joined; empty when all are active at equal weight."""
     if len(set(weights)) == 1:
         return []

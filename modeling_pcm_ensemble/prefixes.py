@@ -196,7 +196,8 @@ def encode_prefixes_once(
 
 
 def _copies_rows(cache: Cache | None) -> bool:
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    full = all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers) if cache else False
+    return full and type(cache) is DynamicCache and not cache.offloading
 
 
 def _join(prefix_ids, input_ids, attention_mask, bos_token_id, length: int):

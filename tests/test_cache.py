@@ -1,5 +1,7 @@
 """PCMEnsembleCache: what one model's cache can do, over the rows of every part."""
 
+import copy
+
 import pytest
 import torch
 from conftest import left_pad, reference
@@ -94,3 +96,39 @@ def test_a_kind_of_cache_that_there_is_not_is_refused(mixed):
         PCMEnsembleCache(mixed.config, "statik")
     with pytest.raises(ValueError, match="A static cache needs `max_length`"):
         PCMEnsembleCache(mixed.config, "static")
+
+
+@torch.no_grad()
+def test_copies_of_a_cache_grow_apart_and_cropped_ones_grow_again(prompted):
+    def step(cache, token: int) -> torch.Tensor:
+        return prompted(torch.tensor([[token]]), past_key_values=cache).logits[0, 0]
+
+    cache = prompted(torch.tensor([[21, 22, 23]])).past_key_values
+    step(cache, 24)
+    copied = copy.deepcopy(cache)
+    step(cache, 25)
+    step(copied, 35)
+    cache.crop(-1)
+    step(cache, 45)
+    for end, expected in ((cache, [21, 22, 23, 24, 45, 50]), (copied, [21, 22, 23, 24, 35, 50])):
+        assert_close(step(end, 50), reference(prompted, expected, [1.0] * 3)["log_probs"][-1], atol=1e-4, rtol=0)
+
+
+def test_a_cache_goes_on_outside_inference_mode_and_with_gradients(prompted):
+    with torch.inference_mode():
+        cache = prompted(torch.tensor([[21, 22]])).past_key_values
+        prompted(torch.tensor([[23]]), past_key_values=cache)
+    with torch.no_grad():
+        prompted(torch.tensor([[24]]), past_key_values=cache)
+    logits = prompted(torch.tensor([[25]]), past_key_values=cache).logits[0, 0]
+    assert_close(logits, reference(prompted, [21, 22, 23, 24, 25], [1.0] * 3)["log_probs"][-1], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_step_writes_into_the_room_that_an_earlier_one_made(prompted):
+    cache = prompted(torch.tensor([[21, 22, 23]])).past_key_values
+    places = []
+    for token in range(4):
+        prompted(torch.tensor([[token + 5]]), past_key_values=cache)
+        places.append(cache.parts["backbones.0"].cache.layers[0].keys.data_ptr())
+    assert len(set(places)) == 1

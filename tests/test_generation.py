@@ -14,9 +14,10 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from modeling_pcm_ensemble import PCMEnsembleCache
+from modeling_pcm_ensemble.cache import GrowingLayer
 
 ROWS = [[21, 22, 23, 24, 25], [31, 32, 33], [41, 42, 43, 44]]
 WEIGHTS = [[1.0, 0.5, 0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0, 0.0], [1.0] * 6]
@@ -274,7 +275,7 @@ def test_stop_strings_take_the_tokenizer_too(mixed):
 @pytest.mark.parametrize(
     ("cache_implementation", "layers"),
     [
-        ("dynamic", {DynamicLayer, DynamicSlidingWindowLayer}),
+        ("dynamic", {GrowingLayer, DynamicSlidingWindowLayer}),
         ("static", {StaticLayer, StaticSlidingWindowLayer}),
     ],
 )

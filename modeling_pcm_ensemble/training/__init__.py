@@ -1,0 +1,6 @@
+"""Training the Preference Control Model: online, experts frozen. `rewards` holds rewards that run offline."""
+
+from .rebel_config import RebelConfig
+from .rebel_trainer import RebelTrainer
+
+__all__ = ["RebelConfig", "RebelTrainer"]

@@ -1,0 +1,93 @@
+"""What a policy update minimises: tensors in, tensors out. The policy's gradient flows through log α alone."""
+
+import torch
+
+LOSSES = ("rebel", "ppo", "rloo")
+
+
+def mixture_token_log_probs(log_expert_weights: torch.Tensor, expert_log_probs: torch.Tensor) -> torch.Tensor:
+    r"""
+    Compute log π of given tokens from what the experts said when they were sampled.
+
+    Args:
+        log_expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`): log α, -inf for inactive experts.
+        expert_log_probs (`torch.FloatTensor` of shape `(batch, seq, experts)`): each expert's log-probability of the
+            token, -inf for inactive experts and for tokens that an expert's `expert_top_k` dropped.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, seq)`: log Σ_i α_i π_i, in nats.
+    """
+    # -inf has no gradient that is a number, and an inactive expert adds nothing.
+    active = expert_log_probs.isfinite() & log_expert_weights.isfinite()
+    terms = log_expert_weights.masked_fill(~active, 0) + expert_log_probs.masked_fill(~active, 0)
+    return terms.masked_fill(~active, -1e30).logsumexp(dim=-1)
+
+
+def rebel_loss(log_ratios: torch.Tensor, rewards: torch.Tensor, eta: float) -> torch.Tensor:
+    r"""
+    Regress differences of log-ratios onto differences of rewards, over all pairs of a prompt's completions.
+
+    Args:
+        log_ratios (`torch.FloatTensor` of shape `(prompts, completions)`): log π_θ(y|x) / π_t(y|x).
+        rewards (`torch.FloatTensor` of shape `(prompts, completions)`): r(x, y).
+        eta (`float`): η; a larger one follows the rewards further in one step.
+
+    Returns:
+        The mean over prompts and pairs of ((Δ log-ratio) / η − Δr)².
+
+    Source: arXiv 2404.16767, equation (1); arXiv 2407.04181.
+    """
+    residuals = log_ratios / eta - rewards
+    return 2 * residuals.var(dim=1, unbiased=True).mean()  # the mean over pairs of (a_i − a_j)² is twice the variance
+
+
+def ppo_loss(log_ratios: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float) -> torch.Tensor:
+    r"""
+    Compute PPO's clipped objective, token by token, with one advantage for a completion.
+
+    Args:
+        log_ratios (`torch.FloatTensor` of shape `(batch, seq)`): log π_θ / π_t of each token.
+        advantages (`torch.FloatTensor` of shape `(batch,)`): see [`leave_one_out`].
+        mask (`torch.Tensor` of shape `(batch, seq)`): 1 for tokens that were sampled.
+        clip (`float`): ε.
+
+    Source: arXiv 1707.06347, equation (7).
+    """
+    ratios, advantages = log_ratios.exp(), advantages[:, None]
+    objective = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
+    return -(objective * mask).sum() / mask.sum().clamp(min=1)
+
+
+def rloo_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    r"""
+    Compute REINFORCE's objective with the leave-one-out baseline.
+
+    Args:
+        log_probs (`torch.FloatTensor` of shape `(batch,)`): log π_θ(y|x).
+        advantages (`torch.FloatTensor` of shape `(batch,)`): see [`leave_one_out`].
+
+    Source: arXiv 2402.14740, section 3.
+    """
+    return -(advantages * log_probs).mean()
+
+
+def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+    """Each reward less the mean of its prompt's others, both `(prompts, completions)`."""
+    others = rewards.shape[1] - 1
+    return rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / others
+
+
+def token_kl(log_probs: torch.Tensor, initial_log_probs: torch.Tensor) -> torch.Tensor:
+    """
+    Estimate KL(π_θ ‖ π_0) from sampled tokens, `(batch, seq)`: e^Δ − Δ − 1 with Δ = log π_0 − log π_θ, never negative.
+
+    Source: J. Schulman, "Approximating KL divergence", estimator k3.
+    """
+    difference = initial_log_probs - log_probs
+    return difference.exp() - difference - 1
+
+
+def expert_weight_entropy(log_expert_weights: torch.Tensor) -> torch.Tensor:
+    """Entropy of α at each token, `(batch, seq)`, in nats."""
+    finite = log_expert_weights.isfinite()
+    return -(log_expert_weights.exp() * log_expert_weights.masked_fill(~finite, 0)).sum(dim=-1)

@@ -1,0 +1,92 @@
+"""Settings of [`RebelTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .losses import LOSSES
+
+
+@dataclass
+class RebelConfig(TrainingArguments):
+    r"""
+    Settings of [`RebelTrainer`], beside those of [`~transformers.TrainingArguments`]. Names that TRL's online trainers
+    have too mean the same here.
+
+    A rollout is sampled every `num_iterations * steps_per_generation` micro-batches. On each process it has
+    `per_device_train_batch_size * steps_per_generation` completions, `num_generations` for each prompt.
+
+    Parameters that control the rollouts:
+        num_generations (`int`, defaults to 4): K, completions of each prompt under one preference; at least 2.
+        steps_per_generation (`int`, *optional*): micro-batches in a rollout; defaults to gradient accumulation's.
+        num_iterations (`int`, defaults to 1): how often a rollout is gone through.
+        max_completion_length (`int`, defaults to 72): most tokens of a completion.
+        generation_batch_size (`int`, *optional*): rows that are sampled at once; all by default.
+        num_references (`int`, defaults to 1): completions of the base model that rewards are compared with.
+        reference_backbone (`int`, defaults to 0): the backbone that is the base model.
+
+    Parameters that control the preferences:
+        preference_weights (`str`, defaults to `"equal"`): weights within a preference set: `"equal"`, or
+            `"dirichlet"`, uniform over all mixtures and scaled to the same sum.
+        text_only_fraction (`float`, defaults to 0): share of prompts whose preference is given in words alone, with
+            all experts active: half as `preference_text`, half as a system message.
+
+    Parameters that control the loss:
+        loss_type (`str`, defaults to `"rebel"`): `"rebel"`, `"ppo"` or `"rloo"`.
+        eta (`float`, defaults to 1.0): REBEL's η; a larger one follows the rewards further in one step.
+        clip (`float`, defaults to 0.2): PPO's ε.
+        kl_coef (`float`, defaults to 0): weight of the KL divergence to the initial mixture, a token.
+        entropy_coef (`float`, defaults to 0): weight of the entropy of α, which is rewarded.
+        train_embeddings (`bool`, defaults to `False`): train the PCM's token embeddings too.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning rate schedule."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards read the dataset's columns."})
+
+    num_generations: int = field(default=4, metadata={"help": "Completions of each prompt under one preference."})
+    steps_per_generation: int | None = field(default=None, metadata={"help": "Micro-batches in a rollout."})
+    num_iterations: int = field(default=1, metadata={"help": "How often a rollout is gone through."})
+    max_completion_length: int = field(default=72, metadata={"help": "Most tokens of a completion."})
+    generation_batch_size: int | None = field(default=None, metadata={"help": "Rows that are sampled at once."})
+    num_references: int = field(default=1, metadata={"help": "Base completions that rewards are compared with."})
+    reference_backbone: int = field(default=0, metadata={"help": "Index of the base model's backbone."})
+    preference_weights: str = field(default="equal", metadata={"help": "equal or dirichlet."})
+    text_only_fraction: float = field(default=0.0, metadata={"help": "Share of prompts with preferences in words."})
+    loss_type: str = field(default="rebel", metadata={"help": "rebel, ppo or rloo."})
+    eta: float = field(default=1.0, metadata={"help": "REBEL's step size."})
+    clip: float = field(default=0.2, metadata={"help": "PPO's clipping range."})
+    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the initial mixture."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy of the expert weights."})
+    train_embeddings: bool = field(default=False, metadata={"help": "Train the PCM's token embeddings too."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.num_generations < 2:
+            raise ValueError(f"`num_generations` must be at least 2, to compare, got {self.num_generations}.")
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                "`per_device_train_batch_size` must be a multiple of `num_generations`, so that a prompt's "
+                f"completions stay together, got {self.per_device_train_batch_size} and {self.num_generations}."
+            )
+        if (self.steps_per_generation * self.num_iterations) % self.gradient_accumulation_steps:
+            raise ValueError(
+                "`steps_per_generation * num_iterations` must be a multiple of `gradient_accumulation_steps`, so that "
+                f"an update never spans two rollouts, got {self.steps_per_generation}, {self.num_iterations} and "
+                f"{self.gradient_accumulation_steps}."
+            )
+        for name, accepted in (("loss_type", LOSSES), ("preference_weights", ("equal", "dirichlet"))):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, got {getattr(self, name)!r}.")
+        for name in ("eta", "clip", "max_completion_length", "num_iterations", "num_references"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        if not 0 <= self.text_only_fraction <= 1:
+            raise ValueError(f"`text_only_fraction` must be between 0 and 1, got {self.text_only_fraction}.")
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        return self.steps_per_generation * self.num_iterations

@@ -1,0 +1,284 @@
+"""Sampling from the mixture, with what every expert said of each token recorded on the way."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..merging import token_log_probs
+from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..preferences import description_prefix
+from ..prefixes import pad_left
+from .preference_sampling import DrawnPreference, reward_shares
+from .scoring import Scorer, Scores, prompt_key
+
+
+@dataclass
+class Rollout:
+    r"""
+    Sampled completions, and all that an update needs of the experts.
+
+    Args:
+        prompt_ids, prompt_mask (`torch.LongTensor` of shape `(rows, prompt tokens)`): padded on the left.
+        completion_ids, completion_mask (`torch.LongTensor` of shape `(rows, seq)`): padded on the right.
+        expert_log_probs (`torch.FloatTensor` of shape `(rows, seq, experts)`): log π_i of each token, -inf where an
+            expert did not run.
+        weights (`torch.FloatTensor` of shape `(rows, experts)`): the weights w that they were sampled under.
+        prefix_ids (`torch.LongTensor` of shape `(rows, tokens)`): what the PCM read first, padded on the left with -1.
+        old_log_probs (`torch.FloatTensor` of shape `(rows, seq)`): log π_t.
+        rewards (`torch.FloatTensor` of shape `(rows,)`).
+    """
+
+    prompt_ids: torch.LongTensor
+    prompt_mask: torch.LongTensor
+    completion_ids: torch.LongTensor
+    completion_mask: torch.LongTensor
+    expert_log_probs: torch.Tensor
+    weights: torch.Tensor
+    prefix_ids: torch.LongTensor
+    old_log_probs: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
+
+    def rows(self, index: torch.LongTensor | slice) -> "Rollout":
+        """Some rows."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Rollout(**{name: None if value is None else value[index] for name, value in values.items()})
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @staticmethod
+    def join(parts: list["Rollout"], pad_token_id: int) -> "Rollout":
+        """Stack rollouts, padded to the longest."""
+        sides = {"prompt_ids": "left", "prompt_mask": "left", "prefix_ids": "left", "weights": None}
+        fill = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "prefix_ids": -1}
+        joined = {}
+        for field in fields(Rollout):
+            values = [getattr(part, field.name) for part in parts]
+            if values[0] is not None:
+                side = sides.get(field.name, "right")
+                joined[field.name] = _stack(values, side, fill.get(field.name, 0))
+        return Rollout(**joined)
+
+
+def _stack(values: list[torch.Tensor], side: str | None, fill: int) -> torch.Tensor:
+    if side is None or values[0].dim() == 1:
+        return torch.cat(values)
+    width, padded = max(value.shape[1] for value in values), []
+    for value in values:
+        room = value.new_full((len(value), width - value.shape[1], *value.shape[2:]), fill)
+        padded.append(torch.cat([room, value] if side == "left" else [value, room], dim=1))
+    return torch.cat(padded)
+
+
+class ExpertRecorder:
+    """
+    While it is entered, records the log-probability that each active expert of an ensemble gave to each token that
+    `generate` took: a forward's logits are kept until the next forward, or the end, tells which token it was.
+    """
+
+    def __init__(self, model: PCMEnsembleForCausalLM):
+        self.model = model
+        self.columns, self.logits = [], None
+
+    def __enter__(self) -> "ExpertRecorder":
+        self.handle = self.model.register_forward_hook(self._after_forward, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exception):
+        self.handle.remove()
+
+    def _after_forward(self, module, args, kwargs, output):
+        if self.logits is not None:
+            self._read(kwargs["input_ids"])
+        self.logits = output.expert_logits
+
+    def _read(self, token_ids: torch.LongTensor):
+        config = self.model.config
+        self.columns.append(token_log_probs(self.logits, token_ids, config.num_experts, config.expert_top_k))
+
+    def expert_log_probs(self, last_token_ids: torch.LongTensor) -> torch.Tensor:
+        """`(rows, new tokens, experts)`; `last_token_ids`, of shape `(rows, 1)`, no forward has read."""
+        self._read(last_token_ids)
+        self.logits = None
+        return torch.cat(self.columns, dim=1)
+
+
+def rollout_config(model: PCMEnsembleForCausalLM, max_new_tokens: int, pad_token_id: int) -> GenerationConfig:
+    """Sample from π itself: temperature 1, nothing cut off, nothing else that the model's own settings would do."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+
+
+@torch.no_grad()
+def sample_rollout(
+    model: PCMEnsembleForCausalLM,
+    prompt_ids: torch.LongTensor,
+    prompt_mask: torch.LongTensor,
+    weights: torch.Tensor,
+    prefix_ids: torch.LongTensor,
+    config: GenerationConfig,
+) -> Rollout:
+    """Complete each row once. Arguments as for [`Rollout`], `config` from [`rollout_config`]."""
+    with ExpertRecorder(model) as recorder:
+        sequences = model.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            preference=weights,
+            preference_ids=prefix_ids,
+            generation_config=config,
+            output_expert_logits=True,
+        )
+        expert_log_probs = recorder.expert_log_probs(sequences[:, -1:])  # (rows, seq, experts)
+    completion_ids = sequences[:, prompt_ids.shape[1] :]
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        completion_mask=written_tokens(completion_ids, config.eos_token_id),
+        expert_log_probs=expert_log_probs,
+        weights=weights.to(prompt_ids.device),
+        prefix_ids=prefix_ids.to(prompt_ids.device),
+    )
+
+
+def written_tokens(completion_ids: torch.LongTensor, eos_token_id: int | list[int] | None) -> torch.LongTensor:
+    """1 for the tokens up to the first end token, `(rows, seq)`."""
+    if eos_token_id is None:
+        return torch.ones_like(completion_ids)
+    ends = torch.tensor(eos_token_id, device=completion_ids.device).reshape(-1)
+    ended = torch.isin(completion_ids, ends).long()
+    return (ended.cumsum(dim=1) - ended == 0).long()
+
+
+def describe(config, draws: list[DrawnPreference]) -> torch.LongTensor:
+    """
+    What the PCM reads before each row's prompt, `(rows, tokens)`, padded on the left with -1: the descriptions of the
+    wanted experts, unless they stand in the prompt.
+    """
+    rows = [[] if draw.words == "system" else description_prefix(config, list(draw.weights)) for draw in draws]
+    prefix_ids = pad_left(rows)
+    return torch.full((len(rows), 1), -1) if prefix_ids is None else prefix_ids
+
+
+def with_words(prompt, draw: DrawnPreference, config, tokenizer: PreTrainedTokenizerBase):
+    """A prompt as the experts and the PCM get it: with the preference in it where that is how it is told."""
+    if draw.words != "system":
+        return prompt
+    wanted = [e["description_ids"] for e, weight in zip(config.experts, draw.weights) if weight > 0]
+    text = " ".join(tokenizer.decode(ids).strip() for ids in wanted)
+    if isinstance(prompt, str):
+        return f"{text}\n\n{prompt}"
+    return [{"role": "system", "content": text}, *prompt]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> list[list[int]]:
+    """Tokens of each prompt: a text as it is, a conversation with the opening of an answer."""
+    return [
+        tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for prompt in prompts
+    ]
+
+
+class RolloutSampler:
+    r"""
+    Answers prompts with the mixture, and scores the answers.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): the ensemble.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        scorer (`Scorer`): holds rewards and references.
+        args (`RebelConfig`): settings.
+    """
+
+    def __init__(self, model: PCMEnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, args):
+        self.model, self.tokenizer, self.scorer, self.args = model, tokenizer, scorer, args
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.generation_config = rollout_config(model, args.max_completion_length, pad)
+
+    def sample(
+        self, rows: list[dict], draws: list[DrawnPreference], seed: int, shares: torch.Tensor | None = None
+    ) -> tuple[Rollout, Scores]:
+        """
+        Answer each row of a dataset under its preference, and score by `shares`, `(rows, experts)`, or, without them,
+        by the preference's weights. Random numbers outside stay as they were.
+        """
+        self.model.eval()
+        self._add_references(rows)
+        size = self.args.generation_batch_size or len(rows)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            parts = [
+                self._sample_batch(rows[start : start + size], draws[start : start + size])
+                for start in range(0, len(rows), size)
+            ]
+        shares = reward_shares(draws) if shares is None else shares
+        rollout = Rollout.join(parts, self.generation_config.pad_token_id)
+        completions = as_completions(rows, self._texts(rollout.completion_ids, rollout.completion_mask))
+        scores = self.scorer.score(rows, completions, shares, self.model.config.expert_names)
+        rollout.rewards = torch.tensor(scores.rewards, device=self.args.device)
+        return rollout, scores
+
+    def _sample_batch(self, rows: list[dict], draws: list[DrawnPreference]) -> Rollout:
+        config = self.model.config
+        prompts = [with_words(row["prompt"], draw, config, self.tokenizer) for row, draw in zip(rows, draws)]
+        weights = torch.tensor([draw.active_weights for draw in draws])
+        inputs = self._inputs(prompts)
+        return sample_rollout(
+            self.model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            weights,
+            describe(config, draws),
+            self.generation_config,
+        )
+
+    def _inputs(self, prompts: list):
+        """Left-padded tokens and their mask."""
+        return self.tokenizer.pad(
+            {"input_ids": tokenize(self.tokenizer, prompts)}, padding_side="left", return_tensors="pt"
+        ).to(self.args.device)
+
+    def _texts(self, completion_ids: torch.LongTensor, mask: torch.LongTensor) -> list[str]:
+        rows = [ids[:length] for ids, length in zip(completion_ids.tolist(), mask.sum(dim=1).tolist())]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def _add_references(self, rows: list[dict]):
+        """Completions of the base model for prompts that have none yet: the dataset's, or new ones."""
+        new = {prompt_key(row["prompt"]): row for row in rows}
+        new = {key: row for key, row in new.items() if key not in self.scorer.references}
+        for key, row in list(new.items()):
+            if row.get("reference") is not None:
+                given = row["reference"] if isinstance(row["reference"], list) else [row["reference"]]
+                self.scorer.references[key] = as_completions([row] * len(given), given)
+                del new[key]
+        if not new:
+            return
+        repeated = [row for row in new.values() for _ in range(self.args.num_references)]
+        inputs = self._inputs([row["prompt"] for row in repeated])
+        base = self.model.backbones[self.args.reference_backbone]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            sequences = base.generate(**inputs, generation_config=self.generation_config)
+        completion_ids = sequences[:, inputs["input_ids"].shape[1] :]
+        mask = written_tokens(completion_ids, self.generation_config.eos_token_id)
+        completions = iter(as_completions(repeated, self._texts(completion_ids, mask)))
+        for key in new:
+            self.scorer.references[key] = [next(completions) for _ in range(self.args.num_references)]
+
+
+def as_completions(rows: list[dict], texts: list[str]) -> list:
+    """Answers as rewards get them: texts, or conversations where the prompts are."""
+    return [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, texts)
+    ]

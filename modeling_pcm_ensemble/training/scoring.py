@@ -1,0 +1,165 @@
+"""From completions to one reward each: every wanted dimension's, against the base model's completions."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def normalised_reward(reward: float, reference: float) -> float:
+    """σ(r(x, y) − r(x, y_ref)): how often y beats the reference in a Bradley-Terry model. Source: arXiv 2407.04181."""
+    difference = reward - reference
+    return 1 / (1 + math.exp(-difference)) if difference > -700 else 0.0
+
+
+class ModelReward:
+    r"""
+    A sequence-classification model with one output as a reward function.
+
+    Args:
+        model (`str` or `PreTrainedModel`): a repository, a folder, or a loaded model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer; loaded from the same place if not given.
+        batch_size (`int`): texts that it reads at once.
+    """
+
+    def __init__(
+        self, model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 16
+    ):
+        if isinstance(model, str):
+            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+        if model.config.num_labels != 1:
+            raise ValueError(f"A reward model must have one output, got {model.config.num_labels}.")
+        self.model, self.batch_size = model.eval(), batch_size
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
+        """The model's output for each prompt and completion."""
+        texts, rewards = [self._text(p, c) for p, c in zip(prompts, completions)], []
+        for start in range(0, len(texts), self.batch_size):
+            batch = self.tokenizer(
+                texts[start : start + self.batch_size], padding=True, truncation=True, return_tensors="pt"
+            )
+            rewards += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+        return rewards
+
+    def _text(self, prompt, completion) -> str:
+        if isinstance(prompt, str):
+            return prompt + completion
+        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
+def reward_function(name: str, reward, tokenizer: PreTrainedTokenizerBase | None = None) -> Callable:
+    """What a user may give as a reward, as a function of prompts, completions and columns."""
+    if isinstance(reward, (str, PreTrainedModel)):
+        return ModelReward(reward, tokenizer)
+    if not callable(reward):
+        raise TypeError(
+            f"The reward of {name!r} must be a function of prompts and completions, a sequence-classification model "
+            f"or its repository, got {type(reward).__name__}."
+        )
+    return reward
+
+
+def call_reward(name: str, reward: Callable, prompts: list, completions: list, columns: Mapping) -> list[float]:
+    """
+    One reward for each completion.
+
+    Raises:
+        ValueError: if there are fewer or more, or one is no finite number; the message names the row.
+    """
+    values = reward(prompts=prompts, completions=completions, **columns)
+    if len(values) != len(prompts):
+        raise ValueError(f"The reward of {name!r} gave {len(values)} values for {len(prompts)} completions.")
+    for row, value in enumerate(values):
+        if value is None or not math.isfinite(value):
+            raise ValueError(
+                f"The reward of {name!r} gave {value} for row {row}, prompt {prompts[row]!r}, completion "
+                f"{completions[row]!r}. Rewards must be finite numbers."
+            )
+    return [float(value) for value in values]
+
+
+@dataclass
+class Scores:
+    r"""
+    Args:
+        rewards (`list[float]`): of each completion, the weighted mean over its wanted dimensions, between 0 and 1.
+        dimensions (`dict[str, list[float]]`): each dimension's normalised rewards of the completions that want it.
+        wins (`list[float]`): share of a completion's references and dimensions that it beats.
+    """
+
+    rewards: list[float]
+    dimensions: dict[str, list[float]]
+    wins: list[float]
+
+
+@dataclass
+class Scorer:
+    r"""
+    Scores completions by the wanted dimensions, each normalised against the prompt's reference completions.
+
+    Args:
+        reward_funcs (`Mapping[str, Callable]`): by expert.
+        references (`dict[str, list]`): completions of the base model, by prompt (see [`prompt_key`]).
+        reference_rewards (`dict[str, dict[str, list[float]]]`): their rewards, by prompt and expert, as needed.
+    """
+
+    reward_funcs: Mapping[str, Callable]
+    references: dict[str, list] = field(default_factory=dict)
+    reference_rewards: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def score(self, rows: list[dict], completions: list, shares: torch.Tensor, names: list[str]) -> Scores:
+        r"""
+        Args:
+            rows (`list[dict]`): each completion's row of the dataset, with `prompt`.
+            completions (`list`): as texts or, where prompts are conversations, as conversations.
+            shares (`torch.Tensor` of shape `(completions, experts)`): how much each expert's reward counts.
+            names (`list[str]`): the experts'.
+        """
+        rewards, wins = [0.0] * len(rows), [[] for _ in rows]
+        dimensions = {}
+        for expert, name in enumerate(names):
+            wanted = [i for i, share in enumerate(shares[:, expert].tolist()) if share > 0]
+            if not wanted:
+                continue
+            prompts, columns = _columns([rows[i] for i in wanted])
+            values = call_reward(name, self.reward_funcs[name], prompts, [completions[i] for i in wanted], columns)
+            self._score_references(name, [rows[i] for i in wanted])
+            dimensions[name] = []
+            for i, value in zip(wanted, values):
+                references = self.reference_rewards[prompt_key(rows[i]["prompt"])][name]
+                against = [normalised_reward(value, reference) for reference in references]
+                dimensions[name].append(sum(against) / len(against))
+                wins[i] += [value > reference for reference in references]
+                rewards[i] += shares[i, expert].item() * dimensions[name][-1]
+        return Scores(rewards, dimensions, [sum(entry) / len(entry) for entry in wins])
+
+    def _score_references(self, name: str, rows: list[dict]):
+        new = {prompt_key(row["prompt"]): row for row in rows}
+        new = {key: row for key, row in new.items() if name not in self.reference_rewards.setdefault(key, {})}
+        repeated = [row for key, row in new.items() for _ in self.references[key]]
+        completions = [completion for key in new for completion in self.references[key]]
+        if not repeated:
+            return
+        prompts, columns = _columns(repeated)
+        values = iter(call_reward(name, self.reward_funcs[name], prompts, completions, columns))
+        for key in new:
+            self.reference_rewards[key][name] = [next(values) for _ in self.references[key]]
+
+
+def prompt_key(prompt: str | list[dict]) -> str:
+    """A prompt as a key, which JSON keeps."""
+    return json.dumps(prompt)
+
+
+def _columns(rows: list[dict]) -> tuple[list, dict[str, list]]:
+    """Prompts, and the other columns of the dataset by name."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return columns.pop("prompt"), columns

@@ -1,0 +1,475 @@
+"""RebelTrainer on tiny models: exact gradients, learning, resuming, refusing."""
+
+import copy
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HEADS, SIZES, make_ensemble, tiny_llama, tiny_tokenizer
+from datasets import Dataset
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference
+
+PROMPTS = ["what is a cat?", "name three birds", "why is the sky blue?", "hello", "tell me more", "how far is it?"]
+
+
+def tiny_ensemble(seed: int = 0):
+    """Three experts, two on one backbone, each on a dimension of its own but for the first two."""
+    model = make_ensemble(
+        [tiny_llama(1), tiny_llama(2)], [(0, [5, 6], [11, 12]), (1, [], [13]), (0, [], [14, 15])], seed
+    )
+    for expert, dimension in zip(model.config.experts, ("size", "size", "colour")):
+        expert["dimension"] = dimension
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    model._tokenizer = tiny_tokenizer()
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+def count_letters(letters: str):
+    """A reward: how many of these letters a completion has."""
+    return lambda prompts, completions, **columns: [float(sum(c in letters for c in text)) for text in completions]
+
+
+REWARDS = {"e0": count_letters("abcdefgh"), "e1": count_letters("0123456789"), "e2": count_letters("ABCDEFGHIJ")}
+
+
+def make_trainer(
+    folder,
+    model=None,
+    rewards=None,
+    prompts=PROMPTS,
+    columns=None,
+    preference_sets=None,
+    trainer_class=RebelTrainer,
+    **settings,
+) -> RebelTrainer:
+    options = {
+        "per_device_train_batch_size": 6,
+        "num_generations": 3,
+        "steps_per_generation": 1,
+        "max_completion_length": 7,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | settings
+    dataset = Dataset.from_dict({"prompt": prompts} | (columns or {}))
+    return trainer_class(
+        model=model or tiny_ensemble(),
+        args=RebelConfig(output_dir=str(folder), **options),
+        reward_funcs=REWARDS if rewards is None else rewards,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        preference_sets=preference_sets,
+    )
+
+
+def test_training_changes_the_pcm_alone(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = copy.deepcopy(trainer.ensemble.state_dict())
+    trainer.train()
+    changed = {name for name, value in trainer.ensemble.state_dict().items() if not torch.equal(value, before[name])}
+    assert "pcm.head.weight" in changed
+    assert all(name.startswith("pcm.") and "embed_tokens" not in name for name in changed)
+
+
+def sampled(trainer):
+    """A rollout of two prompts, three completions each, under two preferences."""
+    rows = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(3)]
+    draws = [draw for draw in trainer.preferences.sets[:2] for _ in range(3)]
+    rollout, scores = trainer.rollouts.sample(rows, draws, seed=3)
+    rollout.old_log_probs = trainer._old_log_probs(rollout)
+    return rollout, scores
+
+
+def whole_log_probs(model, rollout) -> torch.Tensor:
+    """log π of each sampled token from a plain forward that runs every expert, `(rows, seq)`, with gradient."""
+    rows = []
+    for i in range(len(rollout)):
+        prompt = rollout.prompt_ids[i][rollout.prompt_mask[i].bool()]
+        ids = torch.cat([prompt, rollout.completion_ids[i]])[None]
+        prefix = rollout.prefix_ids[i]
+        words = {"preference_ids": prefix[None]} if (prefix >= 0).any() else {}
+        logits = model(ids, preference=rollout.weights[i : i + 1], **words).logits[0, len(prompt) - 1 : -1]
+        rows.append(logits.gather(-1, rollout.completion_ids[i][:, None])[:, 0])
+    return torch.stack(rows)
+
+
+def test_experts_log_probs_are_recorded_while_sampling(tmp_path):
+    trainer = make_trainer(tmp_path)
+    torch.nn.init.normal_(trainer.ensemble.pcm.head.weight)
+    rollout, _ = sampled(trainer)
+    mask = rollout.completion_mask.bool()
+    expected = whole_log_probs(trainer.ensemble, rollout)
+    assert_close(rollout.old_log_probs[mask], expected[mask].detach(), atol=1e-4, rtol=0)
+    assert rollout.expert_log_probs.isneginf().all(dim=1).eq(rollout.weights == 0).all()
+    for row, ids in enumerate(rollout.completion_ids.tolist()):
+        written = ids.index(2) + 1 if 2 in ids else len(ids)
+        assert rollout.completion_mask[row].tolist() == [1] * written + [0] * (len(ids) - written)
+
+
+@pytest.mark.parametrize("loss_type", ["rebel", "ppo", "rloo"])
+def test_the_gradient_equals_one_that_runs_every_expert_inside_the_loss(loss_type, tmp_path):
+    model = tiny_ensemble().double()
+    torch.nn.init.normal_(model.pcm.head.weight)
+    trainer = make_trainer(tmp_path, model, loss_type=loss_type, eta=2.0, clip=0.1, kl_coef=0.3, entropy_coef=0.2)
+    rollout, _ = sampled(trainer)
+    rollout.old_log_probs = rollout.old_log_probs + 0.2 * torch.randn(rollout.old_log_probs.shape)  # a later epoch
+    model.zero_grad()
+    loss = trainer.compute_loss(model.pcm, rollout)
+    loss.backward()
+    gradient = {name: p.grad.clone() for name, p in model.pcm.named_parameters() if p.requires_grad}
+
+    model.zero_grad()
+    expected = brute_force_loss(model, rollout, loss_type)
+    expected.backward()
+    assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for name, value in gradient.items():
+        assert_close(value, model.pcm.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+
+
+def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
+    """The formulas of method.md, pair by pair and token by token."""
+    mask = rollout.completion_mask
+    log_probs = whole_log_probs(model, rollout) * mask
+    ratios = log_probs - rollout.old_log_probs * mask
+    rewards, terms = rollout.rewards.tolist(), []
+    for group in ((0, 1, 2), (3, 4, 5)):
+        for i in group:
+            others = [rewards[j] for j in group if j != i]
+            advantage = rewards[i] - sum(others) / 2
+            if loss_type == "rebel":
+                terms += [
+                    ((ratios[i].sum() - ratios[j].sum()) / 2.0 - (rewards[i] - rewards[j])) ** 2
+                    for j in group
+                    if j > i
+                ]
+            elif loss_type == "rloo":
+                terms.append(-advantage * log_probs[i].sum())
+            else:
+                for token in range(int(mask[i].sum())):
+                    ratio = ratios[i, token].exp()
+                    terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage))
+    loss = torch.stack(terms).mean()
+    kl, entropy, tokens = 0.0, 0.0, mask.sum()
+    uniform = copy.deepcopy(model)
+    torch.nn.init.zeros_(uniform.pcm.head.weight)
+    with torch.no_grad():
+        initial = whole_log_probs(uniform, rollout)
+    for i in range(len(rollout)):
+        written = int(mask[i].sum())
+        difference = initial[i, :written] - log_probs[i, :written]
+        kl = kl + (difference.exp() - difference - 1).sum()
+        prompt = rollout.prompt_ids[i][rollout.prompt_mask[i].bool()]
+        ids = torch.cat([prompt, rollout.completion_ids[i]])[None]
+        prefix = rollout.prefix_ids[i : i + 1]
+        words = {"preference_ids": prefix} if (prefix >= 0).any() else {}
+        weights = model.compute_expert_weights(ids, preference=rollout.weights[i : i + 1], **words)[0]
+        weights = weights[len(prompt) - 1 : len(prompt) - 1 + written]
+        entropy = entropy - torch.where(weights > 0, weights * weights.clamp(min=1e-30).log(), 0.0).sum()
+    return loss + 0.3 * kl / tokens - 0.2 * entropy / tokens
+
+
+def test_an_update_runs_no_expert(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rollout, _ = sampled(trainer)
+    for backbone in trainer.ensemble.backbones:
+        backbone.register_forward_hook(lambda *_: pytest.fail("an expert ran"))
+    trainer.compute_loss(trainer.model, rollout).backward()
+
+
+def constant_expert(token: int):
+    """A model that says `token` nearly always."""
+    model = tiny_llama(0, tie_word_embeddings=False)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[token] = 0.4
+    return model
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "steps", "settings"),
+    [
+        ("rebel", 240, {"eta": 4.0, "num_iterations": 2}),
+        ("ppo", 240, {"num_iterations": 2}),
+        ("rloo", 160, {}),
+    ],
+)
+def test_training_reaches_the_best_weights_of_a_known_problem(loss_type, steps, settings, tmp_path):
+    tokenizer = tiny_tokenizer()
+    a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    model = make_ensemble([constant_expert(a), constant_expert(b)], [(0, [], [11]), (1, [], [12])])
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    model._tokenizer = tokenizer
+
+    def alternates(prompts, completions, **columns):
+        return [8 * sum(c == "ab"[i % 2] for i, c in enumerate(text)) / 8 for text in completions]
+
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        {"e0": alternates, "e1": alternates},
+        prompts=PROMPTS[:2],
+        columns={"reference": ["abbbbabb"] * 2},  # half of it right
+        preference_sets=[["e0", "e1"]],
+        max_completion_length=8,
+        per_device_train_batch_size=32,
+        num_generations=16,
+        max_steps=steps,
+        loss_type=loss_type,
+        learning_rate=2e-3,
+        **settings,
+    )
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    best = 1 / (1 + math.exp(-4))
+    after = trainer.evaluate()["eval_reward"]
+    assert before < 0.6
+    assert after > 0.95 * best
+
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+from test_training import make_trainer, tiny_ensemble
+from transformers.trainer_utils import get_last_checkpoint
+folder = sys.argv[2]
+settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "steps_per_generation": 2}
+trainer = make_trainer(folder, **settings, text_only_fraction=0.3, lr_scheduler_type="linear", save_total_limit=2)
+trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
+torch.save((trainer.model.state_dict(), trainer.state.log_history), Path(folder) / "end.pt")
+"""
+
+
+def run_to_its_end(folder: Path, kill_at: int | None = None) -> None:
+    """Train in a process of its own, killed at once when checkpoint number `kill_at` stands there."""
+    command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)]
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
+        while kill_at is not None and process.poll() is None:
+            if (folder / f"checkpoint-{kill_at}").exists():
+                process.send_signal(signal.SIGKILL)
+                break
+        _, errors = process.communicate()
+    assert kill_at is not None or process.returncode == 0, errors.decode()
+
+
+def test_a_run_killed_and_resumed_ends_bit_equal_to_one_never_killed(tmp_path):
+    run_to_its_end(tmp_path / "whole")
+    for kill_at in (1, 4):  # in the middle of a rollout, and at its end
+        run_to_its_end(tmp_path / "killed", kill_at)
+        assert not (tmp_path / "killed" / "end.pt").exists()
+    run_to_its_end(tmp_path / "killed")
+    (whole, history), (killed, other) = (
+        torch.load(tmp_path / name / "end.pt", weights_only=False) for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, killed[name]), name
+    timed = {"rollout_tokens_per_second", "update_tokens_per_second"}
+    steps, resumed = (
+        [{k: v for k, v in e.items() if k not in timed} for e in log if "loss" in e] for log in (history, other)
+    )
+    assert steps == resumed
+    assert not list((tmp_path / "killed").glob(".checkpoint-*"))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    trainer = make_trainer(tmp_path, num_generations=6)
+    with pytest.raises(ValueError, match="made with num_generations = 3, but the trainer has 6"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+PARALLEL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_training import SharedRollouts, make_trainer
+trainer = make_trainer(sys.argv[2], trainer_class=SharedRollouts, max_steps=3,
+                       per_device_train_batch_size=12 // int(sys.argv[3]), logging_strategy="no")
+losses = []
+step = trainer.training_step
+trainer.training_step = lambda *a, **k: losses.append(step(*a, **k)) or losses[-1]
+trainer.train()
+losses = trainer.accelerator.reduce(torch.stack(losses), "mean")
+if trainer.is_world_process_zero():
+    torch.save((trainer._pcm.state_dict(), losses), sys.argv[4])
+"""
+
+
+class SharedRollouts(RebelTrainer):
+    """Every process samples all rows, which do not depend on how many there are, and takes its own."""
+
+    def _new_rollout(self, number: int):
+        rows = [{"prompt": PROMPTS[(4 * number + i) % 6]} for i in range(4) for _ in range(3)]
+        draws = [self.preferences.sets[i % 2] for i in range(4) for _ in range(3)]
+        rollout, _ = self.rollouts.sample(rows, draws, seed=number)
+        rollout.old_log_probs = self._old_log_probs(rollout)
+        size = 12 // self.args.world_size
+        return rollout.rows(slice(self.args.process_index * size, (self.args.process_index + 1) * size))
+
+
+def test_two_processes_learn_as_one_with_the_same_global_batch(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(PARALLEL)
+    # `accelerate launch` starts CPU processes through MPI only; torchrun starts what accelerate then finds.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    results = []
+    for processes in (1, 2):
+        end = tmp_path / f"{processes}.pt"
+        arguments = [str(Path(__file__).parent), str(tmp_path / str(processes)), str(processes), str(end)]
+        run = subprocess.run([*launch, str(processes), str(script), *arguments], capture_output=True, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        results.append(torch.load(end))
+    (weights, losses), (shared, shared_losses) = results
+    assert_close(losses, shared_losses, atol=1e-5, rtol=1e-4)
+    for name, value in weights.items():
+        assert_close(value, shared[name], atol=1e-4, rtol=1e-3)
+
+
+def test_what_is_logged_covers_rewards_weights_and_speed(tmp_path):
+    trainer = make_trainer(tmp_path, text_only_fraction=0.5, max_steps=4)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"loss", "reward", "win_share", "kl", "entropy", "completion_length"} <= logged
+    assert {"rollout_tokens_per_second", "update_tokens_per_second"} <= logged
+    assert {"reward of e0", "reward of e1", "reward of e2", "expert_weights/e0"} <= logged
+    assert {"reward/e0 + e2", "reward/e1 + e2"} & logged
+    assert any(name.startswith("reward in words/") for name in logged)
+    assert all(entry["log_ratio"] == 0 for entry in trainer.state.log_history if "log_ratio" in entry)
+
+
+def test_words_reach_the_pcm_or_the_prompt_with_every_expert_active(tmp_path):
+    trainer = make_trainer(tmp_path)
+    wanted = trainer.preferences.sets[0]
+    weights, text, system = (
+        DrawnPreference(wanted.name, wanted.weights, w) for w in (None, "preference_text", "system")
+    )
+    rows = [{"prompt": "hello"}] * 3
+    rollout, _ = trainer.rollouts.sample(rows, [weights, text, system], seed=0)
+    assert rollout.weights.tolist() == [list(wanted.weights), [1.0] * 3, [1.0] * 3]
+    prefixes = [[token for token in row if token >= 0] for row in rollout.prefix_ids.tolist()]
+    assert prefixes[0] == prefixes[1] != []
+    assert prefixes[2] == []
+    lengths = rollout.prompt_mask.sum(dim=1).tolist()
+    assert lengths[0] == lengths[1] < lengths[2]
+
+
+def test_conversations_go_through_the_chat_template_and_reach_rewards_as_such(tmp_path):
+    seen = []
+
+    def reward(prompts, completions, topic, **columns):
+        seen.append((prompts, completions, topic))
+        return [1.0] * len(prompts)
+
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    names = ("e0", "e1", "e2")
+    model = tiny_ensemble()
+    model._tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}>")
+    columns = {"topic": list("abcdef")}
+    trainer = make_trainer(tmp_path, model, dict.fromkeys(names, reward), prompts, columns, max_steps=1)
+    trainer.train()
+    prompts, completions, topics = seen[0]
+    assert prompts[0][0]["content"] in PROMPTS
+    assert completions[0][0]["role"] == "assistant"
+    assert topics[0] == "abcdef"[PROMPTS.index(prompts[0][0]["content"])]
+
+
+def test_a_reward_model_is_a_reward(tmp_path):
+    config = LlamaConfig(**SIZES | HEADS, num_labels=1)
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "reward")
+    tiny_tokenizer().save_pretrained(tmp_path / "reward")
+    trainer = make_trainer(tmp_path / "run", rewards=REWARDS | {"e0": str(tmp_path / "reward")}, max_steps=1)
+    ids = tiny_tokenizer()("hello there", return_tensors="pt")["input_ids"]
+    expected = model(ids).logits[0, 0].item()
+    assert trainer.reward_funcs["e0"](["hello", "tell me"], [" there", " more now"])[0] == pytest.approx(
+        expected, abs=1e-5
+    )
+    trainer.train()
+
+
+def test_a_trained_ensemble_is_saved_in_the_experts_dtype_and_loads(tmp_path):
+    trainer = make_trainer(tmp_path / "run", tiny_ensemble().to(torch.bfloat16))
+    assert trainer.model.dtype == torch.float32
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert loaded.dtype == loaded.pcm.dtype == loaded.backbones[0].dtype == torch.bfloat16
+    assert torch.equal(loaded.pcm.head.weight, trainer.model.head.weight.to(torch.bfloat16))
+    assert trainer.model.dtype == torch.float32
+
+
+def test_a_failing_reward_leaves_a_checkpoint_and_names_the_row(tmp_path):
+    calls = []
+
+    def breaks(prompts, completions, **columns):
+        calls.append(1)
+        return [float("nan") if len(calls) > 5 else 1.0] * len(prompts)
+
+    trainer = make_trainer(tmp_path, rewards=dict.fromkeys(("e0", "e1", "e2"), breaks), max_steps=20)
+    with pytest.raises(ValueError, match=r"gave nan for row 0, prompt .*Rewards must be finite numbers"):
+        trainer.train()
+    assert trainer.state.global_step > 0
+    assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "pcm.safetensors").exists()
+    trainer = make_trainer(tmp_path, max_steps=trainer.state.global_step + 1)
+    trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rewards": {"e0": REWARDS["e0"]}}, "`reward_funcs` lacks a reward for e1, e2"),
+        ({"rewards": REWARDS | {"e0": 3}}, "The reward of 'e0' must be a function"),
+        ({"prompts": []}, "`train_dataset` is empty"),
+        ({"prompts": ["hi", "x" * 60]}, "Row 1 of `train_dataset` has a prompt of 60 tokens"),
+        ({"columns": {"preference": ["e0"] * 5 + ["e9"]}}, "Row 5 of `train_dataset`: .*unknown expert 'e9'"),
+        ({"preference_sets": []}, "`preference_sets` is empty"),
+        ({"num_generations": 1, "per_device_train_batch_size": 4}, "`num_generations` must be at least 2"),
+        ({"num_generations": 4}, "must be a multiple of `num_generations`"),
+        ({"loss_type": "dpo"}, "`loss_type` must be one of rebel, ppo, rloo, got 'dpo'"),
+        ({"eta": 0.0}, "`eta` must be above 0"),
+        ({"text_only_fraction": 1.5}, "`text_only_fraction` must be between 0 and 1"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "must be a multiple of `gradient_accumul"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_trained_is_refused_before_anything_runs(options, words, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize("merge", ["logits", "adapters"])
+def test_only_mixtures_of_probabilities_are_trained(merge, tmp_path):
+    model = tiny_ensemble()
+    model.config.merge = merge
+    with pytest.raises(ValueError, match=f'the ensemble has `merge="{merge}"`'):
+        make_trainer(tmp_path, model)
+
+
+def test_a_dataset_without_prompts_and_experts_without_dimensions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs a column `prompt`, got text"):
+        RebelTrainer(tiny_ensemble(), RebelConfig(str(tmp_path)), REWARDS, Dataset.from_dict({"text": ["a"]}))
+    model = tiny_ensemble()
+    model.config.experts[1]["dimension"] = None
+    with pytest.raises(ValueError, match=r"Expert 'e1' has no `dimension`.*Pass `preference_sets`"):
+        make_trainer(tmp_path, model)
