@@ -13,6 +13,7 @@ Run again, it goes on where it stopped.
 
 import argparse
 import json
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from modeling_pcm_ensemble.demo import PREFERENCES, fetch_smollm2
+from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY, fetch_smollm2
 from modeling_pcm_ensemble.training.rewards import (
     CONSTANTS,
     Guard,
@@ -84,6 +85,8 @@ def sample_pool(model, tokenizer, folder: Path, tokens: int, batch_size: int) ->
         for source, system in sources
         for start in range(0, len(prompts), batch_size)
     ]
+    ends = accumulate(len(batch) for _, _, batch in jobs)
+    pool = pool[: max((end for end in ends if end <= len(pool)), default=0)]  # a batch cut off is sampled again
     with path.open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in pool)
         done = 0
@@ -127,26 +130,29 @@ def score_pool(model, tokenizer, pool: list[dict], folder: Path) -> list[dict]:
     return scored
 
 
-def preference_pairs(scored: list[dict], name: str, pairs_a_prompt: int) -> Dataset:
-    """The best answers to each prompt against the worst that are no nonsense, so that style is what differs."""
+def preference_pairs(scored: list[dict], name: str, num_pairs: int) -> Dataset:
+    """
+    The best answer to each prompt against the worst that is no nonsense, so that style is what differs; of the prompts
+    where they differ most.
+    """
     answers: dict[str, list[dict]] = {}
     for line in scored:
         answers.setdefault(line["prompt"], []).append(line)
     rows = []
     for prompt, lines in answers.items():
-        best = sorted(lines, key=lambda line: -line[name])
-        worst = sorted(lines, key=lambda line: (line["guard"] > 1, line[name]))
-        for chosen, rejected in zip(best[:pairs_a_prompt], worst[:pairs_a_prompt]):
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "chosen": chosen["completion"],
-                    "rejected": rejected["completion"],
-                    "chosen_ended": chosen["ended"],
-                    "rejected_ended": rejected["ended"],
-                }
-            )
-    return Dataset.from_list(rows)
+        chosen = max(lines, key=lambda line: line[name])
+        rejected = min(lines, key=lambda line: (line["guard"] > 2, line[name]))
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": chosen["completion"],
+                "rejected": rejected["completion"],
+                "chosen_ended": chosen["ended"],
+                "rejected_ended": rejected["ended"],
+                "margin": chosen[name] - rejected[name],
+            }
+        )
+    return Dataset.from_list(sorted(rows, key=lambda row: -row["margin"])[:num_pairs])
 
 
 def train_expert(model, tokenizer, scored: list[dict], name: str, arguments) -> Path:
@@ -166,14 +172,15 @@ def train_expert(model, tokenizer, scored: list[dict], name: str, arguments) -> 
         per_device_train_batch_size=arguments.batch_size,
         num_train_epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
-        warmup_steps=5,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=3,
         beta=0.1,
         loss_type=["sigmoid", "sft"],
         loss_weights=[1.0, arguments.sft],
         max_length=320,
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
-        precompute_ref_log_probs=True,
         logging_steps=5,
         save_strategy="no",
         report_to="none",
@@ -188,7 +195,9 @@ def train_expert(model, tokenizer, scored: list[dict], name: str, arguments) -> 
         lambda row: {f"{s}_ids": row[f"{s}_ids"][: None if row[f"{s}_ended"] else -1] for s in ("chosen", "rejected")}
     )
     trainer.train()
+    trainer.model.peft_config["default"].base_model_name_or_path = REPOSITORY  # not the folder it was found in
     trainer.model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
     trainer.model.unload()
     return folder
 
@@ -233,11 +242,11 @@ def main():
     parser.add_argument("--experts", nargs="+", choices=PREFERENCES, default=list(PREFERENCES))
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=1, help="pairs of each prompt")
+    parser.add_argument("--pairs", type=int, default=176, help="pairs, of the prompts with the largest margins")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--sft", type=float, default=0.1, help="weight of the likelihood of the best answers")
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--sft", type=float, default=1.0, help="weight of the likelihood of the best answers")
     parser.add_argument("--sampling-batch", type=int, default=64)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

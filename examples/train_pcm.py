@@ -69,8 +69,9 @@ def make_trainer(model: PCMEnsembleForCausalLM, arguments) -> RebelTrainer:
         kl_coef=arguments.kl,
         text_only_fraction=arguments.text_only,
         max_completion_length=arguments.tokens,
-        generation_batch_size=64,
+        rollout_batch_size=64,
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         save_steps=4,
         save_total_limit=2,
@@ -113,7 +114,9 @@ def spread(trainer: RebelTrainer, preference: str, shares: tuple) -> list[float]
 def measured(path: Path, measure) -> dict:
     """What `measure` gives, or gave before."""
     if not path.exists():
-        path.write_text(json.dumps(measure(), indent=1))
+        whole = json.dumps(measure(), indent=1)
+        path.with_suffix(".part").write_text(whole)
+        path.with_suffix(".part").replace(path)
     return json.loads(path.read_text())
 
 

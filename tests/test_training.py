@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import pytest
 import torch
 from conftest import HEADS, SIZES, make_ensemble, tiny_llama, tiny_tokenizer
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference
+from modeling_pcm_ensemble.training.rollouts import with_words
 
 PROMPTS = ["what is a cat?", "name three birds", "why is the sky blue?", "hello", "tell me more", "how far is it?"]
 
@@ -90,7 +93,7 @@ def sampled(trainer):
     rows = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(3)]
     draws = [draw for draw in trainer.preferences.sets[:2] for _ in range(3)]
     rollout, scores = trainer.rollouts.sample(rows, draws, seed=3)
-    rollout.old_log_probs = trainer._old_log_probs(rollout)
+    rollout.old_log_probs, _ = trainer._old_log_probs(rollout)
     return rollout, scores
 
 
@@ -157,13 +160,14 @@ def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
                     if j > i
                 ]
             elif loss_type == "rloo":
-                terms.append(-advantage * log_probs[i].sum())
+                terms.append(-advantage * ratios[i].sum().exp())
             else:
                 for token in range(int(mask[i].sum())):
                     ratio = ratios[i, token].exp()
                     terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage))
-    loss = torch.stack(terms).mean()
-    kl, entropy, tokens = 0.0, 0.0, mask.sum()
+    most = 6 * 7  # completions, and tokens of the longest that there could be
+    loss = torch.stack(terms).sum() / most if loss_type == "ppo" else torch.stack(terms).mean()
+    kl, entropy = 0.0, 0.0
     uniform = copy.deepcopy(model)
     torch.nn.init.zeros_(uniform.pcm.head.weight)
     with torch.no_grad():
@@ -179,7 +183,7 @@ def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
         weights = model.compute_expert_weights(ids, preference=rollout.weights[i : i + 1], **words)[0]
         weights = weights[len(prompt) - 1 : len(prompt) - 1 + written]
         entropy = entropy - torch.where(weights > 0, weights * weights.clamp(min=1e-30).log(), 0.0).sum()
-    return loss + 0.3 * kl / tokens - 0.2 * entropy / tokens
+    return loss + 0.3 * kl / most - 0.2 * entropy / most
 
 
 def test_an_update_runs_no_expert(tmp_path):
@@ -207,7 +211,7 @@ def constant_expert(token: int):
     ("loss_type", "steps", "settings"),
     [
         ("rebel", 240, {"eta": 4.0, "num_iterations": 2}),
-        ("ppo", 240, {"num_iterations": 2}),
+        ("ppo", 240, {"num_iterations": 2, "entropy_coef": 0.02}),
         ("rloo", 160, {}),
     ],
 )
@@ -322,7 +326,7 @@ class SharedRollouts(RebelTrainer):
         rows = [{"prompt": PROMPTS[(4 * number + i) % 6]} for i in range(4) for _ in range(3)]
         draws = [self.preferences.sets[i % 2] for i in range(4) for _ in range(3)]
         rollout, _ = self.rollouts.sample(rows, draws, seed=number)
-        rollout.old_log_probs = self._old_log_probs(rollout)
+        rollout.old_log_probs, _ = self._old_log_probs(rollout)
         size = 12 // self.args.world_size
         return rollout.rows(slice(self.args.process_index * size, (self.args.process_index + 1) * size))
 
@@ -353,6 +357,7 @@ def test_what_is_logged_covers_rewards_weights_and_speed(tmp_path):
     assert {"loss", "reward", "win_share", "kl", "entropy", "completion_length"} <= logged
     assert {"rollout_tokens_per_second", "update_tokens_per_second"} <= logged
     assert {"reward of e0", "reward of e1", "reward of e2", "expert_weights/e0"} <= logged
+    assert {"expert_weights/e0 + e2/e0", "expert_weights/e1 + e2/e2"} & logged
     assert {"reward/e0 + e2", "reward/e1 + e2"} & logged
     assert any(name.startswith("reward in words/") for name in logged)
     assert all(entry["log_ratio"] == 0 for entry in trainer.state.log_history if "log_ratio" in entry)
@@ -473,3 +478,119 @@ def test_a_dataset_without_prompts_and_experts_without_dimensions_are_refused(tm
     model.config.experts[1]["dimension"] = None
     with pytest.raises(ValueError, match=r"Expert 'e1' has no `dimension`.*Pass `preference_sets`"):
         make_trainer(tmp_path, model)
+
+
+def test_rollouts_leave_the_models_own_generation_settings_aside(tmp_path):
+    plain = make_trainer(tmp_path)
+    penalised = tiny_ensemble()
+    for model in (penalised, *penalised.backbones):
+        model.generation_config.update(repetition_penalty=50.0, min_p=0.5, no_repeat_ngram_size=1)
+    trainer = make_trainer(tmp_path, penalised)
+    assert torch.equal(sampled(plain)[0].completion_ids, sampled(trainer)[0].completion_ids)
+    assert plain.scorer.references == trainer.scorer.references
+    assert penalised.generation_config.repetition_penalty == 50.0
+
+
+def test_saving_and_training_leave_the_ensemble_as_its_checkpoint_is(tmp_path):
+    trainer = make_trainer(tmp_path / "run", tiny_ensemble().to(torch.bfloat16), bf16=True)
+    trainer.train()
+    ids = torch.tensor([list(range(20, 50))])
+    before = trainer.ensemble(ids, preference="e0").logits
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(trainer.ensemble(ids, preference="e0").logits, before)
+    loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert loaded(ids).past_key_values is not None  # `use_cache` is still the ensemble's own
+    exact = copy.deepcopy(trainer.ensemble)
+    exact.pcm.to(torch.bfloat16).float()
+    for name, buffer in trainer.ensemble.pcm.named_buffers():
+        exact.pcm.get_buffer(name).copy_(buffer)
+    expected = exact.compute_expert_weights(ids, preference=["e0", "e1"])
+    assert_close(loaded.float().compute_expert_weights(ids, preference=["e0", "e1"]), expected, atol=1e-2, rtol=0)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    trainer = make_trainer(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, save_total_limit=1,
+    )  # fmt: skip
+    trainer.train()
+    rewards = {e["step"]: e["eval_reward"] for e in trainer.state.log_history if "eval_reward" in e}
+    best = max(rewards, key=rewards.get)
+    assert trainer.state.best_global_step == best
+    learnt = load_file(Path(trainer.state.best_model_checkpoint) / "pcm.safetensors")
+    assert torch.equal(learnt["head.weight"], trainer.model.head.weight)
+
+
+def test_preferences_of_the_dataset_need_no_dimensions_and_may_be_missing(tmp_path):
+    model = tiny_ensemble()
+    for expert in model.config.experts:
+        expert["dimension"] = None
+    columns = {"preference": [{"e0": 1.0}, {"e0": 1.0, "e2": 0.5}] * 3}  # Arrow gives each row both names
+    rewards = {name: REWARDS[name] for name in ("e0", "e2")}
+    trainer = make_trainer(tmp_path, model, rewards, columns=columns)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"reward/e0", "reward/e0=1 + e2=0.5"} & logged
+    assert set(trainer.evaluate()) >= {"eval_reward/e0", "eval_reward/e0=1 + e2=0.5"}
+    with pytest.raises(ValueError, match="has no `dimension`"):
+        make_trainer(tmp_path, model, rewards, columns={"preference": [{"e0": 1.0}] * 5 + [None]})
+
+
+def test_weights_are_drawn_from_all_mixtures_of_a_set(tmp_path):
+    sampler = make_trainer(tmp_path, preference_weights="dirichlet").preferences
+    generator = random.Random(0)
+    weights = torch.tensor([sampler.draw(generator).weights for _ in range(2000)])
+    assert_close(weights.sum(dim=1), torch.full((2000,), 2.0), atol=1e-4, rtol=0)
+    shares = weights[weights[:, 0] > 0][:, 0] / 2  # uniform between 0 and 1
+    assert_close(shares.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([0.25, 0.5, 0.75]), atol=0.05, rtol=0)
+
+
+def test_a_batch_may_be_split_in_micro_batches(tmp_path):
+    results = []
+    for size, parts in ((12, 1), (6, 2), (3, 4)):
+        trainer = make_trainer(
+            tmp_path, trainer_class=SharedRollouts, loss_type="ppo", kl_coef=0.1, entropy_coef=0.1, max_steps=1,
+            per_device_train_batch_size=size, gradient_accumulation_steps=parts, steps_per_generation=parts,
+        )  # fmt: skip
+        trainer.train()
+        results.append((trainer.model.head.weight, trainer.state.log_history[0]["loss"]))
+    for weight, loss in results[1:]:
+        assert_close(weight, results[0][0], atol=1e-5, rtol=1e-3)
+        assert loss == pytest.approx(results[0][1], abs=1e-4)
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path):
+    model = tiny_ensemble()
+    model._tokenizer.pad_token = None
+    make_trainer(tmp_path, model, max_steps=1).train()
+    assert model.tokenizer.pad_token is None
+
+
+def test_a_reward_that_fails_in_an_evaluation_leaves_a_checkpoint(tmp_path):
+    def breaks(prompts, completions, **columns):
+        return [float("nan") if trainer.state.global_step == 2 else 1.0] * len(prompts)
+
+    rewards = dict.fromkeys(("e0", "e1", "e2"), breaks)
+    trainer = make_trainer(tmp_path, rewards=rewards, max_steps=3, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ValueError, match="gave nan"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "pcm.safetensors").exists()
+
+
+def test_frozen_weights_that_differ_are_not_resumed(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    model = tiny_ensemble()
+    model.pcm.body.get_input_embeddings().weight.data[5] += 1
+    with pytest.raises(ValueError, match="frozen weights of the PCM"):
+        make_trainer(tmp_path, model).train(resume_from_checkpoint=True)
+
+
+def test_a_system_turn_is_kept_when_the_preference_is_told_in_one():
+    draw = DrawnPreference("e0", (1.0, 0.0, 0.0), "system")
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    model = tiny_ensemble()
+    told = with_words(prompt, draw, model.config, model.tokenizer)
+    assert told[0]["role"] == "system"
+    assert told[0]["content"].startswith("Be brief.\n")
+    assert told[1:] == prompt[1:]
+    assert len(prompt[0]["content"]) == 9

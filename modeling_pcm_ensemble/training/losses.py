@@ -41,34 +41,39 @@ def rebel_loss(log_ratios: torch.Tensor, rewards: torch.Tensor, eta: float) -> t
     return 2 * residuals.var(dim=1, unbiased=True).mean()  # the mean over pairs of (a_i − a_j)² is twice the variance
 
 
-def ppo_loss(log_ratios: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float) -> torch.Tensor:
+def ppo_loss(
+    log_ratios: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float, max_length: int
+) -> torch.Tensor:
     r"""
-    Compute PPO's clipped objective, token by token, with one advantage for a completion.
+    Compute PPO's clipped objective, token by token, with one advantage for a completion, over the most tokens there
+    could be: a mean over those there are would weigh a completion by the lengths of the others in its batch.
 
     Args:
         log_ratios (`torch.FloatTensor` of shape `(batch, seq)`): log π_θ / π_t of each token.
         advantages (`torch.FloatTensor` of shape `(batch,)`): see [`leave_one_out`].
         mask (`torch.Tensor` of shape `(batch, seq)`): 1 for tokens that were sampled.
         clip (`float`): ε.
+        max_length (`int`): most tokens of a completion.
 
     Source: arXiv 1707.06347, equation (7).
     """
     ratios, advantages = log_ratios.exp(), advantages[:, None]
     objective = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
-    return -(objective * mask).sum() / mask.sum().clamp(min=1)
+    return -(objective * mask).sum() / (len(mask) * max_length)
 
 
-def rloo_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+def rloo_loss(log_ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     r"""
-    Compute REINFORCE's objective with the leave-one-out baseline.
+    Compute REINFORCE's objective with the leave-one-out baseline. The importance ratio, 1 in the first update of a
+    rollout, keeps later ones unbiased.
 
     Args:
-        log_probs (`torch.FloatTensor` of shape `(batch,)`): log π_θ(y|x).
+        log_ratios (`torch.FloatTensor` of shape `(batch,)`): log π_θ(y|x) / π_t(y|x).
         advantages (`torch.FloatTensor` of shape `(batch,)`): see [`leave_one_out`].
 
     Source: arXiv 2402.14740, section 3.
     """
-    return -(advantages * log_probs).mean()
+    return -(advantages * log_ratios.exp()).mean()
 
 
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:

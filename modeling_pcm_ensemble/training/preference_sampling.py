@@ -69,16 +69,18 @@ class PreferenceSampler:
     ):
         self.names = config.expert_names
         sets = preference_sets if preference_sets is not None else default_preference_sets(config)
-        if not sets:
-            raise ValueError("`preference_sets` is empty. Pass at least one preference.")
         self.sets = [self.preference(entry) for entry in sets]
         self.preference_weights = preference_weights
         self.text_only_fraction = text_only_fraction
 
     def preference(self, preference: str | list | Mapping) -> DrawnPreference:
         """The preference that a user would give for one row."""
+        if isinstance(preference, Mapping):  # a dataset's columns have every name in every row
+            preference = {name: weight for name, weight in preference.items() if weight is not None}
         weights = tuple(preference_weights(preference, self.names, 1)[0].tolist())
-        return DrawnPreference(" + ".join(n for n, w in zip(self.names, weights) if w > 0), weights)
+        active = {name: weight for name, weight in zip(self.names, weights) if weight > 0}
+        equal = len(set(active.values())) == 1
+        return DrawnPreference(" + ".join(n if equal else f"{n}={w:g}" for n, w in active.items()), weights)
 
     def draw(self, generator: random.Random, given: str | list | Mapping | None = None) -> DrawnPreference:
         """One preference: `given` by the dataset, or one of the sets."""

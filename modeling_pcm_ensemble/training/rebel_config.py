@@ -10,8 +10,7 @@ from .losses import LOSSES
 @dataclass
 class RebelConfig(TrainingArguments):
     r"""
-    Settings of [`RebelTrainer`], beside those of [`~transformers.TrainingArguments`]. Names that TRL's online trainers
-    have too mean the same here.
+    Settings of [`RebelTrainer`], beside those of [`~transformers.TrainingArguments`].
 
     A rollout is sampled every `num_iterations * steps_per_generation` micro-batches. On each process it has
     `per_device_train_batch_size * steps_per_generation` completions, `num_generations` for each prompt.
@@ -21,7 +20,7 @@ class RebelConfig(TrainingArguments):
         steps_per_generation (`int`, *optional*): micro-batches in a rollout; defaults to gradient accumulation's.
         num_iterations (`int`, defaults to 1): how often a rollout is gone through.
         max_completion_length (`int`, defaults to 72): most tokens of a completion.
-        generation_batch_size (`int`, *optional*): rows that are sampled at once; all by default.
+        rollout_batch_size (`int`, *optional*): rows that are sampled at once; defaults to all.
         num_references (`int`, defaults to 1): completions of the base model that rewards are compared with.
         reference_backbone (`int`, defaults to 0): the backbone that is the base model.
 
@@ -35,8 +34,9 @@ class RebelConfig(TrainingArguments):
         loss_type (`str`, defaults to `"rebel"`): `"rebel"`, `"ppo"` or `"rloo"`.
         eta (`float`, defaults to 1.0): REBEL's η; a larger one follows the rewards further in one step.
         clip (`float`, defaults to 0.2): PPO's ε.
-        kl_coef (`float`, defaults to 0): weight of the KL divergence to the initial mixture, a token.
-        entropy_coef (`float`, defaults to 0): weight of the entropy of α, which is rewarded.
+        kl_coef (`float`, defaults to 0): weight of the KL divergence to the mixture at the user's weights, which is an
+            untrained PCM's; summed over tokens, as a share of the most there could be.
+        entropy_coef (`float`, defaults to 0): weight of the entropy of α, which is rewarded; likewise.
         train_embeddings (`bool`, defaults to `False`): train the PCM's token embeddings too.
     """
 
@@ -49,7 +49,7 @@ class RebelConfig(TrainingArguments):
     steps_per_generation: int | None = field(default=None, metadata={"help": "Micro-batches in a rollout."})
     num_iterations: int = field(default=1, metadata={"help": "How often a rollout is gone through."})
     max_completion_length: int = field(default=72, metadata={"help": "Most tokens of a completion."})
-    generation_batch_size: int | None = field(default=None, metadata={"help": "Rows that are sampled at once."})
+    rollout_batch_size: int | None = field(default=None, metadata={"help": "Rows that are sampled at once."})
     num_references: int = field(default=1, metadata={"help": "Base completions that rewards are compared with."})
     reference_backbone: int = field(default=0, metadata={"help": "Index of the base model's backbone."})
     preference_weights: str = field(default="equal", metadata={"help": "equal or dirichlet."})
@@ -62,6 +62,8 @@ class RebelConfig(TrainingArguments):
     train_embeddings: bool = field(default=False, metadata={"help": "Train the PCM's token embeddings too."})
 
     def __post_init__(self):
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = "reward", True
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
@@ -81,7 +83,14 @@ class RebelConfig(TrainingArguments):
         for name, accepted in (("loss_type", LOSSES), ("preference_weights", ("equal", "dirichlet"))):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, got {getattr(self, name)!r}.")
-        for name in ("eta", "clip", "max_completion_length", "num_iterations", "num_references"):
+        for name in (
+            "eta",
+            "clip",
+            "max_completion_length",
+            "steps_per_generation",
+            "num_iterations",
+            "num_references",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         if not 0 <= self.text_only_fraction <= 1:

@@ -1,9 +1,7 @@
 """Trains the Preference Control Model on what the mixture itself samples; the experts stay as they are."""
 
-import json
-import os
+import copy
 import random
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,15 +9,15 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PreTrainedTokenizerBase
 
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..prefixes import CachePart
+from .checkpoints import CheckpointTrainer
+from .checks import check_dataset, check_model
 from .losses import (
     expert_weight_entropy,
     leave_one_out,
@@ -31,13 +29,11 @@ from .losses import (
 )
 from .preference_sampling import DrawnPreference, PreferenceSampler
 from .rebel_config import RebelConfig
-from .rollouts import Rollout, RolloutSampler, tokenize
+from .rollouts import Rollout, RolloutSampler
 from .scoring import Scorer, Scores, reward_function
 
-WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "rebel_state.json"
 
-
-class RebelTrainer(Trainer):
+class RebelTrainer(CheckpointTrainer):
     r"""
     Trains an ensemble's PCM online with REBEL, PPO or RLOO.
 
@@ -77,24 +73,27 @@ class RebelTrainer(Trainer):
         optimizers=(None, None),
     ):
         args = args or RebelConfig(output_dir="rebel")
-        if model.config.merge != "probabilities":
-            raise ValueError(
-                f'REBEL trains mixtures of probabilities, but the ensemble has `merge="{model.config.merge}"`.'
-            )
+        check_model(model, args)
         tokenizer = processing_class or model.tokenizer
         if tokenizer is None:
             raise ValueError("The ensemble was built without a tokenizer. Pass `processing_class`.")
+        if tokenizer.pad_token is None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.pad_token = tokenizer.eos_token
+        if preference_sets is None and train_dataset is not None and None not in _column(train_dataset, "preference"):
+            preference_sets = []  # every row has its own
         self.preferences = PreferenceSampler(
             model.config, preference_sets, args.preference_weights, args.text_only_fraction
         )
-        self.reward_funcs = {name: reward_function(name, reward) for name, reward in (reward_funcs or {}).items()}
+        rewards = {name: reward_function(name, reward, args.device) for name, reward in (reward_funcs or {}).items()}
         for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
             if dataset is not None:
-                self._check_dataset(model, tokenizer, dataset, name, args)
+                check_dataset(dataset, name, model, tokenizer, self.preferences, set(rewards), args)
         self.ensemble = model.to(args.device)
         if model.pcm.dtype in (torch.float16, torch.bfloat16):
             model.pcm.float()  # small updates vanish in half precision
         model.pcm.body.get_input_embeddings().requires_grad_(args.train_embeddings)
+        use_cache = model.config.use_cache
         super().__init__(
             model=model.pcm,
             args=args,
@@ -105,42 +104,24 @@ class RebelTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("RebelTrainer shards nothing: the PCM is small. Launch without FSDP and DeepSpeed.")
+        model.config.use_cache = use_cache  # the ensemble's own, which the trainer takes for the PCM's
         self.model_accepts_loss_kwargs = False  # the loss is a mean of its micro-batch
-        self.scorer = Scorer(self.reward_funcs)
+        self.reward_funcs = rewards
+        self.scorer = Scorer(rewards)
         self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
         self._rollout: Rollout | None = None
         self._micro_batches_done = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: Path | None = None
 
-    def _check_dataset(self, model, tokenizer, dataset, name: str, args: RebelConfig):
-        if "prompt" not in dataset.column_names:
-            raise ValueError(f"`{name}` needs a column `prompt`, got {', '.join(dataset.column_names)}.")
-        if not len(dataset):
-            raise ValueError(f"`{name}` is empty.")
-        wanted = {n for s in self.preferences.sets for n, w in zip(self.preferences.names, s.weights) if w > 0}
-        for row, preference in enumerate(dataset["preference"] if "preference" in dataset.column_names else ()):
-            try:
-                weights = self.preferences.preference(preference).weights
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"Row {row} of `{name}`: {error}") from error
-            wanted |= {n for n, w in zip(self.preferences.names, weights) if w > 0}
-        missing = sorted(wanted - set(self.reward_funcs))
-        if missing:
-            raise ValueError(f"`reward_funcs` lacks a reward for {', '.join(missing)}, which preferences ask for.")
-        room = min(
-            getattr(c.get_text_config(), "max_position_embeddings", None) or 10**9
-            for c in model.config.sub_config_items().values()
-        )
-        descriptions = sum(len(e["description_ids"]) for e in model.config.experts)
-        prefix = max(descriptions, *(len(e["prompt_ids"]) for e in model.config.experts))
-        for row, prompt in enumerate(dataset["prompt"]):
-            length = len(tokenize(tokenizer, [prompt])[0])
-            if length + prefix + args.max_completion_length > room:
-                raise ValueError(
-                    f"Row {row} of `{name}` has a prompt of {length} tokens. With {args.max_completion_length} tokens "
-                    f"of completion and {prefix} of descriptions it exceeds the models' context of {room} tokens."
-                )
+    def train(self, *args, **kwargs):
+        """As for any trainer. Afterwards the PCM is without the precision wrapper of training."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     # The data of a step: the trainer draws prompts itself, so that a step's data depends on its number alone.
 
@@ -191,34 +172,41 @@ class RebelTrainer(Trainer):
         start = time.perf_counter()
         rollout, scores = self.rollouts.sample(rows, draws, self._seed(number))
         seconds = time.perf_counter() - start
-        rollout.old_log_probs = self._old_log_probs(rollout)
+        rollout.old_log_probs, expert_weights = self._old_log_probs(rollout)
         self._note({"rollout_tokens_per_second": rollout.completion_mask.sum().item() / seconds})
-        self._note(rollout_metrics(rollout, scores, draws))
+        self._note(rollout_metrics(rollout, scores, draws, self.rollouts.ended(rollout)))
+        self._note(weight_metrics(expert_weights, rollout.weights, draws, self.preferences.names))
         return rollout
 
     @torch.no_grad()
-    def _old_log_probs(self, rollout: Rollout) -> torch.Tensor:
-        """log π_t, `(rows, seq)`, computed as the update does, so that the first ratio is 1."""
-        size = self.args.per_device_train_batch_size
-        parts = [rollout.rows(slice(start, start + size)) for start in range(0, len(rollout), size)]
-        with self.compute_loss_context_manager():
-            return torch.cat(
-                [mixture_token_log_probs(self._log_expert_weights(self.model, p), p.expert_log_probs) for p in parts]
-            )
+    def _old_log_probs(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        log π_t, `(rows, seq)`, computed as the update does, so that the first ratio is 1; and each row's mean α,
+        `(rows, experts)`.
+        """
+        size, log_probs, means = self.args.per_device_train_batch_size, [], []
+        for start in range(0, len(rollout), size):
+            part = rollout.rows(slice(start, start + size))
+            with self.compute_loss_context_manager():
+                log_weights = self._log_expert_weights(self.model, part)
+                log_probs.append(mixture_token_log_probs(log_weights, part.expert_log_probs))
+            mask = part.completion_mask[..., None]
+            means.append((log_weights.exp() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+        return torch.cat(log_probs), torch.cat(means)
 
     # The update
 
     def _log_expert_weights(self, pcm, rollout: Rollout) -> torch.Tensor:
         """log α where each completion token was predicted, `(rows, seq, experts)`. `pcm` may be wrapped."""
-        num_prompt, num_tokens = rollout.prompt_ids.shape[1], rollout.completion_ids.shape[1]
-        positions = torch.arange(num_prompt - 1, num_prompt + num_tokens - 1, device=rollout.prompt_ids.device)
+        pcm.train(self.args.gradient_checkpointing)  # dropout would make the first ratio another than 1
         expert_weight_logits, _ = pcm(
             torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
             torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
             rollout.prefix_ids,
             CachePart(),
-            positions,
+            rollout.completion_ids.shape[1] + 1,
         )
+        expert_weight_logits = expert_weight_logits[:, :-1]  # the last token predicts no other
         return log_expert_weights(expert_weight_logits, rollout.weights.log())
 
     def compute_loss(self, model, inputs: Rollout, return_outputs: bool = False, num_items_in_batch=None):
@@ -229,45 +217,47 @@ class RebelTrainer(Trainer):
         log_ratios = (log_probs - inputs.old_log_probs) * mask
         groups = (-1, args.num_generations)
         rewards = inputs.rewards.view(groups)
+        initial = (inputs.weights / inputs.weights.sum(dim=1, keepdim=True)).log()[:, None].expand_as(log_weights)
+        kl = token_kl(log_probs, mixture_token_log_probs(initial, inputs.expert_log_probs))  # (rows, seq)
+        entropy = expert_weight_entropy(log_weights)
         if args.loss_type == "rebel":
             loss = rebel_loss(log_ratios.sum(dim=1).view(groups), rewards, args.eta)
         elif args.loss_type == "ppo":
-            loss = ppo_loss(log_ratios, leave_one_out(rewards).flatten(), mask, args.clip)
+            loss = ppo_loss(log_ratios, leave_one_out(rewards).flatten(), mask, args.clip, args.max_completion_length)
         else:
-            loss = rloo_loss((log_probs * mask).sum(dim=1), leave_one_out(rewards).flatten())
-        initial = (inputs.weights / inputs.weights.sum(dim=1, keepdim=True)).log()[:, None].expand_as(log_weights)
-        kl = token_kl(log_probs, mixture_token_log_probs(initial, inputs.expert_log_probs))
-        kl, entropy = (
-            (values * mask).sum() / mask.sum().clamp(min=1) for values in (kl, expert_weight_entropy(log_weights))
-        )
-        loss = loss + args.kl_coef * kl - args.entropy_coef * entropy
+            loss = rloo_loss(log_ratios.sum(dim=1), leave_one_out(rewards).flatten())
+        # Over the most tokens there could be, so that a batch may be split in any way.
+        penalty = (args.kl_coef * kl - args.entropy_coef * entropy) * mask
+        loss = loss + penalty.sum() / (len(mask) * args.max_completion_length)
         with torch.no_grad():
-            self._note({"kl": kl.item(), "entropy": entropy.item(), "log_ratio": _mean(log_ratios.sum(dim=1).abs())})
-            self._note(self._mean_weights(inputs, log_weights.detach().exp()))
+            means = {name: ((x * mask).sum() / mask.sum()).item() for name, x in (("kl", kl), ("entropy", entropy))}
+            self._note(means | {"log_ratio": _mean(log_ratios.sum(dim=1).abs())})
         return (loss, log_weights) if return_outputs else loss
-
-    def _mean_weights(self, inputs: Rollout, expert_weights: torch.Tensor) -> dict[str, float]:
-        """Mean α of each expert over the tokens of the rows that run it."""
-        active = (inputs.weights > 0)[:, None] * inputs.completion_mask[..., None]  # (rows, seq, experts)
-        means = (expert_weights * active).sum(dim=(0, 1)) / active.sum(dim=(0, 1)).clamp(min=1)
-        ran = active.any(dim=1).any(dim=0).tolist()
-        return {f"expert_weights/{n}": m for n, m, r in zip(self.preferences.names, means.tolist(), ran) if r}
 
     def _prepare_inputs(self, inputs) -> Rollout:
         return inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As for any trainer; a rollout or reward that fails leaves a checkpoint behind."""
-        try:
-            inputs = self._next_micro_batch()
-        except Exception:
-            if self.state.global_step > 0 and self._micro_batches_done % self.args.gradient_accumulation_steps == 0:
-                self._save_checkpoint(model, trial=None)
-            raise
+        inputs = self._all_or_none(self._next_micro_batch)
         start = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._note({"update_tokens_per_second": inputs.completion_mask.sum().item() / (time.perf_counter() - start)})
         return loss
+
+    def _all_or_none(self, call):
+        """What `call` gives. Where it fails on any process, all of them write a checkpoint and raise."""
+        value, error = None, None
+        try:
+            value = call()
+        except Exception as caught:
+            error = caught
+        failed = [message for message in gather_object([error and f"{type(error).__name__}: {error}"]) if message]
+        if failed:
+            if self.is_in_train and self.state.global_step > 0:
+                self._save_checkpoint(self.model_wrapped, trial=None)
+            raise error or RuntimeError(f"Another process failed: {failed[0]}")
+        return value
 
     # What is logged
 
@@ -291,118 +281,45 @@ class RebelTrainer(Trainer):
         dimension. Processes share the work.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        jobs = [(row, draw) for draw in self.preferences.sets for row in dataset]
-        jobs = jobs[self.args.process_index :: self.args.world_size]
-        size, metrics = self.args.per_device_eval_batch_size, []
-        starts = range(0, len(jobs), size)
-        for start in tqdm(
-            starts, desc="evaluating", disable=self.args.disable_tqdm or not self.is_world_process_zero()
-        ):
-            rows, draws = zip(*jobs[start : start + size])
-            _, scores = self.rollouts.sample(list(rows), list(draws), self._seed(-1, start))
-            metrics.append(reward_lists(scores, draws))
+        if dataset is None:
+            raise ValueError("There is nothing to evaluate on. Pass `eval_dataset`.")
+        check_dataset(
+            dataset,
+            "eval_dataset",
+            self.ensemble,
+            self.processing_class,
+            self.preferences,
+            set(self.scorer.reward_funcs),
+            self.args,
+        )
+        metrics = self._all_or_none(lambda: self._evaluation_metrics(dataset))
+        pending, self._metrics = self._metrics, defaultdict(list)
         noted = defaultdict(list)
         for entry in gather_object(metrics):
             for name, values in entry.items():
                 noted[f"{metric_key_prefix}_{name}"] += values
         means = {name: sum(values) / len(values) for name, values in sorted(noted.items())}
         self.log(means)
+        self._metrics = pending
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
         return means
 
-    # Checkpoints
+    def _evaluation_metrics(self, dataset) -> list[dict[str, list[float]]]:
+        """Rewards of this process's share of the prompts and preferences."""
+        jobs = [(row, draw) for row in dataset for draw in self._evaluated(row)]
+        jobs = jobs[self.args.process_index :: self.args.world_size]
+        size, metrics = self.args.per_device_eval_batch_size, []
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        for start in tqdm(range(0, len(jobs), size), desc="evaluating", disable=quiet, leave=False):
+            rows, draws = zip(*jobs[start : start + size])
+            _, scores = self.rollouts.sample(list(rows), list(draws), self._seed(-1, start))
+            metrics.append(reward_lists(scores, list(draws)))
+        return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        """What a checkpoint keeps of the ensemble: what learns."""
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            learnt = {name: p.detach() for name, p in self._pcm.named_parameters() if p.requires_grad}
-            save_file(learnt, Path(output_dir) / WEIGHTS_FILE)
-
-    @property
-    def _pcm(self):
-        return self.accelerator.unwrap_model(self.model)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Write the ensemble, in the experts' dtype."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-        elif self.args.should_save:
-            pcm, dtype = self._pcm, self._pcm.dtype
-            learnt = {name: tensor.clone() for name, tensor in pcm.state_dict().items()}
-            pcm.to(self.ensemble.backbones[0].dtype)
-            self.ensemble.save_pretrained(output_dir or self.args.output_dir)
-            pcm.to(dtype).load_state_dict(learnt)
-
-    def _save_checkpoint(self, model, trial):
-        """Write a checkpoint beside its place, and move it there when it is whole."""
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self._staging = Path(self.args.output_dir) / f".{final.name}"
-        if self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging.mkdir(parents=True, exist_ok=True)
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
-        folder = self._staging / final.name
-        folder.mkdir(exist_ok=True)
-        torch.save(self._rollout, folder / f"rollout_{self.args.process_index}.pt")
-        (folder / f"{self.args.process_index}_{STATE_FILE}").write_text(json.dumps(self._rebel_state()))
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(folder, final)
-            self._staging.rmdir()
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
-        self._staging = None
-        self.accelerator.wait_for_everyone()
-
-    def _get_output_dir(self, trial):
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _rebel_state(self) -> dict:
-        return {
-            "settings": self._settings(),
-            "micro_batches_done": self._micro_batches_done,
-            "references": self.scorer.references,
-            "reference_rewards": self.scorer.reference_rewards,
-            "metrics": self._metrics,
-        }
-
-    def _settings(self) -> dict:
-        """What must be the same for a run to go on as it began."""
-        args, config = self.args, self.ensemble.config
-        names = ("seed", "num_generations", "steps_per_generation", "num_iterations", "per_device_train_batch_size",
-                 "gradient_accumulation_steps", "max_completion_length", "loss_type", "world_size")  # fmt: skip
-        settings = {name: getattr(args, name) for name in names}
-        return settings | {
-            "experts": config.expert_names,
-            "pcm": config.pcm.to_diff_dict(),
-            "prompts": len(self.train_dataset),
-        }
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
-        folder = Path(resume_from_checkpoint)
-        state = json.loads((folder / f"{self.args.process_index}_{STATE_FILE}").read_text())
-        settings = json.loads(json.dumps(self._settings()))
-        for name, value in settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"The checkpoint {str(folder)!r} was made with {name} = {state['settings'].get(name)!r}, but the "
-                    f"trainer has {value!r}. Go on with the settings it was begun with, or start in another folder."
-                )
-        self._micro_batches_done = state["micro_batches_done"]
-        self.scorer.references, self.scorer.reference_rewards = state["references"], state["reference_rewards"]
-        self._metrics = defaultdict(list, state["metrics"])
-        self._rollout = torch.load(
-            folder / f"rollout_{self.args.process_index}.pt", map_location=self.args.device, weights_only=False
-        )
-        self._pcm.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=False)
+    def _evaluated(self, row: dict) -> list[DrawnPreference]:
+        if row.get("preference") is not None:
+            return [self.preferences.preference(row["preference"])]
+        return self.preferences.sets
 
 
 def _mean(values: torch.Tensor) -> float:
@@ -417,10 +334,29 @@ def reward_lists(scores: Scores, draws: list[DrawnPreference]) -> dict[str, list
     return lists | {f"reward of {name}": values for name, values in scores.dimensions.items()}
 
 
-def rollout_metrics(rollout: Rollout, scores: Scores, draws: list[DrawnPreference]) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, scores: Scores, draws: list[DrawnPreference], ended: torch.Tensor
+) -> dict[str, float]:
     """What is logged of a rollout."""
     means = {name: sum(values) / len(values) for name, values in reward_lists(scores, draws).items()}
     lengths = rollout.completion_mask.sum(dim=1).float()
-    ended = (lengths < rollout.completion_ids.shape[1]).float()
     wins = sum(scores.wins) / len(scores.wins)
-    return means | {"win_share": wins, "completion_length": _mean(lengths), "ended": _mean(ended)}
+    return means | {"win_share": wins, "completion_length": _mean(lengths), "ended": _mean(ended.float())}
+
+
+def weight_metrics(
+    expert_weights: torch.Tensor, weights: torch.Tensor, draws: list[DrawnPreference], names: list[str]
+) -> dict[str, float]:
+    """Mean α of each expert where it ran, over all and by preference; arguments `(rows, experts)`."""
+    found = defaultdict(list)
+    for row, active, draw in zip(expert_weights.tolist(), (weights > 0).tolist(), draws):
+        preference = draw.name if draw.words is None else f"{draw.name} in words"
+        for name, value, ran in zip(names, row, active):
+            if ran:
+                found[f"expert_weights/{name}"].append(value)
+                found[f"expert_weights/{preference}/{name}"].append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _column(dataset, name: str) -> list:
+    return list(dataset[name]) if name in dataset.column_names else [None]

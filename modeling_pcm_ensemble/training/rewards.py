@@ -1,8 +1,8 @@
 r"""
 Rewards that run offline: a documented proxy for each of the six preferences, and a guard that keeps answers sane.
 
-A proxy is a mean of standardised text features, standardised again, so that 0 is an average completion of the base
-model and 1 is one standard deviation above. The guard subtracts in that unit.
+A proxy is a weighted mean of standardised text features, standardised again, so that 0 is an average completion of the
+base model in style and 1 is one standard deviation above. The guard subtracts in that unit.
 
 | feature | what it is | source |
 |---|---|---|
@@ -12,7 +12,7 @@ model and 1 is one standard deviation above. The guard subtracts in that unit.
 | brevity, content | minus log of words; log of distinct content words (Zipf below 6) | |
 | density, redundancy | share of words that are content words; share of content words said before | |
 | sentiment | mean compound sentiment of the sentences | VADER (Hutto and Gilbert, 2014) |
-| address | share of words that address the reader | list below |
+| address | share of words of talk, such as you, we, I | list below |
 | warmth, rudeness | warm words and signs, rude words, each a sentence | lists below |
 """
 
@@ -32,13 +32,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from wordfreq import zipf_frequency
 
-# The proxy of each preference: the features whose mean it is, with their signs.
+# The proxy of each preference: the features whose weighted mean it is.
 HARD = ("ari", "coleman_liau", "lix", "rix", "syllables", "rarity")
 PROXIES: dict[str, dict[str, int]] = {
     "elementary": dict.fromkeys(HARD, -1),
     "knowledgeable": dict.fromkeys(HARD, 1),
-    "concise": {"brevity": 1, "density": 1, "redundancy": -1},
-    "informative": {"content": 1, "density": 1, "redundancy": -1},
+    "concise": {"brevity": 3, "density": 1, "redundancy": -1},
+    "informative": {"content": 3, "density": 1, "redundancy": -1},
     "friendly": {"sentiment": 1, "address": 1, "warmth": 1},
     "unfriendly": {"sentiment": -1, "rudeness": 1, "warmth": -1},
 }
@@ -65,6 +65,8 @@ SIGNS = re.compile(r"!|[:;]-?[)D]|[\U0001F300-\U0001FAFF\u2600-\u27BF]")
 CLIP = 3.0  # standard deviations: one odd word or sign must not carry an answer
 SHORTEST = 12  # words; a shorter answer costs one standard deviation for each WORDS_A_DEVIATION that it lacks
 WORDS_A_DEVIATION = 4
+# Standard deviations from the base model's mean: what it samples at temperature 1 is on average not fluent enough.
+FLUENT = -1.0
 CONSTANTS = Path(__file__).with_name("smollm2_rewards.json")
 
 
@@ -131,9 +133,9 @@ def as_messages(prompt: str | list[dict]) -> list[dict]:
 
 class Guard:
     r"""
-    What an answer loses for being worse text than an average one of the base model: more surprising to the base model
-    given the prompt (fluency), gaining less from the prompt (relevance), repeating itself more; or for being hardly an
-    answer. Cached, since all rewards of a completion share it.
+    What an answer loses as text: for being surprising to the base model given the prompt (fluency), for gaining less
+    from the prompt (relevance) or repeating itself more than the base model's average completion, or for being hardly
+    an answer. Cached, since all rewards of a completion share it.
 
     Args:
         model (`PreTrainedModel`): the base model.
@@ -158,12 +160,12 @@ class Guard:
         return [self._penalty(entry) for entry in self.features(prompts, completions)]
 
     def _penalty(self, features: dict[str, float]) -> float:
-        def excess(name: str, sign: int) -> float:
+        def excess(name: str, sign: int, allowed: float = 0.0) -> float:
             mean, deviation = self.constants[name]
-            return max(sign * (features[name] - mean) / deviation, 0.0)
+            return max(sign * (features[name] - mean) / deviation - allowed, 0.0)
 
         missing = max(SHORTEST - features["words"], 0) / WORDS_A_DEVIATION
-        return excess("nll", 1) + excess("gain", -1) + excess("repetition", 1) + missing
+        return excess("nll", 1, FLUENT) + excess("gain", -1) + excess("repetition", 1) + missing
 
     def features(self, prompts: list, completions: list[str]) -> list[dict[str, float]]:
         """`nll`, the base model's nats a token; `gain`, nats a token that the prompt saves; `repetition`; `words`."""
@@ -225,7 +227,7 @@ class ProxyReward:
         self.__name__ = name
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float]:
-        """Rewards of completions, in standard deviations over the base model's; 0 is an average one of them."""
+        """Rewards of completions, in the base model's standard deviations: 0 is its average style, in fluent text."""
         mean, deviation = self.constants[self.name]
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         proxies = [(proxy(self.name, text_features(text), self.constants) - mean) / deviation for text in texts]
@@ -233,13 +235,14 @@ class ProxyReward:
 
 
 def proxy(name: str, features: Mapping[str, float], constants: Mapping[str, tuple[float, float]]) -> float:
-    """Compute the mean of a preference's standardised features with their signs, each clipped at three deviations."""
+    """Compute the weighted mean of a preference's standardised features, each clipped at three deviations."""
 
     def standard(feature: str) -> float:
         mean, deviation = constants[feature]
         return min(max((features[feature] - mean) / deviation, -CLIP), CLIP)
 
-    return fmean(sign * standard(feature) for feature, sign in PROXIES[name].items())
+    weights = PROXIES[name]
+    return sum(weight * standard(feature) for feature, weight in weights.items()) / sum(map(abs, weights.values()))
 
 
 def reward_constants(guard: Guard, prompts: list, completions: list[str]) -> dict[str, tuple[float, float]]:

@@ -1,9 +1,11 @@
 """Sampling from the mixture, with what every expert said of each token recorded on the way."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..merging import token_log_probs
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
@@ -105,7 +107,7 @@ class ExpertRecorder:
 
 
 def rollout_config(model: PCMEnsembleForCausalLM, max_new_tokens: int, pad_token_id: int) -> GenerationConfig:
-    """Sample from π itself: temperature 1, nothing cut off, nothing else that the model's own settings would do."""
+    """Sample from π itself: temperature 1, nothing cut off. To be used by [`only_these_settings`]."""
     return GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -115,6 +117,24 @@ def rollout_config(model: PCMEnsembleForCausalLM, max_new_tokens: int, pad_token
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=pad_token_id,
     )
+
+
+@contextmanager
+def only_these_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Let `model` generate under `config` alone. Its own settings, say a penalty, would fill gaps in it."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def random_numbers(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from `seed` inside, and leave random numbers outside as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()
@@ -127,13 +147,12 @@ def sample_rollout(
     config: GenerationConfig,
 ) -> Rollout:
     """Complete each row once. Arguments as for [`Rollout`], `config` from [`rollout_config`]."""
-    with ExpertRecorder(model) as recorder:
+    with only_these_settings(model, config), ExpertRecorder(model) as recorder:
         sequences = model.generate(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
             preference=weights,
             preference_ids=prefix_ids,
-            generation_config=config,
             output_expert_logits=True,
         )
         expert_log_probs = recorder.expert_log_probs(sequences[:, -1:])  # (rows, seq, experts)
@@ -176,6 +195,8 @@ def with_words(prompt, draw: DrawnPreference, config, tokenizer: PreTrainedToken
     text = " ".join(tokenizer.decode(ids).strip() for ids in wanted)
     if isinstance(prompt, str):
         return f"{text}\n\n{prompt}"
+    if prompt[0]["role"] == "system":
+        return [{"role": "system", "content": f"{prompt[0]['content']}\n{text}"}, *prompt[1:]]
     return [{"role": "system", "content": text}, *prompt]
 
 
@@ -202,8 +223,7 @@ class RolloutSampler:
 
     def __init__(self, model: PCMEnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, args):
         self.model, self.tokenizer, self.scorer, self.args = model, tokenizer, scorer, args
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.generation_config = rollout_config(model, args.max_completion_length, pad)
+        self.generation_config = rollout_config(model, args.max_completion_length, tokenizer.pad_token_id)
 
     def sample(
         self, rows: list[dict], draws: list[DrawnPreference], seed: int, shares: torch.Tensor | None = None
@@ -214,9 +234,8 @@ class RolloutSampler:
         """
         self.model.eval()
         self._add_references(rows)
-        size = self.args.generation_batch_size or len(rows)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        size = self.args.rollout_batch_size or len(rows)
+        with random_numbers(seed, self.args.device):
             parts = [
                 self._sample_batch(rows[start : start + size], draws[start : start + size])
                 for start in range(0, len(rows), size)
@@ -248,13 +267,20 @@ class RolloutSampler:
             {"input_ids": tokenize(self.tokenizer, prompts)}, padding_side="left", return_tensors="pt"
         ).to(self.args.device)
 
+    def ended(self, rollout: Rollout) -> torch.Tensor:
+        """Whether each completion was written to its end, `(rows,)`."""
+        if self.generation_config.eos_token_id is None:
+            return torch.zeros(len(rollout), dtype=torch.bool)
+        ends = torch.tensor(self.generation_config.eos_token_id, device=rollout.completion_ids.device).reshape(-1)
+        return torch.isin(rollout.completion_ids, ends).any(dim=1)
+
     def _texts(self, completion_ids: torch.LongTensor, mask: torch.LongTensor) -> list[str]:
         rows = [ids[:length] for ids, length in zip(completion_ids.tolist(), mask.sum(dim=1).tolist())]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def _add_references(self, rows: list[dict]):
         """Completions of the base model for prompts that have none yet: the dataset's, or new ones."""
-        new = {prompt_key(row["prompt"]): row for row in rows}
+        new = {prompt_key(row): row for row in rows}
         new = {key: row for key, row in new.items() if key not in self.scorer.references}
         for key, row in list(new.items()):
             if row.get("reference") is not None:
@@ -266,9 +292,8 @@ class RolloutSampler:
         repeated = [row for row in new.values() for _ in range(self.args.num_references)]
         inputs = self._inputs([row["prompt"] for row in repeated])
         base = self.model.backbones[self.args.reference_backbone]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
-            sequences = base.generate(**inputs, generation_config=self.generation_config)
+        with random_numbers(self.args.seed, self.args.device), only_these_settings(base, self.generation_config):
+            sequences = base.generate(**inputs)
         completion_ids = sequences[:, inputs["input_ids"].shape[1] :]
         mask = written_tokens(completion_ids, self.generation_config.eos_token_id)
         completions = iter(as_completions(repeated, self._texts(completion_ids, mask)))

@@ -43,8 +43,12 @@ class ModelReward:
         """The model's output for each prompt and completion."""
         texts, rewards = [self._text(p, c) for p, c in zip(prompts, completions)], []
         for start in range(0, len(texts), self.batch_size):
+            # A chat template writes the special tokens itself.
             batch = self.tokenizer(
-                texts[start : start + self.batch_size], padding=True, truncation=True, return_tensors="pt"
+                texts[start : start + self.batch_size],
+                add_special_tokens=isinstance(prompts[0], str),
+                padding=True,
+                return_tensors="pt",
             )
             rewards += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
         return rewards
@@ -55,10 +59,11 @@ class ModelReward:
         return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 
-def reward_function(name: str, reward, tokenizer: PreTrainedTokenizerBase | None = None) -> Callable:
+def reward_function(name: str, reward, device: torch.device) -> Callable:
     """What a user may give as a reward, as a function of prompts, completions and columns."""
     if isinstance(reward, (str, PreTrainedModel)):
-        return ModelReward(reward, tokenizer)
+        reward = ModelReward(reward)
+        reward.model.to(device)
     if not callable(reward):
         raise TypeError(
             f"The reward of {name!r} must be a function of prompts and completions, a sequence-classification model "
@@ -134,7 +139,7 @@ class Scorer:
             self._score_references(name, [rows[i] for i in wanted])
             dimensions[name] = []
             for i, value in zip(wanted, values):
-                references = self.reference_rewards[prompt_key(rows[i]["prompt"])][name]
+                references = self.reference_rewards[prompt_key(rows[i])][name]
                 against = [normalised_reward(value, reference) for reference in references]
                 dimensions[name].append(sum(against) / len(against))
                 wins[i] += [value > reference for reference in references]
@@ -142,7 +147,7 @@ class Scorer:
         return Scores(rewards, dimensions, [sum(entry) / len(entry) for entry in wins])
 
     def _score_references(self, name: str, rows: list[dict]):
-        new = {prompt_key(row["prompt"]): row for row in rows}
+        new = {prompt_key(row): row for row in rows}
         new = {key: row for key, row in new.items() if name not in self.reference_rewards.setdefault(key, {})}
         repeated = [row for key, row in new.items() for _ in self.references[key]]
         completions = [completion for key in new for completion in self.references[key]]
@@ -154,9 +159,9 @@ class Scorer:
             self.reference_rewards[key][name] = [next(values) for _ in self.references[key]]
 
 
-def prompt_key(prompt: str | list[dict]) -> str:
-    """A prompt as a key, which JSON keeps."""
-    return json.dumps(prompt)
+def prompt_key(row: dict) -> str:
+    """A row of a dataset as a key: its prompt, and what else its reward and reference may depend on."""
+    return json.dumps({name: value for name, value in row.items() if name != "preference"}, default=str)
 
 
 def _columns(rows: list[dict]) -> tuple[list, dict[str, list]]:

@@ -1,0 +1,144 @@
+"""Checkpoints of a run: what learns, the rollout at hand and the references; whole, or not there at all."""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from .rollouts import Rollout
+
+WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "rebel_state.json"
+SETTINGS = (
+    "world_size", "seed", "num_generations", "steps_per_generation", "num_iterations", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_completion_length", "num_references", "loss_type", "text_only_fraction",
+    "preference_weights", "train_embeddings",
+)  # fmt: skip
+
+
+class CheckpointTrainer(Trainer):
+    """The part of [`RebelTrainer`] that saves and resumes."""
+
+    @property
+    def _pcm(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        """What a checkpoint keeps of the ensemble: what learns."""
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            learnt = {name: p.detach() for name, p in self._pcm.named_parameters() if p.requires_grad}
+            save_file(learnt, Path(output_dir) / WEIGHTS_FILE)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Write the ensemble, in the experts' dtype."""
+        if self._staging is not None:
+            self._save(output_dir)
+        elif self.args.should_save:
+            pcm = self.ensemble.pcm
+            self.ensemble.pcm = copy.deepcopy(pcm).to(self.ensemble.backbones[0].dtype)
+            try:
+                self.ensemble.save_pretrained(output_dir or self.args.output_dir)
+            finally:
+                self.ensemble.pcm = pcm
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        """Checkpoints stay here; `push_to_hub` pushes the ensemble."""
+
+    def _save_checkpoint(self, model, trial):
+        """Write a checkpoint beside its place, and move it there when it is whole."""
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._staging = Path(self.args.output_dir) / f".{final.name}"
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        folder = self._staging / final.name
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = self.args.process_index
+        rollout = {} if self._rollout is None else vars(self._rollout)
+        torch.save(rollout, folder / f"rollout_{rank}.pt")
+        (folder / f"{rank}_{STATE_FILE}").write_text(json.dumps(self._rebel_state()))
+        super()._save_checkpoint(model, trial)
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            if final.exists():
+                os.replace(final, self._staging / "old")
+            os.replace(folder, final)
+            shutil.rmtree(self._staging)
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self._staging = None
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial):
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _rebel_state(self) -> dict:
+        return {
+            "settings": self._settings(),
+            "micro_batches_done": self._micro_batches_done,
+            "references": self.scorer.references,
+            "metrics": self._metrics,
+        }
+
+    def _settings(self) -> dict:
+        """What must be the same for a run to go on as it began."""
+        config = self.ensemble.config
+        pcm = config.pcm.to_diff_dict()
+        settings = {name: getattr(self.args, name) for name in SETTINGS} | {
+            "experts": config.expert_names,
+            "preference sets": [draw.name for draw in self.preferences.sets],
+            "prompts": len(self.train_dataset),
+            "pcm": {name: pcm[name] for name in sorted(pcm) if name not in ("transformers_version", "dtype")},
+            "frozen weights of the PCM": self._frozen_digest(),
+        }
+        return json.loads(json.dumps(settings))
+
+    def _frozen_digest(self) -> str:
+        """Of the weights that checkpoints leave out."""
+        digest = hashlib.sha256()
+        for name, parameter in self._pcm.named_parameters():
+            if not parameter.requires_grad:
+                digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        folder, rank = Path(resume_from_checkpoint), self.args.process_index
+        saved = json.loads((folder / f"0_{STATE_FILE}").read_text())["settings"]
+        for name, value in self._settings().items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"The checkpoint {str(folder)!r} was made with {name} = {saved.get(name)!r}, but the trainer has "
+                    f"{value!r}. Go on with the settings it was begun with, or start in another folder."
+                )
+        state = json.loads((folder / f"{rank}_{STATE_FILE}").read_text())
+        self._micro_batches_done = state["micro_batches_done"]
+        self.scorer.references = state["references"]
+        self._metrics = defaultdict(list, state["metrics"])
+        rollout = torch.load(folder / f"rollout_{rank}.pt", map_location=self.args.device, weights_only=True)
+        self._rollout = Rollout(**rollout) if rollout else None
+        self._load_learnt(folder)
+
+    def _load_learnt(self, folder: Path):
+        learnt = load_file(folder / WEIGHTS_FILE)
+        missing, unexpected = self._pcm.load_state_dict(learnt, strict=False)
+        trainable = {name for name, p in self._pcm.named_parameters() if p.requires_grad}
+        if unexpected or trainable & set(missing):
+            raise ValueError(f"{folder / WEIGHTS_FILE} holds another PCM's weights: {[*missing, *unexpected][:4]} …")
+
+    def _load_best_model(self):
+        self._load_learnt(Path(self.state.best_model_checkpoint))

@@ -1,0 +1,76 @@
+"""What cannot be trained, found before anything runs."""
+
+from transformers import PreTrainedTokenizerBase
+
+from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from .preference_sampling import DrawnPreference, PreferenceSampler
+from .rebel_config import RebelConfig
+from .rollouts import tokenize, with_words
+
+
+def check_model(model, args: RebelConfig):
+    """Refuse what is no ensemble, or mixes otherwise than REBEL trains."""
+    if not isinstance(model, PCMEnsembleForCausalLM):
+        raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
+    if not isinstance(args, RebelConfig):
+        raise TypeError(f"`args` must be a RebelConfig, got {type(args).__name__}.")
+    if model.config.merge != "probabilities":
+        raise ValueError(
+            f'REBEL trains mixtures of probabilities, but the ensemble has `merge="{model.config.merge}"`.'
+        )
+    if not 0 <= args.reference_backbone < len(model.backbones):
+        raise ValueError(
+            f"`reference_backbone` is {args.reference_backbone}, but there are {len(model.backbones)} backbones."
+        )
+
+
+def check_dataset(
+    dataset,
+    name: str,
+    model: PCMEnsembleForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    preferences: PreferenceSampler,
+    rewards: set[str],
+    args: RebelConfig,
+):
+    """Refuse a dataset without prompts, with preferences that have no reward, or with prompts that do not fit."""
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"`{name}` needs a column `prompt`, got {', '.join(dataset.column_names)}.")
+    if not len(dataset):
+        raise ValueError(f"`{name}` is empty.")
+    draws = list(preferences.sets)
+    given = dataset["preference"] if "preference" in dataset.column_names else [None]
+    if not draws and None in list(given):
+        raise ValueError("`preference_sets` is empty. Pass at least one preference.")
+    for row, preference in enumerate(given):
+        try:
+            draws += [preferences.preference(preference)] if preference is not None else []
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Row {row} of `{name}`: {error}") from error
+    wanted = {expert for draw in draws for expert, w in zip(preferences.names, draw.weights) if w > 0}
+    if missing := sorted(wanted - rewards):
+        raise ValueError(f"`reward_funcs` lacks a reward for {', '.join(missing)}, which preferences ask for.")
+    for row, reference in enumerate(dataset["reference"] if "reference" in dataset.column_names else ()):
+        texts = reference if isinstance(reference, list) else [reference]
+        if reference is not None and (not texts or not all(isinstance(text, str) for text in texts)):
+            raise ValueError(
+                f"Row {row} of `{name}`: `reference` must be a text or a list of texts, got {reference!r}."
+            )
+    _check_lengths(dataset, name, model, tokenizer, args)
+
+
+def _check_lengths(dataset, name: str, model, tokenizer, args: RebelConfig):
+    room = min(
+        getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+        for config in model.config.sub_config_items().values()
+    )
+    experts = model.config.experts
+    prefix = sum(len(e["description_ids"]) for e in experts) + max(len(e["prompt_ids"]) for e in experts)
+    words = DrawnPreference("", (1.0,) * len(experts), "system" if args.text_only_fraction else None)
+    for row, prompt in enumerate(dataset["prompt"]):
+        length = len(tokenize(tokenizer, [with_words(prompt, words, model.config, tokenizer)])[0])
+        if length + prefix + args.max_completion_length > room:
+            raise ValueError(
+                f"Row {row} of `{name}` has a prompt of {length} tokens. With {args.max_completion_length} tokens of "
+                f"completion and up to {prefix} of prefixes it exceeds the models' context of {room} tokens."
+            )

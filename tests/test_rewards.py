@@ -1,0 +1,151 @@
+"""The offline rewards: proxies that tell styles apart, and a guard that no degenerate text passes."""
+
+import json
+from statistics import fmean, pstdev
+
+import pytest
+import torch
+from conftest import tiny_llama, tiny_tokenizer
+from torch.testing import assert_close
+
+from modeling_pcm_ensemble.training.rewards import (
+    CONSTANTS,
+    PROXIES,
+    Guard,
+    proxy,
+    proxy_rewards,
+    repetition,
+    reward_constants,
+    text_features,
+)
+from modeling_pcm_ensemble.training.scoring import Scorer, call_reward, normalised_reward, prompt_key
+
+EASY = "The sun is hot. It gives us light. Plants need the sun to grow. We can play in the sun and have fun."
+HARD = (
+    "Gravitational interaction manifests through spacetime curvature, whose relationship with energy-momentum "
+    "distributions is encapsulated by Einstein's nonlinear differential field equations."
+)
+SHORT = "Gravity pulls objects toward each other; heavier masses pull harder and distance weakens the force."
+LONG = (
+    "Gravity attracts masses. Newton described it with an inverse-square law; Einstein replaced that picture with "
+    "curved spacetime. It shapes orbits, tides, stars and galaxies, keeps atmospheres attached, and bends light: "
+    "telescopes observe that as lensing around clusters of galaxies. Einstein predicted waves in it, which detectors "
+    "first measured in 2015, emitted by colliding black holes."
+)
+WARM = "Hey friend! Great question, I'm so glad that you asked! You will love this, it's awesome fun! :)"
+COLD = (
+    "What a stupid, boring question. This is a pathetic waste of time. Stop being lazy and read a terrible old book."
+)
+
+
+def stored() -> dict:
+    return json.loads(CONSTANTS.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "worse"),
+    [
+        ("elementary", EASY, HARD),
+        ("knowledgeable", HARD, EASY),
+        ("concise", SHORT, LONG),
+        ("informative", LONG, SHORT),
+        ("friendly", WARM, COLD),
+        ("unfriendly", COLD, WARM),
+    ],
+)
+def test_a_proxy_tells_its_style_by_more_than_a_standard_deviation(name, better, worse):
+    constants = stored()
+    _, deviation = constants[name]
+    difference = proxy(name, text_features(better), constants) - proxy(name, text_features(worse), constants)
+    assert difference > deviation
+
+
+def test_no_feature_fails_on_odd_text():
+    for text in ("", "...", "1 2 3", "\n\n", "你好", "a" * 500, "!!!! 😀😀"):
+        assert all(value == value for value in text_features(text).values())
+        assert all(abs(proxy(name, text_features(text), stored())) <= 3 for name in PROXIES)
+
+
+@pytest.fixture
+def guard() -> Guard:
+    return Guard(tiny_llama(3, max_position_embeddings=512), tiny_tokenizer(), batch_size=3)
+
+
+def test_the_guards_likelihoods_equal_those_of_each_text_alone(guard):
+    prompts, completions = ["why?", "what is it?", "hi", "go on"], ["because", "a cat", "x", "and then some more"]
+    batched = guard.features(prompts, completions)
+    for prompt, completion, features in zip(prompts, completions, batched):
+        head = guard.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        tail = guard.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            log_probs = guard.model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
+        expected = -log_probs[torch.arange(len(tail)), tail].mean().item()
+        assert features["nll"] == pytest.approx(expected, abs=1e-4)
+    assert guard.nll(["why?"], [""])[0] > 0  # an empty answer is an end token
+
+
+def test_constants_standardise_the_base_models_completions(guard):
+    prompts, completions = ["why?"] * 5, [EASY, HARD, SHORT, WARM, COLD]
+    constants = reward_constants(guard, prompts, completions)
+    for name in PROXIES:
+        mean, deviation = constants[name]
+        values = [(proxy(name, text_features(text), constants) - mean) / deviation for text in completions]
+        assert_close(torch.tensor([fmean(values), pstdev(values)]), torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)
+
+
+def test_degenerate_answers_lose_more_than_style_can_win(guard):
+    """What the base model finds average passes; repetition, nonsense and answers of a few words do not."""
+    constants = stored() | {"nll": (guard.features(["why?"], [EASY])[0]["nll"] + 0.5, 0.5), "gain": (-9.0, 1.0)}
+    guard.constants = constants
+    sane, repeated, short = guard(["why?"] * 3, [EASY, "fun fun fun fun " * 8, "Fun!"])
+    assert sane < 0.1
+    assert repeated > 3
+    assert short > 2
+    guard.constants = constants | {"nll": (0.0, 0.5)}
+    assert guard(["why?"], [EASY])[0] > 3
+
+
+def test_conversations_are_scored_as_their_texts(guard):
+    rewards = proxy_rewards(guard.model, guard.tokenizer)
+    conversation = [[{"role": "user", "content": "why?"}]]
+    plain = rewards["friendly"](["why?"], [WARM])
+    assert rewards["friendly"](conversation, [[{"role": "assistant", "content": WARM}]]) == plain
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a b c", 0), ("", 0), ("a b c a b c", 0.25), ("a a a a a", 2 / 3)])
+def test_repetition_is_the_share_of_repeated_triples(text, expected):
+    assert repetition(text) == pytest.approx(expected)
+
+
+def test_rewards_are_normalised_by_the_logistic_of_the_difference():
+    assert normalised_reward(1.0, 1.0) == 0.5
+    assert normalised_reward(3.0, 1.0) == pytest.approx(0.880797, abs=1e-6)
+    assert normalised_reward(-1e6, 1e6) == 0.0
+
+
+def test_a_completion_gets_the_weighted_mean_of_its_dimensions_against_every_reference():
+    scorer = Scorer({"a": lambda prompts, completions, **_: [float(len(c)) for c in completions],
+                     "b": lambda prompts, completions, **_: [-float(len(c)) for c in completions]})  # fmt: skip
+    scorer.references = {prompt_key({"prompt": "p"}): ["xx", "xxxx"]}
+    rows, shares = [{"prompt": "p"}] * 2, torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    scores = scorer.score(rows, ["xxx", "x"], shares, ["a", "b"])
+    a = (normalised_reward(3, 2) + normalised_reward(3, 4)) / 2
+    assert scores.rewards[0] == pytest.approx(0.25 * a + 0.75 * (1 - a))
+    assert scores.rewards[1] == pytest.approx((normalised_reward(1, 2) + normalised_reward(1, 4)) / 2)
+    assert scores.wins == [0.5, 0.0]
+    assert scores.dimensions["a"] == pytest.approx([a, scores.rewards[1]])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1.0], "gave 1 values for 2 completions"),
+        ([1.0, None], "gave None for row 1"),
+        ([float("inf"), 1], "gave inf for row 0"),
+    ],
+)
+def test_a_reward_that_is_no_number_is_refused_with_its_row(values, words):
+    with pytest.raises(ValueError, match=words):
+        call_reward("a", lambda prompts, completions: values, ["p", "q"], ["x", "y"], {})
