@@ -16,13 +16,18 @@ from .prefixes import CachePart, SubmodelInputs, encode_prefixes_once, pad_left,
 
 def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) -> torch.Tensor:
     """A causal LM's logits, `(rows, positions, vocab)`."""
+    width, kept = inputs.input_ids.shape[1], inputs.kept
+    if isinstance(kept, int) and kept < width:
+        # A slice of the hidden states is no block of memory: torch would multiply it by a copy of the LM head for each
+        # row, gigabytes at a large batch. What an index picks is a block.
+        kept = torch.arange(width - kept, width, device=inputs.input_ids.device)
     return model(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
         position_ids=inputs.position_ids,
         past_key_values=part.cache,
         use_cache=part.cache is not None,
-        logits_to_keep=inputs.kept,
+        logits_to_keep=kept,
     ).logits
 
 

@@ -204,8 +204,13 @@ class Guard:
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         ids = ids.clamp(min=0)
         logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1, use_cache=False
-        ).logits[:, :-1]  # (completions, kept, vocab)
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            # As an index: with a slice torch would copy the LM head for each row.
+            logits_to_keep=torch.arange(width - kept - 1, width - 1, device=ids.device),
+            use_cache=False,
+        ).logits  # (completions, kept, vocab)
         losses = torch.nn.functional.cross_entropy(logits.float().mT, ids[:, -kept:], reduction="none")
         lengths = torch.tensor([len(tail) for tail in tails], device=ids.device)[:, None]
         written = torch.arange(kept, 0, -1, device=ids.device) <= lengths  # (completions, kept)
