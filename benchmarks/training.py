@@ -62,7 +62,7 @@ def rollout_and_update(folder: str, arguments, experts: int = 3, prompts: int = 
     )
     draws = trainer.preferences.sets * len(rows)
     rollout, _ = trainer.rollouts.sample(rows, draws, seed=0)
-    rollout.old_log_probs = trainer._old_log_probs(rollout)
+    rollout.old_log_probs, _ = trainer._old_log_probs(rollout)
 
     def update():
         trainer.compute_loss(trainer.model, rollout).backward()
