@@ -2,6 +2,7 @@
 
 import copy
 import random
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -118,6 +119,9 @@ class RebelTrainer(CheckpointTrainer):
 
     def train(self, *args, **kwargs):
         """As for any trainer. Afterwards the PCM is without the precision wrapper of training."""
+        if self.args.should_save:
+            for unfinished in Path(self.args.output_dir).glob(".checkpoint-*"):  # of a run that was killed
+                shutil.rmtree(unfinished)
         try:
             return super().train(*args, **kwargs)
         finally:
