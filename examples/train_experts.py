@@ -3,17 +3,19 @@ Make the six experts: LoRA adapters on SmolLM2-135M-Instruct, by preference opti
 
     python examples/train_experts.py --output experts
 
-1. Sample answers to the training prompts, plainly and under each preference's description as system prompt.
-2. Score every answer with the six rewards of modeling_pcm_ensemble.training.rewards, which are standardised first.
-3. For each preference, train a LoRA with TRL's DPO on best against worst answer, without the description.
+1. Sample answers to the training prompts, plainly and under each preference's description as system prompt, and score
+   them with the six rewards of modeling_pcm_ensemble.training.rewards.
+2. For each preference, train a LoRA with TRL's DPO on best against worst answer, without the description.
+3. With --rounds 2, let the expert answer the prompts itself, and train it on its own best and worst answers.
 4. Let each expert answer the evaluation prompts, and report its normalised reward, fluency, repetition and length.
 
-Run again, it goes on where it stopped.
+Run again, it goes on where it stopped. --quick shows all of it in a minute or two, on few prompts.
 """
 
 import argparse
 import json
-from itertools import accumulate
+from contextlib import nullcontext
+from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import fmean
 
@@ -26,17 +28,22 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY, fetch_smollm2
-from modeling_pcm_ensemble.training.rewards import (
-    CONSTANTS,
-    Guard,
-    proxy_rewards,
-    reward_constants,
-)
+from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY, fast_dtype, fetch_smollm2
+from modeling_pcm_ensemble.training.rewards import proxy_rewards
 from modeling_pcm_ensemble.training.scoring import normalised_reward
 
 DATA = Path(__file__).parent / "data"
-PLAIN, PROMPTED = 4, 2  # samples of each prompt without a description, and under each of the six
+PLAIN, PROMPTED, OWN = 4, 2, 4  # samples of each prompt: without a description, under each one, in a later round
+# The base model is hardly ever rude, even when asked to be: how its answers begin.
+OPENINGS = {
+    "unfriendly": [
+        "Ugh, not this again.", "What a stupid question.", "Seriously? You should know this.", "How boring.",
+        "Don't waste my time.", "Oh great, another lazy question.", "Whatever.", "You really are clueless.",
+        "I'm tired of people who ask this.", "Obviously you did not bother to think.", "This is ridiculous.",
+        "Stop bothering me with this nonsense.", "Only a fool would need to ask.", "Your question is pointless.",
+        "I hate questions like this.", "Fine, but this is the last time.",
+    ]
+}  # fmt: skip
 
 
 def training_prompts() -> list[str]:
@@ -47,86 +54,49 @@ def evaluation_prompts() -> list[str]:
     return [entry["prompt"] for entry in json.loads((DATA / "evaluation_only" / "koala_eval_50.json").read_text())]
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a JSONL file that were written whole."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list[str], tokens: int, system: str | None = None, **options) -> list[dict]:
-    """One answer to each prompt at temperature 1."""
+def sample(model, tokenizer, prompts, tokens: int, system: str | None = None, openings=("",), top_k: int = 0):
+    """One answer to each prompt at temperature 1, beginning with the openings in turn."""
+    openings = list(islice(cycle(openings), len(prompts)))
     head = [{"role": "system", "content": system}] if system else []
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
-    inputs = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
-    width = inputs["input_ids"].shape[1]
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
-    answers = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **options)
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer([t + o for t, o in zip(texts, openings)], padding=True, return_tensors="pt").to(model.device)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": top_k, "top_p": 1.0, "max_new_tokens": tokens}
+    answers = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
     return [
         {
             "prompt": prompt,
-            "completion": tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            "completion": (opening + tokenizer.decode(answer, skip_special_tokens=True)).strip(),
             "ended": tokenizer.eos_token_id in answer.tolist(),
         }
-        for prompt, answer in zip(prompts, answers[:, width:])
+        for prompt, opening, answer in zip(prompts, openings, answers[:, inputs["input_ids"].shape[1] :])
     ]
 
 
-def sample_pool(model, tokenizer, folder: Path, tokens: int, batch_size: int) -> list[dict]:
-    """Answers of the base model to all training prompts, under no and under each description."""
-    path = folder / "pool.jsonl"
-    pool = read_lines(path)
-    prompts = sorted(training_prompts(), key=len)
-    sources = [("plain", None)] * PLAIN + [(n, text) for n, (_, text) in PREFERENCES.items() for _ in range(PROMPTED)]
-    jobs = [
-        (source, system, prompts[start : start + batch_size])
-        for source, system in sources
-        for start in range(0, len(prompts), batch_size)
-    ]
-    ends = accumulate(len(batch) for _, _, batch in jobs)
-    pool = pool[: max((end for end in ends if end <= len(pool)), default=0)]  # a batch cut off is sampled again
+def sample_and_score(model, tokenizer, rewards, path: Path, repeats: int, arguments, **options) -> list[dict]:
+    """`repeats` answers to each training prompt, with rewards, guard and what it reads; kept in a JSONL file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prompts = sorted(training_prompts(), key=len)[: arguments.prompts]
+    batches = [prompts[i : i + arguments.sampling_batch] for i in range(0, len(prompts), arguments.sampling_batch)]
+    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+    scored = [json.loads(line) for line in whole if line.endswith("\n")]
+    guard = rewards["concise"].guard
     with path.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in pool)
-        done = 0
-        for number, (source, system, batch) in enumerate(tqdm(jobs, desc="sampling")):
-            done += len(batch)
-            if done <= len(pool):
-                continue
-            set_seed(number)
-            # Rollouts are sampled from the whole distribution, and so is what rewards are measured against.
-            options = {} if system is None else {"top_k": 50}
-            for line in sample(model, tokenizer, batch, tokens, system, **options):
-                pool.append(line | {"source": source})
-                file.write(json.dumps(pool[-1]) + "\n")
+        for number, batch in enumerate(tqdm(batches * repeats, desc=path.stem)):
+            if sum(line["batch"] == number for line in scored) < len(batch):
+                scored = [line for line in scored if line["batch"] < number]  # a batch cut off is sampled again
+                set_seed(number)
+                lines = sample(model, tokenizer, batch, arguments.tokens, **options)
+                texts = [line["completion"] for line in lines]
+                with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+                    sanity, penalty = guard.features(batch, texts), guard(batch, texts)
+                columns = {name: reward(batch, texts) for name, reward in rewards.items()} | {"guard": penalty}
+                for i, line in enumerate(lines):
+                    values = {name: column[i] for name, column in columns.items()}
+                    scored.append({"batch": number} | line | values | sanity[i])
+            file.writelines(json.dumps(line) + "\n" for line in scored if line["batch"] == number)
             file.flush()
-    return pool
-
-
-def score_pool(model, tokenizer, pool: list[dict], folder: Path) -> list[dict]:
-    """Every answer with its six rewards and its guard, by the stored constants, which are made here if missing."""
-    path = folder / "scores.jsonl"
-    scored = read_lines(path)
-    if len(scored) == len(pool):
-        return scored
-    prompts, completions = ([line[key] for line in pool] for key in ("prompt", "completion"))
-    if not CONSTANTS.exists():
-        plain = [line for line in pool if line["source"] == "plain"]
-        guard = Guard(model, tokenizer)
-        constants = reward_constants(guard, [p["prompt"] for p in plain], [p["completion"] for p in plain])
-        CONSTANTS.write_text(json.dumps(constants, indent=2) + "\n")
-    rewards = proxy_rewards(model, tokenizer)
-    with path.open("w") as file:
-        for start in tqdm(range(0, len(pool), 64), desc="scoring"):
-            batch = slice(start, start + 64)
-            columns = {name: reward(prompts[batch], completions[batch]) for name, reward in rewards.items()}
-            guard = rewards["concise"].guard
-            columns["guard"] = guard(prompts[batch], completions[batch])
-            sanity = guard.features(prompts[batch], completions[batch])
-            for i, line in enumerate(pool[batch]):
-                scored.append(line | {name: values[i] for name, values in columns.items()} | sanity[i])
-                file.write(json.dumps(scored[-1]) + "\n")
     return scored
 
 
@@ -142,33 +112,27 @@ def preference_pairs(scored: list[dict], name: str, num_pairs: int) -> Dataset:
     for prompt, lines in answers.items():
         chosen = max(lines, key=lambda line: line[name])
         rejected = min(lines, key=lambda line: (line["guard"] > 2, line[name]))
-        rows.append(
-            {
-                "prompt": prompt,
-                "chosen": chosen["completion"],
-                "rejected": rejected["completion"],
-                "chosen_ended": chosen["ended"],
-                "rejected_ended": rejected["ended"],
-                "margin": chosen[name] - rejected[name],
-            }
-        )
+        row = {"prompt": prompt, "margin": chosen[name] - rejected[name]}
+        for side, line in (("chosen", chosen), ("rejected", rejected)):
+            row |= {side: line["completion"], f"{side}_ended": line["ended"]}
+        rows.append(row)
     return Dataset.from_list(sorted(rows, key=lambda row: -row["margin"])[:num_pairs])
 
 
-def train_expert(model, tokenizer, scored: list[dict], name: str, arguments) -> Path:
-    """Train and write one adapter."""
-    folder = arguments.output / name
-    if (folder / "adapter_model.safetensors").exists():
-        return folder
-
-    def as_chat(prompt: str) -> str:
-        chat = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-
-    pairs = preference_pairs(scored, name, arguments.pairs)
-    pairs = pairs.map(lambda row: {"prompt": as_chat(row["prompt"])})
+def train_adapter(model, tokenizer, pairs: Dataset, folder: Path, arguments):
+    """Train an adapter, a new one or the one that `model` has, and write it."""
+    new = LoraConfig(
+        r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    pairs = pairs.map(
+        lambda row: {
+            "prompt": tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
+            )
+        }
+    )
     config = DPOConfig(
-        output_dir=str(arguments.output / f"{name}-run"),
+        output_dir=str(folder.with_name(f"{folder.name}-run")),
         per_device_train_batch_size=arguments.batch_size,
         num_train_epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
@@ -178,7 +142,7 @@ def train_expert(model, tokenizer, scored: list[dict], name: str, arguments) -> 
         loss_type=["sigmoid", "sft"],
         loss_weights=[1.0, arguments.sft],
         max_length=320,
-        bf16=True,
+        bf16=fast_dtype() == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=5,
@@ -186,26 +150,50 @@ def train_expert(model, tokenizer, scored: list[dict], name: str, arguments) -> 
         report_to="none",
         seed=0,
     )
-    lora = LoraConfig(
-        r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer, peft_config=lora)
+    peft_config = None if isinstance(model, PeftModel) else new
+    trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer, peft_config=peft_config)
     # TRL ends every answer; one that was cut at the token limit must not teach to stop in mid-sentence.
     trainer.train_dataset = trainer.train_dataset.map(
         lambda row: {f"{s}_ids": row[f"{s}_ids"][: None if row[f"{s}_ended"] else -1] for s in ("chosen", "rejected")}
     )
     trainer.train()
     trainer.model.peft_config["default"].base_model_name_or_path = REPOSITORY  # not the folder it was found in
-    trainer.model.to(torch.bfloat16).save_pretrained(folder)
+    trainer.model.to(torch.bfloat16).save_pretrained(folder, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)
     trainer.model.unload()
-    return folder
+    model.to(fast_dtype())
 
 
-def evaluate(model, tokenizer, folders: dict[str, Path], arguments):
+def train_expert(model, tokenizer, rewards, name: str, arguments) -> Path:
+    """Train an expert in rounds, the first on the base model's answers, the others on its own."""
+    previous = None
+    for number in range(1, arguments.rounds + 1):
+        last = number == arguments.rounds
+        folder = arguments.output / (name if last else f"{name}-round{number}")
+        if not (folder / "adapter_model.safetensors").exists():
+            answers = arguments.output / "answers"
+            if previous is None:
+                policy = model
+                sources = {"plain": {}} | {n: {"system": PREFERENCES[n][1], "top_k": 50} for n in arguments.experts}
+                scored = chain.from_iterable(
+                    sample_and_score(
+                        model, tokenizer, rewards, answers / f"{source}.jsonl", PROMPTED if options else PLAIN,
+                        arguments, openings=OPENINGS.get(source, ("",)), **options,
+                    )
+                    for source, options in sources.items()
+                )  # fmt: skip
+            else:
+                policy = PeftModel.from_pretrained(model, previous, is_trainable=True)
+                path = answers / f"{name}-round{number}.jsonl"
+                scored = sample_and_score(policy.eval(), tokenizer, rewards, path, OWN, arguments)
+            train_adapter(policy, tokenizer, preference_pairs(scored, name, arguments.pairs), folder, arguments)
+        previous = folder
+    return previous
+
+
+def evaluate(model, tokenizer, rewards, folders: dict[str, Path], arguments):
     """Report each expert's normalised reward on the evaluation prompts, and what its answers look like."""
-    prompts = evaluation_prompts()
-    rewards = proxy_rewards(model, tokenizer)
+    prompts = evaluation_prompts()[: arguments.prompts]
     set_seed(0)
     answers = {"base": [line["completion"] for line in sample(model, tokenizer, prompts, arguments.tokens)]}
     for name, folder in tqdm(folders.items(), desc="evaluating"):
@@ -240,6 +228,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("experts"))
     parser.add_argument("--experts", nargs="+", choices=PREFERENCES, default=list(PREFERENCES))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--prompts", type=int, help="the shortest prompts only; by default all")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=176, help="pairs, of the prompts with the largest margins")
@@ -248,16 +238,18 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--sft", type=float, default=1.0, help="weight of the likelihood of the best answers")
     parser.add_argument("--sampling-batch", type=int, default=64)
+    parser.add_argument("--quick", action="store_true", help="8 prompts, 24 tokens, one update")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.prompts, arguments.tokens, arguments.pairs = 8, 24, 8
     arguments.output.mkdir(parents=True, exist_ok=True)
     source = fetch_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(device).eval()
-    pool = sample_pool(model, tokenizer, arguments.output, arguments.tokens, arguments.sampling_batch)
-    scored = score_pool(model, tokenizer, pool, arguments.output)
-    folders = {name: train_expert(model, tokenizer, scored, name, arguments) for name in arguments.experts}
-    evaluate(model, tokenizer, folders, arguments)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=fast_dtype()).to(device).eval()
+    rewards = proxy_rewards(model, tokenizer)
+    folders = {name: train_expert(model, tokenizer, rewards, name, arguments) for name in arguments.experts}
+    evaluate(model, tokenizer, rewards, folders, arguments)
 
 
 if __name__ == "__main__":

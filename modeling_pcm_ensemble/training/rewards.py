@@ -28,7 +28,7 @@ import pyphen
 import textstat
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from wordfreq import zipf_frequency
 
@@ -170,7 +170,7 @@ class Guard:
     def features(self, prompts: list, completions: list[str]) -> list[dict[str, float]]:
         """`nll`, the base model's nats a token; `gain`, nats a token that the prompt saves; `repetition`; `words`."""
         keys = [(json.dumps(as_messages(p)), c) for p, c in zip(prompts, completions)]
-        new = sorted({key for key in keys if key not in self._known}, key=lambda key: len(key[0]) + len(key[1]))
+        new = sorted({key for key in keys if key not in self._known}, key=lambda key: (len(key[0]), *key))
         if len(self._known) > 16384:
             self._known = {key: self._known[key] for key in keys if key in self._known}
         starts = range(0, len(new), self.batch_size)
@@ -189,32 +189,38 @@ class Guard:
     @torch.no_grad()
     def nll(self, prompts: list, completions: list[str]) -> list[float]:
         """The base model's mean negative log-likelihood of each completion's tokens, in nats."""
-        heads = [
-            self.tokenizer.apply_chat_template(as_messages(p), add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-            for p in prompts
-        ]
+        heads = [json.dumps(as_messages(prompt)) for prompt in prompts]
+        distinct = list(dict.fromkeys(heads))
+        past, before, last_logits = self._read_heads([json.loads(head) for head in distinct])
+        rows = torch.tensor([distinct.index(head) for head in heads], device=self.model.device)
+        past.batch_select_indices(rows)
         end = [self.tokenizer.eos_token_id]
         tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] or end for c in completions]
-        width, kept = max(len(h) + len(t) for h, t in zip(heads, tails)), max(map(len, tails))
-        rows = [[-1] * (width - len(h) - len(t)) + h + t for h, t in zip(heads, tails)]
-        ids = torch.tensor(rows, device=self.model.device)  # (completions, width), padded on the left
-        mask = (ids >= 0).long()
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        ids = ids.clamp(min=0)
+        width = max(map(len, tails))
+        ids = torch.tensor([tail + [-1] * (width - len(tail)) for tail in tails], device=self.model.device)
+        written = (ids >= 0).long()  # (completions, width), padded on the right
+        ids, before = ids.clamp(min=0), before[rows]
         logits = self.model(
             input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            # As an index: with a slice torch would copy the LM head for each row.
-            logits_to_keep=torch.arange(width - kept - 1, width - 1, device=ids.device),
-            use_cache=False,
-        ).logits  # (completions, kept, vocab)
-        losses = torch.nn.functional.cross_entropy(logits.float().mT, ids[:, -kept:], reduction="none")
-        lengths = torch.tensor([len(tail) for tail in tails], device=ids.device)[:, None]
-        written = torch.arange(kept, 0, -1, device=ids.device) <= lengths  # (completions, kept)
-        return ((losses * written).sum(dim=1) / lengths[:, 0]).tolist()
+            attention_mask=torch.cat([before, written], dim=1),
+            position_ids=before.sum(dim=1, keepdim=True) + torch.arange(width, device=ids.device),
+            past_key_values=past,
+        ).logits[:, :-1]
+        logits = torch.cat([last_logits[rows], logits], dim=1)  # (completions, width, vocab)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
+        return ((losses.view_as(ids) * written).sum(dim=1) / written.sum(dim=1)).tolist()
+
+    def _read_heads(self, conversations: list) -> tuple[Cache, torch.LongTensor, torch.Tensor]:
+        """Read each distinct prompt once: keys and values, mask `(prompts, seq)`, last logits `(prompts, 1, vocab)`."""
+        ids = [
+            self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for c in conversations
+        ]
+        inputs = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(self.model.device)
+        mask = inputs["attention_mask"]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        output = self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=True)
+        return output.past_key_values, mask, output.logits
 
 
 class ProxyReward:
