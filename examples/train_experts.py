@@ -14,6 +14,7 @@ Run again, it goes on where it stopped. --quick shows all of it in a minute or t
 
 import argparse
 import json
+from collections import deque
 from contextlib import nullcontext
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -33,8 +34,7 @@ from modeling_pcm_ensemble.training.rewards import proxy_rewards
 from modeling_pcm_ensemble.training.scoring import normalised_reward
 
 DATA = Path(__file__).parent / "data"
-PLAIN, PROMPTED, OWN = 4, 2, 4  # samples of each prompt: without a description, under each one, in a later round
-# The base model is hardly ever rude, even when asked to be: how its answers begin.
+# The base model is hardly ever rude, even when asked to be: how every other answer begins.
 OPENINGS = {
     "unfriendly": [
         "Ugh, not this again.", "What a stupid question.", "Seriously? You should know this.", "How boring.",
@@ -56,7 +56,7 @@ def evaluation_prompts() -> list[str]:
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, tokens: int, system: str | None = None, openings=("",), top_k: int = 0):
-    """One answer to each prompt at temperature 1, beginning with the openings in turn."""
+    """One answer to each prompt at temperature 1, each with an opening that stands there already."""
     openings = list(islice(cycle(openings), len(prompts)))
     head = [{"role": "system", "content": system}] if system else []
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -74,20 +74,22 @@ def sample(model, tokenizer, prompts, tokens: int, system: str | None = None, op
     ]
 
 
-def sample_and_score(model, tokenizer, rewards, path: Path, repeats: int, arguments, **options) -> list[dict]:
+def sample_and_score(
+    model, tokenizer, rewards, path: Path, repeats: int, arguments, openings=("",), **options
+) -> list[dict]:
     """`repeats` answers to each training prompt, with rewards, guard and what it reads; kept in a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = sorted(training_prompts(), key=len)[: arguments.prompts]
     batches = [prompts[i : i + arguments.sampling_batch] for i in range(0, len(prompts), arguments.sampling_batch)]
     whole = path.read_text().splitlines(keepends=True) if path.exists() else []
     scored = [json.loads(line) for line in whole if line.endswith("\n")]
-    guard = rewards["concise"].guard
+    guard, openings = rewards["concise"].guard, deque(chain.from_iterable((o, "") for o in openings))
     with path.open("w") as file:
         for number, batch in enumerate(tqdm(batches * repeats, desc=path.stem)):
             if sum(line["batch"] == number for line in scored) < len(batch):
                 scored = [line for line in scored if line["batch"] < number]  # a batch cut off is sampled again
                 set_seed(number)
-                lines = sample(model, tokenizer, batch, arguments.tokens, **options)
+                lines = sample(model, tokenizer, batch, arguments.tokens, openings=openings, **options)
                 texts = [line["completion"] for line in lines]
                 with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
                     sanity, penalty = guard.features(batch, texts), guard(batch, texts)
@@ -97,6 +99,7 @@ def sample_and_score(model, tokenizer, rewards, path: Path, repeats: int, argume
                     scored.append({"batch": number} | line | values | sanity[i])
             file.writelines(json.dumps(line) + "\n" for line in scored if line["batch"] == number)
             file.flush()
+            openings.rotate(-1)  # a prompt's next answer begins otherwise
     return scored
 
 
@@ -166,6 +169,8 @@ def train_adapter(model, tokenizer, pairs: Dataset, folder: Path, arguments):
 
 def train_expert(model, tokenizer, rewards, name: str, arguments) -> Path:
     """Train an expert in rounds, the first on the base model's answers, the others on its own."""
+    plain, prompted, own = arguments.samples
+    begins = OPENINGS.get(name, ("",))
     previous = None
     for number in range(1, arguments.rounds + 1):
         last = number == arguments.rounds
@@ -177,15 +182,15 @@ def train_expert(model, tokenizer, rewards, name: str, arguments) -> Path:
                 sources = {"plain": {}} | {n: {"system": PREFERENCES[n][1], "top_k": 50} for n in arguments.experts}
                 scored = chain.from_iterable(
                     sample_and_score(
-                        model, tokenizer, rewards, answers / f"{source}.jsonl", PROMPTED if options else PLAIN,
-                        arguments, openings=OPENINGS.get(source, ("",)), **options,
+                        model, tokenizer, rewards, answers / f"{source}.jsonl", prompted if options else plain,
+                        arguments, OPENINGS.get(source, ("",)), **options,
                     )
                     for source, options in sources.items()
                 )  # fmt: skip
             else:
                 policy = PeftModel.from_pretrained(model, previous, is_trainable=True)
                 path = answers / f"{name}-round{number}.jsonl"
-                scored = sample_and_score(policy.eval(), tokenizer, rewards, path, OWN, arguments)
+                scored = sample_and_score(policy.eval(), tokenizer, rewards, path, own, arguments, begins)
             train_adapter(policy, tokenizer, preference_pairs(scored, name, arguments.pairs), folder, arguments)
         previous = folder
     return previous
@@ -230,6 +235,10 @@ def main():
     parser.add_argument("--experts", nargs="+", choices=PREFERENCES, default=list(PREFERENCES))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--prompts", type=int, help="the shortest prompts only; by default all")
+    parser.add_argument(
+        "--samples", type=int, nargs=3, default=[4, 2, 4], metavar=("PLAIN", "PROMPTED", "OWN"),
+        help="answers to each prompt: without a description, under each one, in later rounds by the expert",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=176, help="pairs, of the prompts with the largest margins")
