@@ -72,7 +72,8 @@ def guard() -> Guard:
 
 
 def test_the_guards_likelihoods_equal_those_of_each_text_alone(guard):
-    prompts, completions = ["why?", "what is it?", "hi", "go on"], ["because", "a cat", "x", "and then some more"]
+    prompts = ["why?", "what is it?", "hi", "go on", "why?"]
+    completions = ["because", "a cat", "x", "and then some more", "no"]
     batched = guard.features(prompts, completions)
     for prompt, completion, features in zip(prompts, completions, batched):
         head = guard.tokenizer.apply_chat_template(
@@ -84,6 +85,15 @@ def test_the_guards_likelihoods_equal_those_of_each_text_alone(guard):
         expected = -log_probs[torch.arange(len(tail)), tail].mean().item()
         assert features["nll"] == pytest.approx(expected, abs=1e-4)
     assert guard.nll(["why?"], [""])[0] > 0  # an empty answer is an end token
+
+
+def test_the_guard_reads_each_distinct_prompt_once(guard):
+    rows = []
+    guard.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    guard.nll(["why?", "what is it?", "why?"], ["because", "a cat", "no"])
+    assert rows == [2, 3]
 
 
 def test_constants_standardise_the_base_models_completions(guard):

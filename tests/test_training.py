@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference
-from modeling_pcm_ensemble.training.rollouts import with_words
+from modeling_pcm_ensemble.training.rollouts import TokenSampler, with_words
 
 PROMPTS = ["what is a cat?", "name three birds", "why is the sky blue?", "hello", "tell me more", "how far is it?"]
 
@@ -141,6 +141,43 @@ def test_the_gradient_equals_one_that_runs_every_expert_inside_the_loss(loss_typ
     assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     for name, value in gradient.items():
         assert_close(value, model.pcm.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+
+
+def test_drawn_tokens_follow_the_distribution():
+    torch.manual_seed(0)
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    scores = (probs.log() + 3.0).expand(30_000, -1)  # unnormalised
+    drawn = TokenSampler()(None, scores)
+    assert (drawn.isfinite().sum(dim=1) == 1).all()
+    frequencies = drawn.argmax(dim=1).bincount(minlength=6) / len(drawn)
+    assert_close(frequencies, probs, atol=0.01, rtol=0)
+    assert frequencies[probs == 0].sum() == 0
+
+
+def test_logits_that_are_not_numbers_are_not_sampled_from():
+    with pytest.raises(ValueError, match="logits are not finite"):
+        TokenSampler()(None, torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
+
+
+@pytest.mark.parametrize(("prompt", "first_call"), [("what is a cat?", 2), ("x", 5)], ids=["many-tokens", "one-token"])
+def test_a_prompts_completions_under_one_preference_share_its_reading(prompt, first_call, tmp_path):
+    model = tiny_ensemble()
+    torch.nn.init.normal_(model.pcm.head.weight)
+    trainer = make_trainer(tmp_path, model)
+    rows_read, drawn_from = [], []
+    model.backbones[1].register_forward_pre_hook(
+        lambda module, args, kwargs: rows_read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    model.register_forward_hook(lambda module, args, output: drawn_from.append(output.logits[:, -1]))
+    first, second = trainer.preferences.sets  # backbone 1 is that of an expert in the second alone
+    rows = [{"prompt": prompt}] * 3 + [{"prompt": "hello"}] * 2 + [{"prompt": prompt}] * 2
+    rollout, _ = trainer.rollouts.sample(rows, [second] * 5 + [first] * 2, seed=0)
+    assert rows_read[0] == first_call
+    assert all(number == 5 for number in rows_read[1:])
+    length, mask = rollout.completion_ids.shape[1], rollout.completion_mask.bool()
+    log_probs = torch.stack(drawn_from[-length:], dim=1)  # (rows, seq, vocab)
+    sampled = log_probs.gather(-1, rollout.completion_ids[..., None])[..., 0]
+    assert_close(sampled[mask], whole_log_probs(model, rollout)[mask].detach(), atol=1e-4, rtol=0)
 
 
 def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:

@@ -32,6 +32,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from wordfreq import zipf_frequency
 
+from ..prefixes import pad_left
+
 # The proxy of each preference: the features whose weighted mean it is.
 HARD = ("ari", "coleman_liau", "lix", "rix", "syllables", "rarity")
 PROXIES: dict[str, dict[str, int]] = {
@@ -189,38 +191,42 @@ class Guard:
     @torch.no_grad()
     def nll(self, prompts: list, completions: list[str]) -> list[float]:
         """The base model's mean negative log-likelihood of each completion's tokens, in nats."""
-        heads = [json.dumps(as_messages(prompt)) for prompt in prompts]
-        distinct = list(dict.fromkeys(heads))
-        past, before, last_logits = self._read_heads([json.loads(head) for head in distinct])
-        rows = torch.tensor([distinct.index(head) for head in heads], device=self.model.device)
+        keys = [json.dumps(as_messages(prompt)) for prompt in prompts]
+        distinct = list(dict.fromkeys(keys))
+        heads = [
+            self.tokenizer.apply_chat_template(json.loads(key), add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+            for key in distinct
+        ]
+        rows = torch.tensor([distinct.index(key) for key in keys], device=self.model.device)
+        past, mask = self._read([head[:-1] for head in heads])  # each distinct prompt once
         past.batch_select_indices(rows)
         end = [self.tokenizer.eos_token_id]
         tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] or end for c in completions]
-        width = max(map(len, tails))
-        ids = torch.tensor([tail + [-1] * (width - len(tail)) for tail in tails], device=self.model.device)
-        written = (ids >= 0).long()  # (completions, width), padded on the right
-        ids, before = ids.clamp(min=0), before[rows]
+        width, mask = max(map(len, tails)), mask[rows]
+        targets = torch.tensor([tail + [-100] * (width - len(tail)) for tail in tails], device=self.model.device)
+        last = torch.tensor([head[-1:] for head in heads], device=self.model.device)[rows]
         logits = self.model(
-            input_ids=ids,
-            attention_mask=torch.cat([before, written], dim=1),
-            position_ids=before.sum(dim=1, keepdim=True) + torch.arange(width, device=ids.device),
+            input_ids=torch.cat([last, targets[:, :-1].clamp(min=0)], dim=1),
+            attention_mask=torch.cat([mask, torch.ones_like(targets)], dim=1),
+            position_ids=mask.sum(dim=1, keepdim=True) + torch.arange(width, device=self.model.device),
             past_key_values=past,
-        ).logits[:, :-1]
-        logits = torch.cat([last_logits[rows], logits], dim=1)  # (completions, width, vocab)
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
-        return ((losses.view_as(ids) * written).sum(dim=1) / written.sum(dim=1)).tolist()
+        ).logits  # (completions, width, vocab)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        return (losses.view_as(targets).sum(dim=1) / (targets >= 0).sum(dim=1)).tolist()
 
-    def _read_heads(self, conversations: list) -> tuple[Cache, torch.LongTensor, torch.Tensor]:
-        """Read each distinct prompt once: keys and values, mask `(prompts, seq)`, last logits `(prompts, 1, vocab)`."""
-        ids = [
-            self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"]
-            for c in conversations
-        ]
-        inputs = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(self.model.device)
-        mask = inputs["attention_mask"]
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=True)
-        return output.past_key_values, mask, output.logits
+    def _read(self, sequences: list[list[int]]) -> tuple[Cache, torch.LongTensor]:
+        """Keys and values of the base model, and the mask of what it read, `(sequences, tokens)`."""
+        ids = pad_left(sequences, self.model.device)
+        mask = (ids >= 0).long()
+        output = self.model.base_model(
+            input_ids=ids.clamp(min=0),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=True,
+        )
+        return output.past_key_values, mask
 
 
 class ProxyReward:

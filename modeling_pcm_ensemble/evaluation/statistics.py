@@ -1,0 +1,65 @@
+"""Statistics of evaluations: arrays in, numbers out."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+def bootstrap_interval(
+    differences: np.ndarray, level: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    r"""
+    Compute the mean of paired differences and its percentile bootstrap interval, with both training runs and prompts
+    drawn anew: answers to one prompt are alike, and so are those of one run.
+
+    Args:
+        differences (`np.ndarray` of shape `(runs, prompts)`): of each run and prompt, the mean over its answers.
+        level (`float`): share of the bootstrap means inside the interval.
+
+    Returns:
+        Mean, lower and upper end.
+
+    Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    rng = np.random.default_rng(seed)
+    num_runs, num_prompts = differences.shape
+    runs = rng.integers(num_runs, size=(samples, num_runs))
+    prompts = rng.integers(num_prompts, size=(samples, num_prompts))
+    means = differences[runs[:, :, None], prompts[:, None, :]].mean(axis=(1, 2))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(differences.mean()), float(low), float(high)
+
+
+def omega_squared(groups: Sequence[Hashable], values: Sequence[float], within: Sequence[Hashable]) -> float:
+    r"""
+    Estimate the share of a variance that lies between groups, ω² of a one-way analysis of variance: unlike the plain
+    share it is about 0, not above, where groups do not matter.
+
+    Args:
+        groups (`Sequence`): each value's group.
+        values (`Sequence[float]`): what varies.
+        within (`Sequence`): each value's stratum, whose mean is taken out first; groups should lie within strata.
+
+    Source: W. L. Hays, Statistics for Psychologists, 1963.
+    """
+    values = np.asarray(values, dtype=float)
+    centred = values - _means(within, values)
+    inside = ((centred - _means(groups, centred)) ** 2).sum()
+    total = (centred**2).sum()
+    if total == 0:
+        return 0.0
+    num_groups, num_strata = len(set(groups)), len(set(within))
+    error = inside / max(len(values) - num_groups, 1)
+    return float((total - inside - (num_groups - num_strata) * error) / (total + error))
+
+
+def _means(groups: Sequence[Hashable], values: np.ndarray) -> np.ndarray:
+    """Each value's group mean, `(values,)`."""
+    places = defaultdict(list)
+    for place, group in enumerate(groups):
+        places[group].append(place)
+    means = np.empty_like(values)
+    for entries in places.values():
+        means[entries] = values[entries].mean()
+    return means
