@@ -9,31 +9,31 @@ Make the six experts: LoRA adapters on SmolLM2-135M-Instruct, by preference opti
 3. With --rounds 2, let the expert answer the prompts itself, and train it on its own best and worst answers.
 4. Let each expert answer the evaluation prompts, and report its normalised reward, fluency, repetition and length.
 
-Run again, it goes on where it stopped. --quick shows all of it in a minute or two, on few prompts.
+Run again, it goes on where it stopped. --quick shows all of it in a few minutes, on few prompts, in OUTPUT/quick.
 """
 
 import argparse
 import json
-from collections import deque
+import random
+import zlib
 from contextlib import nullcontext
-from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from answers import KeptLines, base_model, evaluation_prompts, sample, training_prompts
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY, fast_dtype, fetch_smollm2
+from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 from modeling_pcm_ensemble.training.scoring import normalised_reward
 
-DATA = Path(__file__).parent / "data"
 # The base model is hardly ever rude, even when asked to be: how every other answer begins.
 OPENINGS = {
     "unfriendly": [
@@ -46,70 +46,41 @@ OPENINGS = {
 }  # fmt: skip
 
 
-def training_prompts() -> list[str]:
-    return [json.loads(line)["prompt"] for line in (DATA / "train_prompts.jsonl").read_text().splitlines()]
+def rewarded_answers(model, tokenizer, rewards, path: Path, repeats: int, arguments, openings=(), **options) -> list:
+    """`repeats` answers to each training prompt, each with its rewards, its guard and what the guard reads."""
+    kept, prompts = KeptLines(path), training_prompts(arguments.prompts)
+    jobs = [(prompt, i) for i in range(repeats) for prompt in prompts]
+    batches = [jobs[i : i + arguments.sampling_batch] for i in range(0, len(jobs), arguments.sampling_batch)]
+    guard = rewards["concise"].guard
+
+    def key(prompt: str, i: int) -> str:
+        return json.dumps([prompt, i, arguments.tokens, options])
+
+    for number, batch in enumerate(tqdm(batches, desc=path.stem)):
+        if all(key(*job) in kept for job in batch):
+            continue
+        set_seed(zlib.crc32(path.stem.encode()) + number)
+        asked = [prompt for prompt, _ in batch]
+        begins = [random.Random(key(*job)).choice(openings) if openings and job[1] % 2 == 0 else "" for job in batch]
+        lines = sample(model, tokenizer, asked, arguments.tokens, openings=begins, **options)
+        texts = [line["completion"] for line in lines]
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            sanity, penalty = guard.features(asked, texts), guard(asked, texts)
+        columns = {name: reward(asked, texts) for name, reward in rewards.items()} | {"guard": penalty}
+        kept.add(
+            {"key": key(*job)} | line | {name: column[i] for name, column in columns.items()} | sanity[i]
+            for i, (job, line) in enumerate(zip(batch, lines))
+        )
+    return [kept[key(*job)] for job in jobs]
 
 
-def evaluation_prompts() -> list[str]:
-    return [entry["prompt"] for entry in json.loads((DATA / "evaluation_only" / "koala_eval_50.json").read_text())]
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts, tokens: int, system: str | None = None, openings=("",), top_k: int = 0):
-    """One answer to each prompt at temperature 1, each with an opening that stands there already."""
-    openings = list(islice(cycle(openings), len(prompts)))
-    head = [{"role": "system", "content": system}] if system else []
-    chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer([t + o for t, o in zip(texts, openings)], padding=True, return_tensors="pt").to(model.device)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": top_k, "top_p": 1.0, "max_new_tokens": tokens}
-    answers = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
-    return [
-        {
-            "prompt": prompt,
-            "completion": (opening + tokenizer.decode(answer, skip_special_tokens=True)).strip(),
-            "ended": tokenizer.eos_token_id in answer.tolist(),
-        }
-        for prompt, opening, answer in zip(prompts, openings, answers[:, inputs["input_ids"].shape[1] :])
-    ]
-
-
-def sample_and_score(
-    model, tokenizer, rewards, path: Path, repeats: int, arguments, openings=("",), **options
-) -> list[dict]:
-    """`repeats` answers to each training prompt, with rewards, guard and what it reads; kept in a JSONL file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prompts = sorted(training_prompts(), key=len)[: arguments.prompts]
-    batches = [prompts[i : i + arguments.sampling_batch] for i in range(0, len(prompts), arguments.sampling_batch)]
-    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-    scored = [json.loads(line) for line in whole if line.endswith("\n")]
-    guard, openings = rewards["concise"].guard, deque(chain.from_iterable((o, "") for o in openings))
-    with path.open("w") as file:
-        for number, batch in enumerate(tqdm(batches * repeats, desc=path.stem)):
-            if sum(line["batch"] == number for line in scored) < len(batch):
-                scored = [line for line in scored if line["batch"] < number]  # a batch cut off is sampled again
-                set_seed(number)
-                lines = sample(model, tokenizer, batch, arguments.tokens, openings=openings, **options)
-                texts = [line["completion"] for line in lines]
-                with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-                    sanity, penalty = guard.features(batch, texts), guard(batch, texts)
-                columns = {name: reward(batch, texts) for name, reward in rewards.items()} | {"guard": penalty}
-                for i, line in enumerate(lines):
-                    values = {name: column[i] for name, column in columns.items()}
-                    scored.append({"batch": number} | line | values | sanity[i])
-            file.writelines(json.dumps(line) + "\n" for line in scored if line["batch"] == number)
-            file.flush()
-            openings.rotate(-1)  # a prompt's next answer begins otherwise
-    return scored
-
-
-def preference_pairs(scored: list[dict], name: str, num_pairs: int) -> Dataset:
+def preference_pairs(rewarded: list[dict], name: str, num_pairs: int) -> Dataset:
     """
     The best answer to each prompt against the worst that is no nonsense, so that style is what differs; of the prompts
     where they differ most.
     """
     answers: dict[str, list[dict]] = {}
-    for line in scored:
+    for line in rewarded:
         answers.setdefault(line["prompt"], []).append(line)
     rows = []
     for prompt, lines in answers.items():
@@ -118,15 +89,15 @@ def preference_pairs(scored: list[dict], name: str, num_pairs: int) -> Dataset:
         row = {"prompt": prompt, "margin": chosen[name] - rejected[name]}
         for side, line in (("chosen", chosen), ("rejected", rejected)):
             row |= {side: line["completion"], f"{side}_ended": line["ended"]}
-        rows.append(row)
+        if row["margin"] > 0:
+            rows.append(row)
     return Dataset.from_list(sorted(rows, key=lambda row: -row["margin"])[:num_pairs])
 
 
 def train_adapter(model, tokenizer, pairs: Dataset, folder: Path, arguments):
     """Train an adapter, a new one or the one that `model` has, and write it."""
-    new = LoraConfig(
-        r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    dtype, rank = model.dtype, arguments.rank
+    new = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     pairs = pairs.map(
         lambda row: {
             "prompt": tokenizer.apply_chat_template(
@@ -145,7 +116,7 @@ def train_adapter(model, tokenizer, pairs: Dataset, folder: Path, arguments):
         loss_type=["sigmoid", "sft"],
         loss_weights=[1.0, arguments.sft],
         max_length=320,
-        bf16=fast_dtype() == torch.bfloat16,
+        bf16=dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=5,
@@ -164,41 +135,37 @@ def train_adapter(model, tokenizer, pairs: Dataset, folder: Path, arguments):
     trainer.model.to(torch.bfloat16).save_pretrained(folder, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)
     trainer.model.unload()
-    model.to(fast_dtype())
+    model.to(dtype)
 
 
 def train_expert(model, tokenizer, rewards, name: str, arguments) -> Path:
     """Train an expert in rounds, the first on the base model's answers, the others on its own."""
     plain, prompted, own = arguments.samples
-    begins = OPENINGS.get(name, ("",))
     previous = None
+
+    def answers(policy, source: str, repeats: int, openings_of: str, **options) -> list[dict]:
+        path, openings = arguments.output / "answers" / f"{source}.jsonl", OPENINGS.get(openings_of, ())
+        return rewarded_answers(policy, tokenizer, rewards, path, repeats, arguments, openings, **options)
+
     for number in range(1, arguments.rounds + 1):
         last = number == arguments.rounds
         folder = arguments.output / (name if last else f"{name}-round{number}")
         if not (folder / "adapter_model.safetensors").exists():
-            answers = arguments.output / "answers"
             if previous is None:
-                policy = model
-                sources = {"plain": {}} | {n: {"system": PREFERENCES[n][1], "top_k": 50} for n in arguments.experts}
-                scored = chain.from_iterable(
-                    sample_and_score(
-                        model, tokenizer, rewards, answers / f"{source}.jsonl", prompted if options else plain,
-                        arguments, OPENINGS.get(source, ("",)), **options,
-                    )
-                    for source, options in sources.items()
-                )  # fmt: skip
+                policy, rewarded = model, answers(model, "plain", plain, "")
+                for other in arguments.experts:
+                    rewarded += answers(model, other, prompted, other, system=PREFERENCES[other][1], top_k=50)
             else:
-                policy = PeftModel.from_pretrained(model, previous, is_trainable=True)
-                path = answers / f"{name}-round{number}.jsonl"
-                scored = sample_and_score(policy.eval(), tokenizer, rewards, path, own, arguments, begins)
-            train_adapter(policy, tokenizer, preference_pairs(scored, name, arguments.pairs), folder, arguments)
+                policy = PeftModel.from_pretrained(model, previous, is_trainable=True).eval()
+                rewarded = answers(policy, f"{name}-round{number}", own, name)
+            train_adapter(policy, tokenizer, preference_pairs(rewarded, name, arguments.pairs), folder, arguments)
         previous = folder
     return previous
 
 
 def evaluate(model, tokenizer, rewards, folders: dict[str, Path], arguments):
     """Report each expert's normalised reward on the evaluation prompts, and what its answers look like."""
-    prompts = evaluation_prompts()[: arguments.prompts]
+    prompts = evaluation_prompts(8 if arguments.quick else None)
     set_seed(0)
     answers = {"base": [line["completion"] for line in sample(model, tokenizer, prompts, arguments.tokens)]}
     for name, folder in tqdm(folders.items(), desc="evaluating"):
@@ -250,12 +217,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="8 prompts, 24 tokens, one update")
     arguments = parser.parse_args()
     if arguments.quick:
+        arguments.output /= "quick"
         arguments.prompts, arguments.tokens, arguments.pairs = 8, 24, 8
     arguments.output.mkdir(parents=True, exist_ok=True)
-    source = fetch_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=fast_dtype()).to(device).eval()
+    model, tokenizer = base_model()
     rewards = proxy_rewards(model, tokenizer)
     folders = {name: train_expert(model, tokenizer, rewards, name, arguments) for name in arguments.experts}
     evaluate(model, tokenizer, rewards, folders, arguments)

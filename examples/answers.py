@@ -1,0 +1,100 @@
+"""What the training examples share: prompts, the base model, and answers kept in files."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from modeling_pcm_ensemble import demo
+
+HERE = Path(__file__).parent
+ARTIFACTS = HERE / "artifacts"
+
+
+def training_prompts(number: int | None = None) -> list[str]:
+    """The shortest `number` training prompts, or all."""
+    lines = (HERE / "data" / "train_prompts.jsonl").read_text().splitlines()
+    return sorted((json.loads(line)["prompt"] for line in lines), key=len)[:number]
+
+
+def evaluation_prompts(number: int | None = None) -> list[str]:
+    """The shortest `number` prompts that nothing is trained on, or all."""
+    entries = json.loads((HERE / "data" / "evaluation_only" / "koala_eval_50.json").read_text())
+    return sorted((entry["prompt"] for entry in entries), key=len)[:number]
+
+
+def base_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2 without adapters, on a GPU if there is one, and its tokenizer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=demo.fast_dtype(device))
+    tokenizer = AutoTokenizer.from_pretrained(demo.fetch_smollm2(), padding_side="left")
+    return model.to(device).eval(), tokenizer
+
+
+class KeptLines:
+    """A JSONL file of lines with a key: whatever a killed run had written whole is there again."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.lines = path, {}
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # cut off in the middle of a line
+            path.with_suffix(".part").write_text(whole)
+            path.with_suffix(".part").replace(path)
+        for line in map(json.loads, whole.splitlines()):
+            self.lines[line["key"]] = line
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.lines
+
+    def __getitem__(self, key: str) -> dict:
+        return self.lines[key]
+
+    def add(self, lines: Iterable[dict]):
+        with self.path.open("a") as file:
+            for line in lines:
+                self.lines[line["key"]] = line
+                file.write(json.dumps(line) + "\n")
+
+
+@torch.no_grad()
+def sample(
+    model, tokenizer, prompts: list[str], tokens: int, system: str | None = None, openings=None, top_k: int = 0
+) -> list[dict]:
+    """One answer to each prompt at temperature 1. Openings are the words that each answer begins with."""
+    openings = openings or [""] * len(prompts)
+    head = [{"role": "system", "content": system}] if system else []
+    chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer([t + o for t, o in zip(texts, openings)], padding=True, return_tensors="pt").to(model.device)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": top_k, "top_p": 1.0, "max_new_tokens": tokens}
+    answers = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+    return [
+        {
+            "prompt": prompt,
+            "completion": (opening + tokenizer.decode(answer, skip_special_tokens=True)).strip(),
+            "ended": tokenizer.eos_token_id in answer.tolist(),
+        }
+        for prompt, opening, answer in zip(prompts, openings, answers[:, inputs["input_ids"].shape[1] :])
+    ]
+
+
+def with_references(model, tokenizer, prompts: list[str], path: Path, tokens: int, batch_size: int = 32) -> list[dict]:
+    """The prompts as conversations, each with one answer of the base model, which rewards are measured against."""
+    kept = KeptLines(path)
+    new = [prompt for prompt in prompts if f"{tokens} {prompt}" not in kept]
+    for start in tqdm(range(0, len(new), batch_size), desc="answers of the base model", disable=not new):
+        set_seed(len(kept.lines))
+        lines = sample(model, tokenizer, new[start : start + batch_size], tokens)
+        kept.add({"key": f"{tokens} {line['prompt']}"} | line for line in lines)
+    return [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "reference": kept[f"{tokens} {prompt}"]["completion"],
+        }
+        for prompt in prompts
+    ]
