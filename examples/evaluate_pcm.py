@@ -4,7 +4,8 @@ Measure what trained Preference Control Models have won, on prompts that they ha
     python examples/evaluate_pcm.py --pcm pcm/seed-0 pcm/seed-1 pcm/seed-2 --output pcm
 
 1. Headroom: on training prompts, static weights for each preference; the best of them is what the PCM must beat.
-2. Rewards on the evaluation prompts with uniform weights, the best static ones and each PCM.
+2. Rewards on the evaluation prompts with uniform weights, the best static ones and each PCM; intervals over prompts
+   and runs.
 3. The PCM told in words alone, with all six experts active: where does it put α?
 
 Run again, it goes on where it stopped. examples/inspect_pcm.py draws what it found. --quick measures one prompt of
@@ -145,16 +146,17 @@ def prompt_means(lines: list[dict], preference: str | None) -> np.ndarray:
 def compare(arms: dict[str, list[list[dict]]], console: Console) -> dict:
     """Rewards by preference and dimension, and by how much the PCMs are above the others. An arm is a list of runs."""
     preferences = list(dict.fromkeys(line["preference"] for line in arms["pcm"][0]))
-    table = Table("preference", *arms, "pcm − uniform", "pcm − static", title="reward on the evaluation prompts")
+    others = [arm for arm in arms if arm != "pcm"]
+    table = Table("preference", *arms, *(f"pcm − {arm}" for arm in others), title="reward on the evaluation prompts")
     report = {"preferences": {}}
     for name in [*preferences, None]:
         means = {arm: np.array([prompt_means(run, name) for run in runs]) for arm, runs in arms.items()}
         entry = {arm: list(bootstrap_interval(values)) for arm, values in means.items()}
-        for other in ("uniform", "static"):
+        for other in others:
             entry[f"pcm − {other}"] = list(bootstrap_interval(means["pcm"] - means[other]))
             entry[f"pcm − {other}, each run"] = (means["pcm"] - means[other]).mean(axis=1).tolist()
         report["preferences"][name or "all"] = entry
-        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry[f"pcm − {other}"]) for other in ("uniform", "static")]
+        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry[f"pcm − {other}"]) for other in others]
         table.add_row(name or "all", *(f"{entry[arm][0]:.3f}" for arm in arms), *cells)
     console.print(table)
     report["dimensions"] = {
@@ -182,6 +184,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pcm", type=Path, nargs="+", required=True, help="folders with a trained pcm.safetensors")
     parser.add_argument("--output", type=Path, default=Path("pcm"))
+    parser.add_argument(
+        "--measure", nargs="*", choices=("static", "words"), default=("static", "words"), help="by default both"
+    )
     parser.add_argument("--static-prompts", type=int, default=64, help="training prompts that static weights are from")
     parser.add_argument("--prompts", type=int, help="the shortest evaluation prompts only; by default all")
     parser.add_argument("--word-prompts", type=int, default=10, help="of these, answered with the preference in words")
@@ -199,21 +204,24 @@ def main():
     told = unseen[:: max(len(unseen) // arguments.word_prompts, 1)][: arguments.word_prompts]
 
     # The head is still zero, so that the weights given are the weights of the mixture.
-    static = best_static_weights(evaluator, evaluator.rows(known), console)
-    arms = {
-        "uniform": [evaluator.answers("uniform", unseen)],
-        "static": [evaluator.answers("static", unseen, static)],
-        "pcm": [],
-    }
-    words = {f"untrained, {w}": evaluator.answers(f"untrained-{w}", told, words=w) for w in WORDS}
-    words |= {w: [] for w in WORDS}
-    for number, folder in enumerate(arguments.pcm, start=2):
+    arms, words = {"uniform": [evaluator.answers("uniform", unseen)]}, {}
+    if "static" in arguments.measure:
+        static = best_static_weights(evaluator, evaluator.rows(known), console)
+        arms["static"] = [evaluator.answers("static", unseen, static)]
+    if "words" in arguments.measure:
+        words = {f"untrained, {w}": evaluator.answers(f"untrained-{w}", told, words=w) for w in WORDS}
+        words |= {w: [] for w in WORDS}
+    arms["pcm"] = []
+    for seed, folder in enumerate(arguments.pcm):
         evaluator.load(folder)
-        arms["pcm"].append(evaluator.answers(f"pcm-{folder.name}", unseen, seed=number))
-        for w in WORDS:
-            words[w] += evaluator.answers(f"pcm-{folder.name}-{w}", told, words=w, seed=number)
-    report = compare(arms, console) | {"static weights": static}
+        # The first run draws the same random numbers as the other arms, so that less of a difference is chance.
+        arms["pcm"].append(evaluator.answers(f"pcm-{folder.name}", unseen, seed=seed))
+        for w in WORDS if words else ():
+            words[w] += evaluator.answers(f"pcm-{folder.name}-{w}", told, words=w, seed=seed)
+    report = compare(arms, console)
     report["in words"] = {name: in_words(lines, evaluator.names) for name, lines in words.items()}
+    if "static" in arguments.measure:
+        report["static weights"] = static
     console.print(report["in words"])
     (arguments.output / "evaluation.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 

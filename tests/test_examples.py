@@ -1,0 +1,86 @@
+"""The training examples: what they keep, what they choose, and, slowly, that they run."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by name."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+def test_lines_that_a_killed_run_had_written_whole_are_kept(example, tmp_path):
+    lines = example("answers").KeptLines
+    path = tmp_path / "deep" / "kept.jsonl"
+    lines(path).add([{"key": "a", "value": 1}, {"key": "b", "value": 2}])
+    with path.open("a") as file:
+        file.write('{"key": "c", "val')
+    kept = lines(path)
+    assert ("b" in kept, "c" in kept) == (True, False)
+    kept.add([{"key": "c", "value": 3}])
+    assert [line["value"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2, 3]
+    assert lines(path)["c"] == {"key": "c", "value": 3}
+
+
+def test_pairs_are_the_best_answer_against_the_worst_that_is_no_nonsense(example):
+    def line(prompt: str, text: str, reward: float, guard: float = 0.0) -> dict:
+        return {"prompt": prompt, "completion": text, "ended": True, "concise": reward, "guard": guard}
+
+    rewarded = [
+        line("p", "good", 2.0),
+        line("p", "bad", -1.0),
+        line("p", "nonsense", -9.0, guard=5.0),
+        line("q", "wide", 9.0),
+        line("q", "apart", -9.0),
+        line("r", "alone", 1.0),
+    ]
+    pairs = example("train_experts").preference_pairs(rewarded, "concise", num_pairs=5)
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [("wide", "apart"), ("good", "bad")]
+
+
+def test_variance_of_alpha_is_ascribed_to_what_it_depends_on(example):
+    explained = example("inspect_pcm").explained
+
+    def answer(preference: str, tokens: list[int], weight) -> dict:
+        experts = preference.split(" + ")
+        rows = [[0.0] * 6 for _ in tokens]
+        for place, read in enumerate([None, *tokens[:-1]]):
+            rows[place][0 if experts[0] == "elementary" else 1] = weight(preference, place, read)
+        return {"preference": preference, "token_ids": tokens, "dimensions": {experts[0]: 0.5}, "expert_weights": rows}
+
+    def shares(weight) -> dict:
+        preferences = ("elementary + concise", "elementary + friendly")
+        return explained([answer(p, [3, 5, 3, 5, i], weight) for p in preferences for i in range(9)])
+
+    assert shares(lambda preference, place, read: 0.1 * place)["position"] > 0.99
+    by_token = shares(lambda preference, place, read: 0.9 if read == 5 else 0.1)
+    assert by_token["token"] > 0.99
+    assert abs(by_token["preference"]) < 0.05
+    assert shares(lambda preference, place, read: 0.2 if "concise" in preference else 0.7)["preference"] > 0.99
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_training_and_evaluation_run_from_end_to_end(tmp_path):
+    def run(name: str, *options: str):
+        command = [sys.executable, str(EXAMPLES / f"{name}.py"), *options]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+
+    run("train_experts", "--quick", "--rounds", "2", "--experts", "unfriendly")
+    assert json.loads((tmp_path / "experts" / "quick" / "report.json").read_text())["unfriendly"]["words"] > 0
+    run("train_pcm", "--quick")
+    for _ in range(2):  # the second time all answers are there already
+        run("evaluate_pcm", "--quick", "--pcm", "pcm/quick/seed-0")
+    run("inspect_pcm", "pcm/quick")
+    for name in ("curves.png", "rewards.png", "expert_weights.png", "evaluation.json"):
+        assert (tmp_path / "pcm" / "quick" / name).exists()
