@@ -1,7 +1,8 @@
 """
 Measure what trained Preference Control Models have won, on prompts that they have never seen.
 
-    python examples/evaluate_pcm.py --pcm pcm/seed-0 pcm/seed-1 pcm/seed-2 --output pcm
+    python examples/evaluate_pcm.py  # the headroom, before any training
+    python examples/evaluate_pcm.py --pcm pcm/seed-0 pcm/seed-1 pcm/seed-2
 
 1. Headroom: on training prompts, static weights for each preference; the best of them is what the PCM must beat.
 2. Rewards on the evaluation prompts with uniform weights, the best static ones and each PCM; intervals over prompts
@@ -38,9 +39,7 @@ from modeling_pcm_ensemble.training.scoring import Scorer
 
 # Weights of a preference's three experts
 STATIC = [
-    (1, 1, 1),
-    *dict.fromkeys(itertools.permutations((3, 1, 1))),
-    *dict.fromkeys(itertools.permutations((2, 2, 1))),
+    w for first in ((1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)) for w in sorted(set(itertools.permutations(first)))
 ]
 WORDS = ("preference_text", "system")  # where the PCM finds a preference that is told in words
 
@@ -128,7 +127,7 @@ def best_static_weights(evaluator: Evaluator, rows: list[dict], console: Console
         for line in evaluator.answers("headroom-" + "-".join(map(str, static)), rows, weights, seed=1):
             found[line["preference"]].setdefault(static, []).append(line["reward"])
     table = Table("preference", *(":".join(map(str, s)) for s in STATIC), title="reward of static weights, training")
-    for name, rewards in found.items():
+    for name, rewards in [*found.items(), ("all", {s: [x for r in found.values() for x in r[s]] for s in STATIC})]:
         table.add_row(name, *(f"{fmean(rewards[static]):.3f}" for static in STATIC))
     console.print(table)
     return {name: max(rewards, key=lambda static: fmean(rewards[static])) for name, rewards in found.items()}
@@ -182,7 +181,9 @@ def in_words(lines: list[dict], names: list[str]) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pcm", type=Path, nargs="+", required=True, help="folders with a trained pcm.safetensors")
+    parser.add_argument(
+        "--pcm", type=Path, nargs="*", default=[], help="folders with pcm.safetensors; without any, headroom alone"
+    )
     parser.add_argument("--output", type=Path, default=Path("pcm"))
     parser.add_argument(
         "--measure", nargs="*", choices=("static", "words"), default=("static", "words"), help="by default both"
@@ -204,9 +205,12 @@ def main():
     told = unseen[:: max(len(unseen) // arguments.word_prompts, 1)][: arguments.word_prompts]
 
     # The head is still zero, so that the weights given are the weights of the mixture.
-    arms, words = {"uniform": [evaluator.answers("uniform", unseen)]}, {}
     if "static" in arguments.measure:
         static = best_static_weights(evaluator, evaluator.rows(known), console)
+    if not arguments.pcm:
+        return
+    arms, words = {"uniform": [evaluator.answers("uniform", unseen)]}, {}
+    if "static" in arguments.measure:
         arms["static"] = [evaluator.answers("static", unseen, static)]
     if "words" in arguments.measure:
         words = {f"untrained, {w}": evaluator.answers(f"untrained-{w}", told, words=w) for w in WORDS}

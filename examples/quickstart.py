@@ -1,5 +1,5 @@
 """
-Six prompted experts on one SmolLM2-135M, mixed token by token: one question, answered under several preferences.
+Six trained experts on one SmolLM2-135M, mixed token by token: one question, answered under several preferences.
 
     python examples/quickstart.py
     python examples/quickstart.py --question "What is money?" --preference friendly --preference elementary=2,concise
@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -21,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo, preference_weights
 
+ARTIFACTS = Path(__file__).parent / "artifacts"
 PREFERENCES = ("elementary", "elementary,friendly=0.5,concise=0.5", "knowledgeable,informative")
 
 FRESH_INTERPRETER = """
@@ -146,7 +148,7 @@ def main():
         parser.error(str(error))
 
     console = Console()
-    model = demo.smollm2_ensemble()
+    model = demo.lora_ensemble(ARTIFACTS)
     chat = [{"role": "user", "content": arguments.question}]
     inputs = model.tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
