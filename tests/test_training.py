@@ -245,14 +245,14 @@ def constant_expert(token: int):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "steps", "settings"),
+    ("loss_type", "settings"),
     [
-        ("rebel", 320, {"eta": 4.0, "num_iterations": 2, "entropy_coef": 0.01}),
-        ("ppo", 320, {"num_iterations": 2, "entropy_coef": 0.01}),
-        ("rloo", 320, {"entropy_coef": 0.01}),
+        ("rebel", {"eta": 4.0, "num_iterations": 2, "entropy_coef": 0.1, "learning_rate": 1e-3}),
+        ("ppo", {"num_iterations": 2, "entropy_coef": 0.01, "learning_rate": 1e-3}),
+        ("rloo", {"entropy_coef": 0.05, "learning_rate": 2e-3}),
     ],
 )
-def test_training_reaches_the_best_weights_of_a_known_problem(loss_type, steps, settings, tmp_path):
+def test_training_reaches_the_best_weights_of_a_known_problem(loss_type, settings, tmp_path):
     tokenizer = tiny_tokenizer()
     a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
     model = make_ensemble([constant_expert(a), constant_expert(b)], [(0, [], [11]), (1, [], [12])])
@@ -272,17 +272,15 @@ def test_training_reaches_the_best_weights_of_a_known_problem(loss_type, steps, 
         max_completion_length=4,
         per_device_train_batch_size=32,
         num_generations=16,
-        max_steps=steps,
+        max_steps=320,
         loss_type=loss_type,
-        learning_rate=2e-3,
         **settings,
     )
-    before = trainer.evaluate()["eval_reward"]
     trainer.train()
     best = 1 / (1 + math.exp(-4))
-    after = trainer.evaluate()["eval_reward"]
-    assert before < 0.6
-    assert after > 0.95 * best
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]  # of 32 completions each
+    assert rewards[0] < 0.6
+    assert sum(rewards[-20:]) / 20 > 0.95 * best
 
 
 RUN = """
