@@ -78,7 +78,7 @@ def draw_expert_weights(line: dict, tokens: list[str], path: Path):
 
 def draw_rewards(report: dict, path: Path):
     """Rewards of every arm: by preference with 95 % intervals, and by dimension."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(16, 4.5), width_ratios=(3, 2), layout="constrained")
     for number, (arm, by_dimension) in enumerate(report["dimensions"].items()):
         shift = 0.15 * (number - 1)
         mean, low, high = np.array([entry[arm] for entry in report["preferences"].values()]).T
