@@ -12,6 +12,7 @@ from modeling_pcm_ensemble import demo
 
 HERE = Path(__file__).parent
 ARTIFACTS = HERE / "artifacts"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def training_prompts(number: int | None = None) -> list[str]:
@@ -28,10 +29,9 @@ def evaluation_prompts(number: int | None = None) -> list[str]:
 
 def base_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2 without adapters, on a GPU if there is one, and its tokenizer."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=demo.fast_dtype(device))
+    model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=demo.fast_dtype(DEVICE))
     tokenizer = AutoTokenizer.from_pretrained(demo.fetch_smollm2(), padding_side="left")
-    return model.to(device).eval(), tokenizer
+    return model.to(DEVICE).eval(), tokenizer
 
 
 class KeptLines:

@@ -23,7 +23,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from answers import ARTIFACTS, KeptLines, evaluation_prompts, training_prompts, with_references
+from answers import ARTIFACTS, DEVICE, KeptLines, evaluation_prompts, training_prompts, with_references
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -49,12 +49,12 @@ class Evaluator:
 
     def __init__(self, folder: Path, tokens: int, batch_size: int):
         self.folder, self.tokens, self.batch_size = folder, tokens, batch_size
-        self.model = demo.lora_ensemble(ARTIFACTS).to("cuda" if torch.cuda.is_available() else "cpu")
-        self.untrained, self.pcm = self.model.pcm.state_dict() | {}, "untrained"
-        self.untrained = {name: value.clone() for name, value in self.untrained.items()}
+        self.model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE)).to(DEVICE)
+        self.untrained = {name: value.clone() for name, value in self.model.pcm.state_dict().items()}
+        self.pcm = "untrained"
         self.base = self.model.backbones[0]  # runs without adapters when called on its own
         scorer = Scorer(proxy_rewards(self.base, self.model.tokenizer))
-        config = RebelConfig(str(folder), max_completion_length=tokens, use_cpu=not torch.cuda.is_available())
+        config = RebelConfig(str(folder), max_completion_length=tokens, use_cpu=DEVICE == "cpu")
         self.sampler = RolloutSampler(self.model, self.model.tokenizer, scorer, config)
         self.preferences = PreferenceSampler(self.model.config).sets
         self.names = self.model.config.expert_names

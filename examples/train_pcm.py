@@ -19,7 +19,7 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
-from answers import ARTIFACTS, base_model, training_prompts, with_references
+from answers import ARTIFACTS, DEVICE, base_model, training_prompts, with_references
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import set_seed
@@ -47,7 +47,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         max_completion_length=arguments.tokens,
         rollout_batch_size=64,
         bf16=model.dtype == torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=DEVICE == "cpu",
         logging_steps=1,
         save_steps=2 * arguments.iterations,
         save_total_limit=1,
@@ -62,7 +62,8 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     if (folder / "pcm.safetensors").exists():
         return folder
     set_seed(seed)
-    trainer = make_trainer(demo.lora_ensemble(ARTIFACTS), rewards, dataset, folder, seed, arguments)
+    model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE))
+    trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
     learnt = {name: p.detach().to(torch.bfloat16) for name, p in trainer.model.named_parameters() if p.requires_grad}

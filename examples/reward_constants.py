@@ -1,0 +1,38 @@
+"""
+Make the constants that standardise the rewards: mean and deviation of every feature over the base model's answers.
+
+    python examples/reward_constants.py --output smollm2_rewards.json
+
+The package's own (modeling_pcm_ensemble/training/smollm2_rewards.json) are of four answers to each training prompt.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from answers import base_model, sample, training_prompts
+from tqdm import tqdm
+from transformers import set_seed
+
+from modeling_pcm_ensemble.training.rewards import Guard, reward_constants
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("smollm2_rewards.json"))
+    parser.add_argument("--prompts", type=int, help="the shortest prompts only; by default all")
+    parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
+    parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
+    arguments = parser.parse_args()
+    model, tokenizer = base_model()
+    prompts = training_prompts(arguments.prompts) * arguments.samples
+    lines = []
+    for start in tqdm(range(0, len(prompts), 64), desc="answers of the base model"):
+        set_seed(start)
+        lines += sample(model, tokenizer, prompts[start : start + 64], arguments.tokens)
+    constants = reward_constants(Guard(model, tokenizer), prompts, [line["completion"] for line in lines])
+    arguments.output.write_text(json.dumps(constants, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
