@@ -6,7 +6,8 @@ Measure what trained Preference Control Models have won, on prompts that they ha
 
 1. Headroom: on training prompts, static weights for each preference; the best of them is what the PCM must beat.
 2. Rewards on the evaluation prompts with uniform weights, the best static ones and each PCM; intervals over prompts
-   and runs.
+   and runs. "mean" is a PCM's mean α under each preference as static weights: what it wins above that comes from
+   choosing anew at each token.
 3. The PCM told in words alone, with all six experts active: where does it put α?
 
 Run again, it goes on where it stopped. examples/inspect_pcm.py draws what it found. --quick measures one prompt of
@@ -41,6 +42,7 @@ from modeling_pcm_ensemble.training.scoring import Scorer
 STATIC = [
     w for first in ((1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)) for w in sorted(set(itertools.permutations(first)))
 ]
+MEASURES = ("static", "mean", "words")
 WORDS = ("preference_text", "system")  # where the PCM finds a preference that is told in words
 
 
@@ -63,10 +65,11 @@ class Evaluator:
         path = self.folder / "evaluation-references.jsonl"
         return with_references(self.base, self.model.tokenizer, prompts, path, self.tokens)
 
-    def load(self, folder: Path):
-        path = folder / "pcm.safetensors"
-        self.model.pcm.load_state_dict(self.untrained | load_file(path))
-        self.pcm = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    def load(self, folder: Path | None):
+        """A trained PCM, or the untrained one, under which the weights given are the weights of the mixture."""
+        path = folder and folder / "pcm.safetensors"
+        self.model.pcm.load_state_dict(self.untrained | (load_file(path) if path else {}))
+        self.pcm = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else "untrained"
 
     def answers(
         self, name: str, rows: list[dict], weights=None, words: str | None = None, seed: int = 0
@@ -168,6 +171,15 @@ def compare(arms: dict[str, list[list[dict]]], console: Console) -> dict:
     return report
 
 
+def mean_weights(lines: list[dict], names: list[str]) -> dict[str, list[float]]:
+    """Mean α of each preference's experts over all tokens."""
+    tokens = defaultdict(list)
+    for line in lines:
+        wanted = [name in line["dimensions"] for name in names]
+        tokens[line["preference"]] += [list(itertools.compress(token, wanted)) for token in line["expert_weights"]]
+    return {name: np.mean(values, axis=0).round(3).tolist() for name, values in tokens.items()}
+
+
 def in_words(lines: list[dict], names: list[str]) -> dict[str, float]:
     """Reward, and the mean share of α that the wanted experts have."""
     wanted = [[name in line["dimensions"] for name in names] for line in lines]
@@ -186,7 +198,7 @@ def main():
     )
     parser.add_argument("--output", type=Path, default=Path("pcm"))
     parser.add_argument(
-        "--measure", nargs="*", choices=("static", "words"), default=("static", "words"), help="by default both"
+        "--measure", nargs="*", choices=MEASURES, default=MEASURES, help="beside uniform weights; by default all"
     )
     parser.add_argument("--static-prompts", type=int, default=64, help="training prompts that static weights are from")
     parser.add_argument("--prompts", type=int, help="the shortest evaluation prompts only; by default all")
@@ -204,7 +216,6 @@ def main():
     known = known[:: len(known) // arguments.static_prompts][: arguments.static_prompts]
     told = unseen[:: max(len(unseen) // arguments.word_prompts, 1)][: arguments.word_prompts]
 
-    # The head is still zero, so that the weights given are the weights of the mixture.
     if "static" in arguments.measure:
         static = best_static_weights(evaluator, evaluator.rows(known), console)
     if not arguments.pcm:
@@ -222,6 +233,12 @@ def main():
         arms["pcm"].append(evaluator.answers(f"pcm-{folder.name}", unseen, seed=seed))
         for w in WORDS if words else ():
             words[w] += evaluator.answers(f"pcm-{folder.name}-{w}", told, words=w, seed=seed)
+    if "mean" in arguments.measure:
+        evaluator.load(None)
+        arms["mean"] = [
+            evaluator.answers(f"mean-{folder.name}", unseen, mean_weights(lines, evaluator.names), seed=seed)
+            for seed, (folder, lines) in enumerate(zip(arguments.pcm, arms["pcm"]))
+        ]
     report = compare(arms, console)
     report["in words"] = {name: in_words(lines, evaluator.names) for name, lines in words.items()}
     if "static" in arguments.measure:

@@ -44,6 +44,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         warmup_steps=4,
         eta=arguments.eta,
         text_only_fraction=arguments.text_only,
+        description_coef=0.1,
         max_completion_length=arguments.tokens,
         rollout_batch_size=64,
         bf16=model.dtype == torch.bfloat16,
@@ -106,7 +107,7 @@ def main():
     parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout, of two updates each")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--eta", type=float, default=4.0)
-    parser.add_argument("--text-only", type=float, default=0.2, help="share of prompts with the preference in words")
+    parser.add_argument("--text-only", type=float, default=0.15, help="share of prompts with the preference in words")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")
     arguments = parser.parse_args()

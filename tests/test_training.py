@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer, rollouts
 from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference
 from modeling_pcm_ensemble.training.rollouts import TokenSampler, with_words
 
@@ -110,16 +110,24 @@ def whole_log_probs(model, rollout) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def test_experts_log_probs_are_recorded_while_sampling(tmp_path):
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize("steps", [2, 12])
+def test_experts_log_probs_are_recorded_while_sampling(steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollouts, "STEPS_BETWEEN_ENDS", steps)
+    model, ends = tiny_ensemble(), range(2, 12)
+    model.generation_config.eos_token_id = list(ends)
+    trainer = make_trainer(tmp_path, model, max_completion_length=9)
     torch.nn.init.normal_(trainer.ensemble.pcm.head.weight)
+    read = []  # shapes
+    trainer.ensemble.pcm.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
     rollout, _ = sampled(trainer)
+    rows = [batch for batch, tokens in read if tokens == 1]
+    assert (rows[-1] < len(rollout)) == (steps == 2), "rows that have ended leave the batch after so many steps"
     mask = rollout.completion_mask.bool()
     expected = whole_log_probs(trainer.ensemble, rollout)
     assert_close(rollout.old_log_probs[mask], expected[mask].detach(), atol=1e-4, rtol=0)
     assert rollout.expert_log_probs.isneginf().all(dim=1).eq(rollout.weights == 0).all()
     for row, ids in enumerate(rollout.completion_ids.tolist()):
-        written = ids.index(2) + 1 if 2 in ids else len(ids)
+        written = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
         assert rollout.completion_mask[row].tolist() == [1] * written + [0] * (len(ids) - written)
 
 
@@ -127,7 +135,8 @@ def test_experts_log_probs_are_recorded_while_sampling(tmp_path):
 def test_the_gradient_equals_one_that_runs_every_expert_inside_the_loss(loss_type, tmp_path):
     model = tiny_ensemble().double()
     torch.nn.init.normal_(model.pcm.head.weight)
-    trainer = make_trainer(tmp_path, model, loss_type=loss_type, eta=2.0, clip=0.1, kl_coef=0.3, entropy_coef=0.2)
+    penalties = {"kl_coef": 0.3, "entropy_coef": 0.2, "description_coef": 0.1}
+    trainer = make_trainer(tmp_path, model, loss_type=loss_type, eta=2.0, clip=0.1, **penalties)
     rollout, _ = sampled(trainer)
     rollout.old_log_probs = rollout.old_log_probs + 0.2 * torch.randn(rollout.old_log_probs.shape)  # a later epoch
     model.zero_grad()
@@ -204,7 +213,7 @@ def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
                     terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage))
     most = 6 * 7  # completions, and tokens of the longest that there could be
     loss = torch.stack(terms).sum() / most if loss_type == "ppo" else torch.stack(terms).mean()
-    kl, entropy = 0.0, 0.0
+    kl, entropy, described = 0.0, 0.0, 0.0
     uniform = copy.deepcopy(model)
     torch.nn.init.zeros_(uniform.pcm.head.weight)
     with torch.no_grad():
@@ -217,10 +226,12 @@ def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
         ids = torch.cat([prompt, rollout.completion_ids[i]])[None]
         prefix = rollout.prefix_ids[i : i + 1]
         words = {"preference_ids": prefix} if (prefix >= 0).any() else {}
-        weights = model.compute_expert_weights(ids, preference=rollout.weights[i : i + 1], **words)[0]
-        weights = weights[len(prompt) - 1 : len(prompt) - 1 + written]
+        places = slice(len(prompt) - 1, len(prompt) - 1 + written)
+        weights = model.compute_expert_weights(ids, preference=rollout.weights[i : i + 1], **words)[0, places]
         entropy = entropy - torch.where(weights > 0, weights * weights.clamp(min=1e-30).log(), 0.0).sum()
-    return loss + 0.3 * kl / most - 0.2 * entropy / most
+        all_ran = model.compute_expert_weights(ids, preference=torch.ones(1, 3), **words)[0, places]
+        described = described + all_ran[:, rollout.weights[i] > 0].sum(dim=1).log().sum()
+    return loss + 0.3 * kl / most - 0.2 * entropy / most - 0.1 * described / most
 
 
 def test_an_update_runs_no_expert(tmp_path):

@@ -96,3 +96,15 @@ def expert_weight_entropy(log_expert_weights: torch.Tensor) -> torch.Tensor:
     """Entropy of α at each token, `(batch, seq)`, in nats."""
     finite = log_expert_weights.isfinite()
     return -(log_expert_weights.exp() * log_expert_weights.masked_fill(~finite, 0)).sum(dim=-1)
+
+
+def log_described_share(expert_weight_logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    r"""
+    Compute the log of what wanted experts would have of α if all experts ran at weight 1, `(batch, seq)`.
+
+    Args:
+        expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
+        wanted (`torch.BoolTensor` of shape `(batch, experts)`): at least one expert in each row.
+    """
+    log_weights = expert_weight_logits.float().log_softmax(dim=-1)
+    return log_weights.masked_fill(~wanted[:, None], float("-inf")).logsumexp(dim=-1)

@@ -37,6 +37,8 @@ class RebelConfig(TrainingArguments):
         kl_coef (`float`, defaults to 0): weight of the KL divergence to the mixture at the user's weights, which is an
             untrained PCM's; summed over tokens, as a share of the most there could be.
         entropy_coef (`float`, defaults to 0): weight of the entropy of α, which is rewarded; likewise.
+        description_coef (`float`, defaults to 0): weight of minus the log of the share of α that the wanted experts
+            would have if all ran; likewise. What the PCM reads names them, so that no reward is needed to learn this.
         train_embeddings (`bool`, defaults to `False`): train the PCM's token embeddings too.
     """
 
@@ -59,6 +61,7 @@ class RebelConfig(TrainingArguments):
     clip: float = field(default=0.2, metadata={"help": "PPO's clipping range."})
     kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the initial mixture."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy of the expert weights."})
+    description_coef: float = field(default=0.0, metadata={"help": "Weight of choosing the described experts."})
     train_embeddings: bool = field(default=False, metadata={"help": "Train the PCM's token embeddings too."})
 
     def __post_init__(self):

@@ -22,6 +22,7 @@ from .checks import check_dataset, check_model
 from .losses import (
     expert_weight_entropy,
     leave_one_out,
+    log_described_share,
     mixture_token_log_probs,
     ppo_loss,
     rebel_loss,
@@ -192,7 +193,7 @@ class RebelTrainer(CheckpointTrainer):
         for start in range(0, len(rollout), size):
             part = rollout.rows(slice(start, start + size))
             with self.compute_loss_context_manager():
-                log_weights = self._log_expert_weights(self.model, part)
+                log_weights = log_expert_weights(self._expert_weight_logits(self.model, part), part.weights.log())
                 log_probs.append(mixture_token_log_probs(log_weights, part.expert_log_probs))
             mask = part.completion_mask[..., None]
             means.append((log_weights.exp() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
@@ -200,8 +201,8 @@ class RebelTrainer(CheckpointTrainer):
 
     # The update
 
-    def _log_expert_weights(self, pcm, rollout: Rollout) -> torch.Tensor:
-        """log α where each completion token was predicted, `(rows, seq, experts)`. `pcm` may be wrapped."""
+    def _expert_weight_logits(self, pcm, rollout: Rollout) -> torch.Tensor:
+        """h where each completion token was predicted, `(rows, seq, experts)`. `pcm` may be wrapped."""
         pcm.train(self.args.gradient_checkpointing)  # dropout would make the first ratio another than 1
         expert_weight_logits, _ = pcm(
             torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
@@ -210,13 +211,13 @@ class RebelTrainer(CheckpointTrainer):
             CachePart(),
             rollout.completion_ids.shape[1] + 1,
         )
-        expert_weight_logits = expert_weight_logits[:, :-1]  # the last token predicts no other
-        return log_expert_weights(expert_weight_logits, rollout.weights.log())
+        return expert_weight_logits[:, :-1]  # the last token predicts no other
 
     def compute_loss(self, model, inputs: Rollout, return_outputs: bool = False, num_items_in_batch=None):
         """The loss of a micro-batch of whole groups."""
         args, mask = self.args, inputs.completion_mask
-        log_weights = self._log_expert_weights(model, inputs)
+        expert_weight_logits = self._expert_weight_logits(model, inputs)
+        log_weights = log_expert_weights(expert_weight_logits, inputs.weights.log())
         log_probs = mixture_token_log_probs(log_weights, inputs.expert_log_probs)  # (rows, seq)
         log_ratios = (log_probs - inputs.old_log_probs) * mask
         groups = (-1, args.num_generations)
@@ -224,6 +225,7 @@ class RebelTrainer(CheckpointTrainer):
         initial = (inputs.weights / inputs.weights.sum(dim=1, keepdim=True)).log()[:, None].expand_as(log_weights)
         kl = token_kl(log_probs, mixture_token_log_probs(initial, inputs.expert_log_probs))  # (rows, seq)
         entropy = expert_weight_entropy(log_weights)
+        described = log_described_share(expert_weight_logits, inputs.shares > 0)
         if args.loss_type == "rebel":
             loss = rebel_loss(log_ratios.sum(dim=1).view(groups), rewards, args.eta)
         elif args.loss_type == "ppo":
@@ -231,10 +233,11 @@ class RebelTrainer(CheckpointTrainer):
         else:
             loss = rloo_loss(log_ratios.sum(dim=1), leave_one_out(rewards).flatten())
         # Over the most tokens there could be, so that a batch may be split in any way.
-        penalty = (args.kl_coef * kl - args.entropy_coef * entropy) * mask
+        penalty = (args.kl_coef * kl - args.entropy_coef * entropy - args.description_coef * described) * mask
         loss = loss + penalty.sum() / (len(mask) * args.max_completion_length)
         with torch.no_grad():
-            means = {name: ((x * mask).sum() / mask.sum()).item() for name, x in (("kl", kl), ("entropy", entropy))}
+            terms = {"kl": kl, "entropy": entropy, "described_share": described.exp()}
+            means = {name: ((x * mask).sum() / mask.sum()).item() for name, x in terms.items()}
             self._note(means | {"log_ratio": _mean(log_ratios.sum(dim=1).abs())})
         return (loss, log_weights) if return_outputs else loss
 

@@ -16,6 +16,7 @@ base model in style and 1 is one standard deviation above. The guard subtracts i
 | warmth, rudeness | warm words and signs, rude words, each a sentence | lists below |
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -175,9 +176,10 @@ class Guard:
         new = sorted({key for key in keys if key not in self._known}, key=lambda key: (len(key[0]), *key))
         if len(self._known) > 16384:
             self._known = {key: self._known[key] for key in keys if key in self._known}
-        starts = range(0, len(new), self.batch_size)
+        step = 4 * self.batch_size  # completions of one prompt lie together: it is read once for many
+        starts = range(0, len(new), step)
         for start in tqdm(starts, desc="guard", leave=False, disable=len(starts) < 32):
-            batch = new[start : start + self.batch_size]
+            batch = new[start : start + step]
             answers = [completion for _, completion in batch]
             given = self.nll([json.loads(prompt) for prompt, _ in batch], answers)
             alone = self.nll([""] * len(batch), answers)
@@ -201,20 +203,35 @@ class Guard:
         ]
         rows = torch.tensor([distinct.index(key) for key in keys], device=self.model.device)
         past, mask = self._read([head[:-1] for head in heads])  # each distinct prompt once
-        past.batch_select_indices(rows)
         end = [self.tokenizer.eos_token_id]
         tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] or end for c in completions]
-        width, mask = max(map(len, tails)), mask[rows]
-        targets = torch.tensor([tail + [-100] * (width - len(tail)) for tail in tails], device=self.model.device)
-        last = torch.tensor([head[-1:] for head in heads], device=self.model.device)[rows]
-        logits = self.model(
+        last = torch.tensor([head[-1:] for head in heads], device=self.model.device)
+        found = {}
+        by_length = sorted(range(len(tails)), key=lambda i: len(tails[i]))
+        for start in range(0, len(tails), self.batch_size):  # of like lengths, so that little is padding
+            part = by_length[start : start + self.batch_size]
+            read = copy.deepcopy(past)
+            read.batch_select_indices(rows[part])
+            values = self._tail_nll(read, mask[rows[part]], last[rows[part]], [tails[i] for i in part])
+            found |= dict(zip(part, values))
+        return [found[i] for i in range(len(tails))]
+
+    def _tail_nll(
+        self, past: Cache, mask: torch.LongTensor, last: torch.LongTensor, tails: list[list[int]]
+    ) -> list[float]:
+        """Mean loss of each tail's tokens after what is in the cache and one more token, `last`, `(tails, 1)`."""
+        width, device = max(map(len, tails)), self.model.device
+        targets = torch.tensor([tail + [-100] * (width - len(tail)) for tail in tails], device=device)
+        hidden = self.model.base_model(
             input_ids=torch.cat([last, targets[:, :-1].clamp(min=0)], dim=1),
             attention_mask=torch.cat([mask, torch.ones_like(targets)], dim=1),
-            position_ids=mask.sum(dim=1, keepdim=True) + torch.arange(width, device=self.model.device),
+            position_ids=mask.sum(dim=1, keepdim=True) + torch.arange(width, device=device),
             past_key_values=past,
-        ).logits  # (completions, width, vocab)
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        return (losses.view_as(targets).sum(dim=1) / (targets >= 0).sum(dim=1)).tolist()
+        ).last_hidden_state  # (tails, width, hidden)
+        given = targets >= 0
+        logits = self.model.get_output_embeddings()(hidden[given])  # (tokens of all tails, vocab)
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets[given], reduction="none")
+        return [part.mean().item() for part in losses.split(given.sum(dim=1).tolist())]
 
     def _read(self, sequences: list[list[int]]) -> tuple[Cache, torch.LongTensor]:
         """Keys and values of the base model, and the mask of what it read, `(sequences, tokens)`."""

@@ -1,5 +1,6 @@
 """Sampling from the mixture, with what every expert said of each token recorded on the way."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,6 +16,8 @@ from ..prefixes import pad_left
 from .preference_sampling import DrawnPreference, reward_shares
 from .scoring import Scorer, Scores, prompt_key
 
+STEPS_BETWEEN_ENDS = 12  # after so many tokens, rows that have ended leave the batch
+
 
 @dataclass
 class Rollout:
@@ -29,6 +32,7 @@ class Rollout:
         weights (`torch.FloatTensor` of shape `(rows, experts)`): the weights w that they were sampled under.
         prefix_ids (`torch.LongTensor` of shape `(rows, tokens)`): what the PCM read first, padded on the left with -1.
         old_log_probs (`torch.FloatTensor` of shape `(rows, seq)`): log π_t.
+        shares (`torch.FloatTensor` of shape `(rows, experts)`): how much each expert's reward counts.
         rewards (`torch.FloatTensor` of shape `(rows,)`).
     """
 
@@ -40,6 +44,7 @@ class Rollout:
     weights: torch.Tensor
     prefix_ids: torch.LongTensor
     old_log_probs: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
 
     def rows(self, index: torch.LongTensor | slice) -> "Rollout":
@@ -168,21 +173,42 @@ def sample_rollout(
     config: GenerationConfig,
 ) -> Rollout:
     """Complete each row once. Arguments as for [`Rollout`], `config` from [`rollout_config`]."""
-    weights, prefix_ids = weights.to(prompt_ids.device), prefix_ids.to(prompt_ids.device)
-    inputs = {"input_ids": prompt_ids, "attention_mask": prompt_mask}
+    rows, device, pad = len(prompt_ids), prompt_ids.device, config.pad_token_id
+    weights, prefix_ids = weights.to(device), prefix_ids.to(device)
     preference = {"preference": weights, "preference_ids": prefix_ids}
     cache = read_distinct_prompts(model, prompt_ids, prompt_mask, preference)
-    inputs |= preference if cache is None else {"past_key_values": cache}
-    with ExpertRecorder(model) as recorder:
-        sequences = generate_from(model, config, **inputs, output_expert_logits=True)
-        expert_log_probs = recorder.expert_log_probs(sequences[:, -1:])  # (rows, seq, experts)
-    completion_ids = sequences[:, prompt_ids.shape[1] :]
+    inputs = preference if cache is None else {"past_key_values": cache}
+    completion_ids = torch.full((rows, config.max_new_tokens), pad, device=device)
+    expert_log_probs = torch.zeros(*completion_ids.shape, model.config.num_experts, device=device)
+    expert_log_probs.masked_fill_(weights[:, None] == 0, float("-inf"))
+    sequences, mask, alive = prompt_ids, prompt_mask, torch.arange(rows, device=device)
+    for start in range(0, config.max_new_tokens, STEPS_BETWEEN_ENDS):
+        few = copy.copy(config)
+        few.max_new_tokens = min(STEPS_BETWEEN_ENDS, config.max_new_tokens - start)
+        few.return_dict_in_generate = True
+        inputs |= {"input_ids": sequences, "attention_mask": mask}
+        with ExpertRecorder(model) as recorder:
+            output = generate_from(model, few, **inputs, output_expert_logits=True)
+            new_ids = output.sequences[:, sequences.shape[1] :]
+            taken = slice(start, start + new_ids.shape[1])
+            expert_log_probs[alive, taken] = recorder.expert_log_probs(new_ids[:, -1:])
+        completion_ids[alive, taken] = new_ids
+        # Rows that have ended leave the batch, which `generate` would carry on to the longest row's end.
+        kept = (~is_end(new_ids, config).any(dim=1)).nonzero()[:, 0]
+        if not len(kept):
+            break
+        if len(kept) < len(alive):
+            output.past_key_values.batch_select_indices(kept)
+        sequences, alive = output.sequences[kept], alive[kept]
+        mask = torch.cat([mask[kept], torch.ones_like(new_ids[kept])], dim=1)
+        inputs = {"past_key_values": output.past_key_values}
+    length = taken.stop
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        completion_ids=completion_ids,
-        completion_mask=written_tokens(completion_ids, config.eos_token_id),
-        expert_log_probs=expert_log_probs,
+        completion_ids=completion_ids[:, :length],
+        completion_mask=written_tokens(completion_ids[:, :length], config),
+        expert_log_probs=expert_log_probs[:, :length],
         weights=weights,
         prefix_ids=prefix_ids,
     )
@@ -215,12 +241,17 @@ def read_distinct_prompts(
     return output.past_key_values
 
 
-def written_tokens(completion_ids: torch.LongTensor, eos_token_id: int | list[int] | None) -> torch.LongTensor:
+def is_end(completion_ids: torch.LongTensor, config: GenerationConfig) -> torch.BoolTensor:
+    """Which tokens end a completion, `(rows, seq)`."""
+    if config.eos_token_id is None:
+        return torch.zeros_like(completion_ids, dtype=torch.bool)
+    ends = torch.tensor(config.eos_token_id, device=completion_ids.device).reshape(-1)
+    return torch.isin(completion_ids, ends)
+
+
+def written_tokens(completion_ids: torch.LongTensor, config: GenerationConfig) -> torch.LongTensor:
     """1 for the tokens up to the first end token, `(rows, seq)`."""
-    if eos_token_id is None:
-        return torch.ones_like(completion_ids)
-    ends = torch.tensor(eos_token_id, device=completion_ids.device).reshape(-1)
-    ended = torch.isin(completion_ids, ends).long()
+    ended = is_end(completion_ids, config).long()
     return (ended.cumsum(dim=1) - ended == 0).long()
 
 
@@ -291,6 +322,7 @@ class RolloutSampler:
         rollout = Rollout.join(parts, self.generation_config.pad_token_id)
         completions = as_completions(rows, self._texts(rollout.completion_ids, rollout.completion_mask))
         scores = self.scorer.score(rows, completions, shares, self.model.config.expert_names)
+        rollout.shares = shares.to(self.args.device)
         rollout.rewards = torch.tensor(scores.rewards, device=self.args.device)
         return rollout, scores
 
@@ -316,10 +348,7 @@ class RolloutSampler:
 
     def ended(self, rollout: Rollout) -> torch.Tensor:
         """Whether each completion was written to its end, `(rows,)`."""
-        if self.generation_config.eos_token_id is None:
-            return torch.zeros(len(rollout), dtype=torch.bool)
-        ends = torch.tensor(self.generation_config.eos_token_id, device=rollout.completion_ids.device).reshape(-1)
-        return torch.isin(rollout.completion_ids, ends).any(dim=1)
+        return is_end(rollout.completion_ids, self.generation_config).any(dim=1)
 
     def _texts(self, completion_ids: torch.LongTensor, mask: torch.LongTensor) -> list[str]:
         rows = [ids[:length] for ids, length in zip(completion_ids.tolist(), mask.sum(dim=1).tolist())]
@@ -342,7 +371,7 @@ class RolloutSampler:
         with random_numbers(self.args.seed, self.args.device):
             sequences = generate_from(base, self.generation_config, **inputs)
         completion_ids = sequences[:, inputs["input_ids"].shape[1] :]
-        mask = written_tokens(completion_ids, self.generation_config.eos_token_id)
+        mask = written_tokens(completion_ids, self.generation_config)
         completions = iter(as_completions(repeated, self._texts(completion_ids, mask)))
         for key in new:
             self.scorer.references[key] = [next(completions) for _ in range(self.args.num_references)]
