@@ -70,7 +70,8 @@ def sample(
     head = [{"role": "system", "content": system}] if system else []
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer([t + o for t, o in zip(texts, openings)], padding=True, return_tensors="pt").to(model.device)
+    texts = [text + opening for text, opening in zip(texts, openings)]
+    inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     options = {"do_sample": True, "temperature": 1.0, "top_k": top_k, "top_p": 1.0, "max_new_tokens": tokens}
     answers = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
     return [

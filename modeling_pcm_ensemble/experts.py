@@ -11,7 +11,7 @@ from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .lora import AdapterSelection, LoraBank, adapters_selected
 from .merging import ExpertLogits
 from .preferences import ExpertRows
-from .prefixes import CachePart, SubmodelInputs, encode_prefixes_once, pad_left, submodel_inputs
+from .prefixes import CachePart, SubmodelInputs, encode_prefixes_once, pad_left, repeated_rows, submodel_inputs
 
 
 def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) -> torch.Tensor:
@@ -94,7 +94,7 @@ class ExpertBackbones(PreTrainedModel):
         expert_weights: torch.Tensor | None = None,
     ) -> list[ExpertLogits]:
         r"""
-        Run one backbone once on all its (row, expert) pairs.
+        Run one backbone once on all its (row, expert) pairs; of pairs that read the same, on one.
 
         Args:
             backbone (`int`): its index.
@@ -109,6 +109,36 @@ class ExpertBackbones(PreTrainedModel):
         Returns:
             `list[ExpertLogits]`: logits `(active rows, positions, vocab)` of each active expert.
         """
+        experts = torch.arange(len(expert_rows)).repeat_interleave(torch.tensor([e.num_rows for e in expert_rows]))
+        experts = experts.to(input_ids.device)  # (pairs,)
+        repeated = None
+        if expert_weights is None:
+            repeated = repeated_rows(part, experts[:, None], attention_mask, input_ids)
+        if repeated is None:
+            logits = self._logits(
+                backbone, expert_rows, input_ids, attention_mask, part, logits_to_keep, expert_weights
+            )
+        else:
+            firsts, groups = repeated
+            numbers = experts[firsts].bincount(minlength=len(expert_rows)).tolist()
+            distinct = [entry._replace(num_rows=number) for entry, number in zip(expert_rows, numbers)]
+            mask = None if attention_mask is None else attention_mask[firsts]
+            logits = self._logits(backbone, distinct, input_ids[firsts], mask, part, logits_to_keep)[groups]
+            part.copy_rows(groups)
+        chunks = logits.split([entry.num_rows for entry in expert_rows])
+        return [ExpertLogits(entry.expert, entry.rows, chunk) for entry, chunk in zip(expert_rows, chunks)]
+
+    def _logits(
+        self,
+        backbone: int,
+        expert_rows,
+        input_ids,
+        attention_mask,
+        part: CachePart,
+        logits_to_keep,
+        expert_weights=None,
+    ) -> torch.Tensor:
+        """Logits of all pairs, `(pairs, positions, vocab)`; arguments as for `forward`."""
         prompts = self._prompts(expert_rows, input_ids.device) if part.length == 0 else None
         if prompts is not None:
             self._encode_prompts_once(backbone, expert_rows, prompts, part)
@@ -122,9 +152,7 @@ class ExpertBackbones(PreTrainedModel):
         )
         with adapters_selected(self._selection(backbone, expert_rows, part, inputs, expert_weights)):
             logits = run_rows(self[backbone], inputs, part)
-        logits = logits[..., : self.config.vocab_size]  # (pairs, positions, vocab)
-        chunks = logits.split([entry.num_rows for entry in expert_rows])
-        return [ExpertLogits(entry.expert, entry.rows, chunk) for entry, chunk in zip(expert_rows, chunks)]
+        return logits[..., : self.config.vocab_size]
 
     def _encode_prompts_once(self, backbone: int, expert_rows: list[ExpertRows], prompts, part: CachePart):
         groups = torch.arange(len(expert_rows)).repeat_interleave(torch.tensor([e.num_rows for e in expert_rows]))

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .prefixes import CachePart, submodel_inputs
+from .prefixes import CachePart, repeated_rows, submodel_inputs
 
 
 class PreferenceControlModel(PreTrainedModel):
@@ -66,8 +66,16 @@ class PreferenceControlModel(PreTrainedModel):
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to weight.
 
         Returns:
-            h, `torch.Tensor` of shape `(batch, positions, experts)`, and the body's output over prefix and context.
+            h, `torch.Tensor` of shape `(batch, positions, experts)`, and the body's output over prefix and context;
+            in a first call that asks for no hidden states, of distinct rows alone.
         """
+        repeated = None if any(kwargs.values()) else repeated_rows(part, prefix_ids, attention_mask, input_ids)
+        if repeated is not None:
+            firsts, groups = repeated
+            distinct = [None if x is None else x[firsts] for x in (input_ids, attention_mask, prefix_ids)]
+            expert_weight_logits, output = self.forward(*distinct, part, logits_to_keep)
+            part.copy_rows(groups)
+            return expert_weight_logits[groups], output
         inputs = submodel_inputs(
             input_ids, attention_mask, prefix_ids, part, logits_to_keep, self.config.prefix_bos_token_id
         )

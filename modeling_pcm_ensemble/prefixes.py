@@ -72,6 +72,11 @@ class CachePart:
         orders = [(start, order[:, : max(length - start, 0)]) for start, order in self.orders]
         self.orders = [(start, order) for start, order in orders if order.shape[1]]
 
+    def copy_rows(self, rows: torch.LongTensor):
+        """Make row `rows[i]` row i, in the cache too."""
+        self.cache.batch_select_indices(rows)
+        self.select(rows)
+
     def select(self, rows: torch.LongTensor):
         """Note row `rows[i]` as row i. The cache's own rows are the caller's."""
         self.orders = [(start, order[rows]) for start, order in self.orders]
@@ -193,6 +198,31 @@ def encode_prefixes_once(
     run(SubmodelInputs(distinct.clamp(min=0), mask, (mask.cumsum(dim=1) - 1).clamp(min=0), 1))
     part.cache.batch_select_indices(groups)
     part.attention_mask = None if mask.all() else mask[groups]
+
+
+def repeated_rows(part: CachePart, *inputs: torch.Tensor | None) -> tuple[torch.LongTensor, torch.LongTensor] | None:
+    r"""
+    Find the rows of a first call that read the same, as beams, return sequences and one prompt under many preferences
+    do. Gives None where too few tokens are saved, or the cache cannot copy rows.
+
+    Args:
+        part (`CachePart`): the submodel's memory.
+        inputs (`torch.Tensor` of shape `(rows, …)`, *optional*): all that a row's result depends on, its tokens last.
+
+    Returns:
+        The first of each set of equal rows, `(distinct,)`, and each row's set, `(rows,)`.
+    """
+    rows, tokens = inputs[-1].shape
+    if part.length > 0 or (rows - 1) * tokens < MIN_TOKENS_SAVED or not _copies_rows(part.cache):
+        return None
+    values = torch.cat([value.long() for value in inputs if value is not None], dim=1)  # (rows, numbers)
+    places: dict[int, int] = {}  # of distinct rows, in order of appearance
+    numbers = values.unique(dim=0, return_inverse=True)[1].tolist()
+    groups = [places.setdefault(number, len(places)) for number in numbers]
+    if (rows - len(places)) * tokens < max(MIN_TOKENS_SAVED, 1):
+        return None
+    firsts = [groups.index(place) for place in range(len(places))]
+    return torch.tensor(firsts, device=values.device), torch.tensor(groups, device=values.device)
 
 
 def _copies_rows(cache: Cache | None) -> bool:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_llama, tiny_tokenizer
+from transformers import set_seed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -29,6 +31,14 @@ def test_lines_that_a_killed_run_had_written_whole_are_kept(example, tmp_path):
     kept.add([{"key": "c", "value": 3}])
     assert [line["value"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2, 3]
     assert lines(path)["c"] == {"key": "c", "value": 3}
+
+
+def test_samples_do_not_depend_on_the_side_on_which_a_tokenizer_pads(example):
+    model, tokenizer, samples = tiny_llama(0), tiny_tokenizer(), []
+    for tokenizer.padding_side in ("left", "right"):
+        set_seed(0)
+        samples.append(example("answers").sample(model, tokenizer, ["what is a cat?", "x"], 6))
+    assert samples[0] == samples[1]
 
 
 def test_pairs_are_the_best_answer_against_the_worst_that_is_no_nonsense(example):

@@ -340,6 +340,47 @@ def test_prompts_of_many_rows_are_encoded_once_for_each_expert(monkeypatch, bos)
         assert_close(step.logits[i], alone[-1:], atol=1e-4, rtol=0)
 
 
+def test_rows_that_read_the_same_are_read_once(monkeypatch):
+    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    experts = [(0, [21, 6, 7], [11, 12]), (0, [8], [13]), (1, [], [14])]
+    model = make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts)
+    torch.nn.init.normal_(model.pcm.head.weight)
+    rows = [[31, 32], CONTEXT, CONTEXT, [31, 32], CONTEXT]
+    preferences = [["e0", "e1"], ["e0", "e2"], ["e0", "e1"], ["e0", "e1"], ["e0", "e2"]]
+    read = {"pcm": [], "0": [], "1": []}
+    for name, part in (("pcm", model.pcm.body), ("0", model.backbones[0]), ("1", model.backbones[1])):
+        part.register_forward_hook(
+            lambda module, args, kwargs, output, name=name: read[name].append(len(kwargs["input_ids"])),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        together = model(**left_pad(rows), preference=preferences)
+        step = model(torch.tensor([[1]] * 5), past_key_values=together.past_key_values)
+    # The PCM reads a row under its preference. Experts e0 and e1 read both texts, after their prompts; e2 reads one.
+    assert read == {"pcm": [3, 5], "0": [2, 4, 8], "1": [1, 2]}
+    for i, row in enumerate(rows):
+        alone = model(torch.tensor([[*row, 1]]), preference=preferences[i], use_cache=False)
+        assert_close(together.logits[i, -len(row) :], alone.logits[0, :-1], atol=1e-4, rtol=0)
+        assert_close(step.logits[i], alone.logits[0, -1:], atol=1e-4, rtol=0)
+        assert_close(step.expert_weights[i], alone.expert_weights[0, -1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+def test_beams_and_return_sequences_read_a_prompt_once(monkeypatch, mixed, mode):
+    def generated(tokens_saved: int):
+        monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", tokens_saved)
+        torch.manual_seed(0)
+        return mixed.generate(torch.tensor([CONTEXT]), preference="e0", max_new_tokens=6, pad_token_id=0, **mode)
+
+    rows = []
+    mixed.backbones[0].register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    once = generated(1)
+    assert (rows[0], rows[1]) == (1, 3)
+    assert torch.equal(once, generated(512))
+
+
 def test_prompts_of_sliding_windows_are_encoded_with_each_row(monkeypatch):
     monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
     model = make_ensemble([tiny_mistral(4)], [(0, [5, 6, 7], [11]), (0, [8], [12])])

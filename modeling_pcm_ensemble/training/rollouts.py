@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import PCMEnsembleCache
 from ..merging import token_log_probs
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preferences import description_prefix
@@ -175,9 +174,7 @@ def sample_rollout(
     """Complete each row once. Arguments as for [`Rollout`], `config` from [`rollout_config`]."""
     rows, device, pad = len(prompt_ids), prompt_ids.device, config.pad_token_id
     weights, prefix_ids = weights.to(device), prefix_ids.to(device)
-    preference = {"preference": weights, "preference_ids": prefix_ids}
-    cache = read_distinct_prompts(model, prompt_ids, prompt_mask, preference)
-    inputs = preference if cache is None else {"past_key_values": cache}
+    inputs = {"preference": weights, "preference_ids": prefix_ids}
     completion_ids = torch.full((rows, config.max_new_tokens), pad, device=device)
     expert_log_probs = torch.zeros(*completion_ids.shape, model.config.num_experts, device=device)
     expert_log_probs.masked_fill_(weights[:, None] == 0, float("-inf"))
@@ -212,33 +209,6 @@ def sample_rollout(
         weights=weights,
         prefix_ids=prefix_ids,
     )
-
-
-def read_distinct_prompts(
-    model: PCMEnsembleForCausalLM, prompt_ids: torch.LongTensor, prompt_mask: torch.LongTensor, preference: dict
-) -> PCMEnsembleCache | None:
-    """
-    Read each distinct row but its last token once, and give a cache of all rows; None where no row comes twice.
-
-    Args:
-        prompt_ids, prompt_mask (`torch.LongTensor` of shape `(rows, tokens)`): padded on the left.
-        preference (`dict`): tensors whose first axis is the rows: a prompt's completions share it under one
-            preference.
-    """
-    values = torch.cat([prompt_ids, prompt_mask, *preference.values()], dim=1).cpu()
-    numbers = values.unique(dim=0, return_inverse=True)[1].tolist()
-    firsts = [numbers.index(number) for number in range(max(numbers) + 1)]
-    if len(firsts) == len(numbers) or not prompt_mask[:, :-1].any(dim=1).all():
-        return None
-    output = model(
-        input_ids=prompt_ids[firsts, :-1],
-        attention_mask=prompt_mask[firsts, :-1],
-        use_cache=True,
-        logits_to_keep=1,
-        **{name: value[firsts] for name, value in preference.items()},
-    )
-    output.past_key_values.batch_select_indices(torch.tensor(numbers, device=prompt_ids.device))
-    return output.past_key_values
 
 
 def is_end(completion_ids: torch.LongTensor, config: GenerationConfig) -> torch.BoolTensor:
