@@ -4,8 +4,9 @@ Train the Preference Control Model of the six LoRA experts online with REBEL, on
     python examples/train_pcm.py --output pcm --seeds 0 1 2
 
 1. Let the base model answer every prompt once: rewards are measured against these answers.
-2. Train one PCM for each seed; stopped and run again, it goes on from the last checkpoint.
-3. Write each seed's PCM, its log, and the curves of all.
+2. On these answers, teach each seed's PCM which experts a description names; no expert runs.
+3. Train it with REBEL; stopped and run again, it goes on from the last checkpoint.
+4. Write each seed's PCM, its log, and the curves of all.
 
 examples/evaluate_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
 """
@@ -21,12 +22,12 @@ import matplotlib.pyplot as plt
 import torch
 from answers import ARTIFACTS, DEVICE, base_model, training_prompts, with_references
 from datasets import Dataset
-from safetensors.torch import save_file
-from transformers import set_seed
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
-from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.training import DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 
@@ -57,6 +58,37 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
     return RebelTrainer(model, config, rewards, dataset, processing_class=model.tokenizer)
 
 
+def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, arguments):
+    """The first part of a PCM's training, kept in a file."""
+    path = folder / "descriptions.safetensors"
+    if not path.exists():
+        config = TrainingArguments(
+            output_dir=str(folder),
+            seed=seed,
+            max_steps=arguments.description_steps,
+            per_device_train_batch_size=arguments.completions // 4,
+            learning_rate=8e-4,
+            lr_scheduler_type="linear",
+            warmup_steps=4,
+            use_cpu=DEVICE == "cpu",
+            logging_steps=4,
+            save_strategy="no",
+            report_to="none",
+        )
+        written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
+        trainer = DescriptionTrainer(model, config, written)
+        trainer.train()
+        save_learnt(model.pcm, path)
+    model.pcm.load_state_dict(model.pcm.state_dict() | load_file(path))
+
+
+def save_learnt(pcm, path: Path):
+    """Write a PCM without its frozen embeddings, in bfloat16."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    learnt = {name: p.detach().to(torch.bfloat16) for name, p in pcm.named_parameters() if p.requires_grad}
+    save_file(learnt, path)
+
+
 def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     """Train one PCM and write it, without its frozen embeddings."""
     folder = arguments.output / f"seed-{seed}"
@@ -64,11 +96,11 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
         return folder
     set_seed(seed)
     model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE))
+    teach_descriptions(model, dataset, folder, seed, arguments)
     trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
-    learnt = {name: p.detach().to(torch.bfloat16) for name, p in trainer.model.named_parameters() if p.requires_grad}
-    save_file(learnt, folder / "pcm.safetensors")
+    save_learnt(model.pcm, folder / "pcm.safetensors")
     return folder
 
 
@@ -105,15 +137,17 @@ def main():
     parser.add_argument("--rollouts", type=int, default=40)
     parser.add_argument("--completions", type=int, default=64, help="of a rollout, four for each prompt")
     parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout, of two updates each")
+    parser.add_argument("--description-steps", type=int, default=80, help="updates that teach descriptions")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--eta", type=float, default=4.0)
-    parser.add_argument("--text-only", type=float, default=0.15, help="share of prompts with the preference in words")
+    parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.rollouts, arguments.completions, arguments.tokens = 8, 1, 8, 16
+        arguments.description_steps = 2
     base, tokenizer = base_model()
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from modeling_pcm_ensemble.evaluation import bootstrap_interval, omega_squared
+from modeling_pcm_ensemble.evaluation import bootstrap_interval, cohen_kappa, holm, omega_squared, permutation_p_value
 
 
 def test_intervals_cover_the_true_difference_as_often_as_they_say():
@@ -23,6 +23,29 @@ def test_runs_that_differ_widen_the_interval():
     assert wide_high - wide_low > 2 * (high - low)
     mean, _, _ = bootstrap_interval(np.array([[1.0, 2.0], [3.0, 4.0]]))
     assert mean == 2.5
+
+
+def test_the_permutation_test_counts_sign_changes_and_seldom_cries_wolf():
+    # Of the 8 ways to sign 1, 2 and 3, two give a mean as far from 0 as all of one sign.
+    assert permutation_p_value(np.array([[1.0, 2.0, 3.0]])) == pytest.approx(2 / 8)
+    assert permutation_p_value(np.zeros((2, 5))) == 1.0
+    rng = np.random.default_rng(0)
+    found = [permutation_p_value(rng.normal(size=(1, 30)), samples=199) <= 0.05 for _ in range(300)]
+    assert 0.02 <= np.mean(found) <= 0.09
+    assert permutation_p_value(0.5 + rng.normal(size=(1, 60))) < 0.01
+
+
+def test_holm_adjusts_in_order():
+    # 0.01 · 4, 0.02 · 3, then no less than before: 0.03 · 2; 0.5 · 1
+    assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_kappa_is_agreement_beyond_chance():
+    assert cohen_kappa(["a", "b", "a", "b"], ["a", "b", "a", "b"]) == 1.0
+    # agreement 3/4; chance 1/2 · 3/4 + 1/2 · 1/4
+    assert cohen_kappa(["a", "b", "a", "b"], ["a", "b", "a", "a"]) == pytest.approx((3 / 4 - 1 / 2) / (1 - 1 / 2))
+    assert np.isnan(cohen_kappa(["a", "a"], ["a", "a"]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """How sure one can be of a comparison, and what α depends on."""
 
-from .statistics import bootstrap_interval, omega_squared
+from .statistics import bootstrap_interval, cohen_kappa, holm, omega_squared, permutation_p_value
 
-__all__ = ["bootstrap_interval", "omega_squared"]
+__all__ = ["bootstrap_interval", "cohen_kappa", "holm", "omega_squared", "permutation_p_value"]

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from scipy import stats
 
 
 def bootstrap_interval(
@@ -29,6 +30,47 @@ def bootstrap_interval(
     means = differences[runs[:, :, None], prompts[:, None, :]].mean(axis=(1, 2))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(differences.mean()), float(low), float(high)
+
+
+def permutation_p_value(differences: np.ndarray, samples: int = 9999, seed: int = 0) -> float:
+    r"""
+    Test whether paired differences are 0 on average: how often would a mean as far from 0 come about if each prompt's
+    difference could as well have had the other sign? Two-sided; exact where there are few prompts.
+
+    Args:
+        differences (`np.ndarray` of shape `(runs, prompts)`): as for [`bootstrap_interval`].
+
+    Source: R. A. Fisher, The Design of Experiments, 1935, chapter 3.
+    """
+    by_prompt = differences.mean(axis=0)
+    if not by_prompt.any():
+        return 1.0
+    options = {"permutation_type": "samples", "n_resamples": samples, "rng": np.random.default_rng(seed)}
+    return float(stats.permutation_test((by_prompt,), np.mean, vectorized=True, **options).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """
+    Adjust p-values for being one of several, so that a table with no true effect seldom shows one.
+
+    Source: S. Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979.
+    """
+    order = np.argsort(p_values)
+    factors = np.arange(len(order), 0, -1)
+    adjusted = np.minimum(np.maximum.accumulate(np.asarray(p_values)[order] * factors), 1.0)
+    return adjusted[np.argsort(order)].tolist()
+
+
+def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """
+    Measure how far two judges agree beyond chance: 1 is always, 0 as two who vote at random; nan where both always
+    say the same one thing.
+
+    Source: J. Cohen, A Coefficient of Agreement for Nominal Scales, 1960.
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    chance = sum(np.mean(first == value) * np.mean(second == value) for value in np.unique(first))
+    return float((np.mean(first == second) - chance) / (1 - chance)) if chance < 1 else float("nan")
 
 
 def omega_squared(groups: Sequence[Hashable], values: Sequence[float], within: Sequence[Hashable]) -> float:

@@ -31,22 +31,24 @@ class DrawnPreference:
         return self.weights if self.words is None else (1.0,) * len(self.weights)
 
 
-def default_preference_sets(config: PCMEnsembleConfig) -> list[list[str]]:
+def default_preference_sets(config: PCMEnsembleConfig, whole: bool = True) -> list[list[str]]:
     """
-    Give every combination of one expert for each declared dimension: 2 × 2 × 2 = 8 for three dimensions of two.
+    Give every combination of one expert for each declared dimension: 2 × 2 × 2 = 8 for three dimensions of two. With
+    `whole=False` dimensions may be left out: 3 × 3 × 3 - 1 = 26.
 
     Raises:
         ValueError: if an expert has no `dimension`.
     """
-    dimensions: dict[str, list[str]] = {}
+    dimensions: dict[str, list[str | None]] = {}
     for expert in config.experts:
         if expert["dimension"] is None:
             raise ValueError(
                 f"Expert {expert['name']!r} has no `dimension`, so preferences cannot be combined from dimensions. "
                 "Pass `preference_sets`."
             )
-        dimensions.setdefault(expert["dimension"], []).append(expert["name"])
-    return [list(names) for names in itertools.product(*dimensions.values())]
+        dimensions.setdefault(expert["dimension"], [] if whole else [None]).append(expert["name"])
+    combinations = ([name for name in names if name] for names in itertools.product(*dimensions.values()))
+    return [names for names in combinations if names]
 
 
 class PreferenceSampler:

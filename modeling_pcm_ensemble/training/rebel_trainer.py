@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..prefixes import CachePart
 from .checkpoints import CheckpointTrainer
 from .checks import check_dataset, check_model
 from .losses import (
@@ -31,7 +30,7 @@ from .losses import (
 )
 from .preference_sampling import DrawnPreference, PreferenceSampler
 from .rebel_config import RebelConfig
-from .rollouts import Rollout, RolloutSampler
+from .rollouts import Rollout, RolloutSampler, completion_weight_logits
 from .scoring import Scorer, Scores, reward_function
 
 
@@ -202,16 +201,9 @@ class RebelTrainer(CheckpointTrainer):
     # The update
 
     def _expert_weight_logits(self, pcm, rollout: Rollout) -> torch.Tensor:
-        """h where each completion token was predicted, `(rows, seq, experts)`. `pcm` may be wrapped."""
         pcm.train(self.args.gradient_checkpointing)  # dropout would make the first ratio another than 1
-        expert_weight_logits, _ = pcm(
-            torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
-            torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
-            rollout.prefix_ids,
-            CachePart(),
-            rollout.completion_ids.shape[1] + 1,
-        )
-        return expert_weight_logits[:, :-1]  # the last token predicts no other
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prefix_ids")
+        return completion_weight_logits(pcm, **{name: getattr(rollout, name) for name in names})
 
     def compute_loss(self, model, inputs: Rollout, return_outputs: bool = False, num_items_in_batch=None):
         """The loss of a micro-batch of whole groups."""

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from ..merging import token_log_probs
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preferences import description_prefix
-from ..prefixes import pad_left
+from ..prefixes import CachePart, pad_left
 from .preference_sampling import DrawnPreference, reward_shares
 from .scoring import Scorer, Scores, prompt_key
 
@@ -209,6 +209,28 @@ def sample_rollout(
         weights=weights,
         prefix_ids=prefix_ids,
     )
+
+
+def completion_weight_logits(
+    pcm,
+    prompt_ids: torch.LongTensor,
+    prompt_mask: torch.LongTensor,
+    completion_ids: torch.LongTensor,
+    completion_mask: torch.LongTensor,
+    prefix_ids: torch.LongTensor,
+) -> torch.Tensor:
+    """
+    h where each completion token was predicted, `(rows, seq, experts)`. Arguments as for [`Rollout`]; `pcm` may be
+    wrapped.
+    """
+    expert_weight_logits, _ = pcm(
+        torch.cat([prompt_ids, completion_ids], dim=1),
+        torch.cat([prompt_mask, completion_mask], dim=1),
+        prefix_ids,
+        CachePart(),
+        completion_ids.shape[1] + 1,
+    )
+    return expert_weight_logits[:, :-1]  # the last token predicts no other
 
 
 def is_end(completion_ids: torch.LongTensor, config: GenerationConfig) -> torch.BoolTensor:

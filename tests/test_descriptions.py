@@ -1,0 +1,71 @@
+"""Teaching a PCM what descriptions ask for."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from test_training import tiny_ensemble
+from torch.testing import assert_close
+from transformers import TrainingArguments
+
+from modeling_pcm_ensemble.training import DescriptionTrainer
+from modeling_pcm_ensemble.training.losses import declared_weights_loss, log_described_share
+from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
+
+TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
+
+
+def make_trainer(folder, model, dataset=None, **settings):
+    options = {"max_steps": 200, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "save_strategy": "no"}
+    options |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 20} | settings
+    arguments = TrainingArguments(str(folder), **options)
+    return DescriptionTrainer(model, arguments, dataset or Dataset.from_dict(TEXTS))
+
+
+def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
+    model = tiny_ensemble()
+    before = copy.deepcopy(model.backbones.state_dict())
+    for backbone in model.backbones:
+        backbone.register_forward_hook(lambda *_: pytest.fail("an expert ran"))
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in model.backbones.state_dict().items())
+    shares = [entry["described_share"] for entry in trainer.state.log_history if "described_share" in entry]
+    assert shares[-1] > 0.95 > shares[0]
+    unseen, tokenizer = "another question", model.tokenizer
+    ids = torch.tensor([tokenizer(unseen)["input_ids"]])
+    names = [tokenizer.decode(expert["description_ids"]) for expert in model.config.experts]
+    for wanted in ([0], [1, 2]):
+        told = model.compute_expert_weights(ids, preference_text="".join(names[i] for i in wanted))[0, -1]
+        declared = torch.zeros(3).index_fill(0, torch.tensor(wanted), 1 / len(wanted))
+        assert_close(told, declared, atol=0.15, rtol=0)
+    within = torch.tensor([tokenizer(f"{names[1].strip()}\n\n{TEXTS['prompt'][1]}")["input_ids"]])
+    assert model.compute_expert_weights(within)[0, -1, 1] > 0.8
+
+
+def test_the_losses_equal_their_formulas():
+    logits = torch.tensor([[[1.0, 2.0, 3.0]]])
+    probs = logits.softmax(-1)[0, 0]
+    assert_close(log_described_share(logits, torch.tensor([[True, False, True]]))[0, 0], (probs[0] + probs[2]).log())
+    expected = -(0.25 * probs[0].log() + 0.75 * probs[2].log())
+    assert_close(declared_weights_loss(logits, torch.tensor([[0.25, 0.0, 0.75]]))[0, 0], expected)
+
+
+def test_every_choice_of_at_most_one_expert_a_dimension_is_described(tmp_path):
+    model = tiny_ensemble()
+    assert default_preference_sets(model.config) == [["e0", "e2"], ["e1", "e2"]]
+    described = [draw.name for draw in make_trainer(tmp_path, model).preferences.sets]
+    assert described == ["e2", "e0", "e0 + e2", "e1", "e1 + e2", "e0 + e1 + e2"]
+
+
+@pytest.mark.parametrize(
+    ("model", "columns", "words"),
+    [
+        pytest.param(None, TEXTS, "must be a PCMEnsembleForCausalLM, got NoneType", id="no-ensemble"),
+        pytest.param(tiny_ensemble, {"prompt": ["a"]}, "lacks completion", id="no-completions"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused(model, columns, words, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make_trainer(tmp_path, model and model(), Dataset.from_dict(columns))
