@@ -7,7 +7,7 @@ Measure what trained Preference Control Models have won, on prompts that they ha
 1. Headroom: on training prompts, static weights for each preference; the best of them is what the PCM must beat.
 2. Rewards on the evaluation prompts with uniform weights, the best static ones and each PCM; intervals over prompts
    and runs. "mean" is a PCM's mean α under each preference as static weights: what it wins above that comes from
-   choosing anew at each token.
+   choosing anew for each prompt and token.
 3. The PCM told in words alone, with all six experts active: where does it put α?
 
 Run again, it goes on where it stopped. examples/inspect_pcm.py draws what it found. --quick measures one prompt of

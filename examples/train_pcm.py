@@ -23,11 +23,11 @@ import torch
 from answers import ARTIFACTS, DEVICE, base_model, training_prompts, with_references
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
-from modeling_pcm_ensemble.training import DescriptionTrainer, RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 
@@ -48,7 +48,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         description_coef=0.1,
         max_completion_length=arguments.tokens,
         rollout_batch_size=64,
-        bf16=model.dtype == torch.bfloat16,
+        bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         logging_steps=1,
         save_steps=2 * arguments.iterations,
@@ -62,17 +62,12 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, argumen
     """The first part of a PCM's training, kept in a file."""
     path = folder / "descriptions.safetensors"
     if not path.exists():
-        config = TrainingArguments(
+        config = DescriptionConfig(
             output_dir=str(folder),
             seed=seed,
             max_steps=arguments.description_steps,
             per_device_train_batch_size=arguments.completions // 4,
-            learning_rate=8e-4,
-            lr_scheduler_type="linear",
-            warmup_steps=4,
             use_cpu=DEVICE == "cpu",
-            logging_steps=4,
-            save_strategy="no",
             report_to="none",
         )
         written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
@@ -86,7 +81,8 @@ def save_learnt(pcm, path: Path):
     """Write a PCM without its frozen embeddings, in bfloat16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     learnt = {name: p.detach().to(torch.bfloat16) for name, p in pcm.named_parameters() if p.requires_grad}
-    save_file(learnt, path)
+    save_file(learnt, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:

@@ -109,10 +109,9 @@ class ExpertBackbones(PreTrainedModel):
         Returns:
             `list[ExpertLogits]`: logits `(active rows, positions, vocab)` of each active expert.
         """
-        experts = torch.arange(len(expert_rows)).repeat_interleave(torch.tensor([e.num_rows for e in expert_rows]))
-        experts = experts.to(input_ids.device)  # (pairs,)
         repeated = None
-        if expert_weights is None:
+        if part.length == 0 and expert_weights is None:
+            experts = _experts(expert_rows).to(input_ids.device)  # (pairs,)
             repeated = repeated_rows(part, experts[:, None], attention_mask, input_ids)
         if repeated is None:
             logits = self._logits(
@@ -155,7 +154,7 @@ class ExpertBackbones(PreTrainedModel):
         return logits[..., : self.config.vocab_size]
 
     def _encode_prompts_once(self, backbone: int, expert_rows: list[ExpertRows], prompts, part: CachePart):
-        groups = torch.arange(len(expert_rows)).repeat_interleave(torch.tensor([e.num_rows for e in expert_rows]))
+        groups = _experts(expert_rows)
         selection = None
         if str(backbone) in self.adapters:
             names = [self.config.experts[entry.expert]["name"] for entry in expert_rows]
@@ -185,6 +184,11 @@ class ExpertBackbones(PreTrainedModel):
             return None
         prompts = [self.config.experts[entry.expert]["prompt_ids"] for entry in expert_rows]
         return pad_left([ids for ids, entry in zip(prompts, expert_rows) for _ in range(entry.num_rows)], device)
+
+
+def _experts(expert_rows: list[ExpertRows]) -> torch.LongTensor:
+    """Each pair's place in `expert_rows`, `(pairs,)`."""
+    return torch.arange(len(expert_rows)).repeat_interleave(torch.tensor([entry.num_rows for entry in expert_rows]))
 
 
 __all__ = ["ExpertBackbones", "run_rows"]

@@ -66,10 +66,12 @@ class PreferenceControlModel(PreTrainedModel):
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to weight.
 
         Returns:
-            h, `torch.Tensor` of shape `(batch, positions, experts)`, and the body's output over prefix and context;
-            in a first call that asks for no hidden states, of distinct rows alone.
+            h, `torch.Tensor` of shape `(batch, positions, experts)`, and the body's output over prefix and context,
+            whose hidden states and attentions are there where they were asked for.
         """
-        repeated = None if any(kwargs.values()) else repeated_rows(part, prefix_ids, attention_mask, input_ids)
+        config = self.body.config
+        looked_into = any(kwargs.values()) or config.output_hidden_states or config.output_attentions
+        repeated = None if looked_into else repeated_rows(part, prefix_ids, attention_mask, input_ids)
         if repeated is not None:
             firsts, groups = repeated
             distinct = [None if x is None else x[firsts] for x in (input_ids, attention_mask, prefix_ids)]

@@ -193,6 +193,8 @@ def encode_prefixes_once(
     length = prefix_ids.shape[1] - 1
     if (len(numbers) - len(firsts)) * length < max(MIN_TOKENS_SAVED, 1) or not _copies_rows(part.cache):
         return
+    if any(part.cache.is_sliding):
+        return
     distinct = prefix_ids[firsts, :length]
     mask = (distinct >= 0).long()
     run(SubmodelInputs(distinct.clamp(min=0), mask, (mask.cumsum(dim=1) - 1).clamp(min=0), 1))
@@ -203,7 +205,7 @@ def encode_prefixes_once(
 def repeated_rows(part: CachePart, *inputs: torch.Tensor | None) -> tuple[torch.LongTensor, torch.LongTensor] | None:
     r"""
     Find the rows of a first call that read the same, as beams, return sequences and one prompt under many preferences
-    do. Gives None where too few tokens are saved, or the cache cannot copy rows.
+    do. Gives None where too few tokens are saved, or the cache is none that grows in place.
 
     Args:
         part (`CachePart`): the submodel's memory.
@@ -226,8 +228,11 @@ def repeated_rows(part: CachePart, *inputs: torch.Tensor | None) -> tuple[torch.
 
 
 def _copies_rows(cache: Cache | None) -> bool:
-    full = all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers) if cache else False
-    return full and type(cache) is DynamicCache and not cache.offloading
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    )
 
 
 def _join(prefix_ids, input_ids, attention_mask, bos_token_id, length: int):

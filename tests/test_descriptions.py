@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from test_training import tiny_ensemble
 from torch.testing import assert_close
-from transformers import TrainingArguments
 
-from modeling_pcm_ensemble.training import DescriptionTrainer
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
 from modeling_pcm_ensemble.training.losses import declared_weights_loss, log_described_share
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
@@ -17,10 +17,9 @@ TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "complet
 
 
 def make_trainer(folder, model, dataset=None, **settings):
-    options = {"max_steps": 200, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "save_strategy": "no"}
-    options |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 20} | settings
-    arguments = TrainingArguments(str(folder), **options)
-    return DescriptionTrainer(model, arguments, dataset or Dataset.from_dict(TEXTS))
+    options = {"max_steps": 200, "learning_rate": 1e-2, "logging_steps": 20, "use_cpu": True}
+    options |= {"report_to": "none", "disable_tqdm": True} | settings
+    return DescriptionTrainer(model, DescriptionConfig(str(folder), **options), dataset or Dataset.from_dict(TEXTS))
 
 
 def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
@@ -38,8 +37,8 @@ def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
     names = [tokenizer.decode(expert["description_ids"]) for expert in model.config.experts]
     for wanted in ([0], [1, 2]):
         told = model.compute_expert_weights(ids, preference_text="".join(names[i] for i in wanted))[0, -1]
-        declared = torch.zeros(3).index_fill(0, torch.tensor(wanted), 1 / len(wanted))
-        assert_close(told, declared, atol=0.15, rtol=0)
+        assert told[wanted].sum() > 0.9
+        assert told[wanted].min() > 0.15
     within = torch.tensor([tokenizer(f"{names[1].strip()}\n\n{TEXTS['prompt'][1]}")["input_ids"]])
     assert model.compute_expert_weights(within)[0, -1, 1] > 0.8
 
@@ -59,9 +58,29 @@ def test_every_choice_of_at_most_one_expert_a_dimension_is_described(tmp_path):
     assert described == ["e2", "e0", "e0 + e2", "e1", "e1 + e2", "e0 + e1 + e2"]
 
 
+def test_teaching_leaves_the_ensemble_as_it_was_but_for_its_pcm(tmp_path):
+    model = tiny_ensemble().bfloat16()
+    trainer = make_trainer(tmp_path, model, max_steps=1, bf16=True)
+    trainer.train()
+    assert not model.pcm.training
+    ids = torch.tensor([[5, 6, 7]])
+    assert model(ids).past_key_values is not None  # `use_cache` is still the ensemble's own
+    trainer.save_model(tmp_path / "saved")
+    loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.dtype == torch.bfloat16
+    assert_close(loaded.compute_expert_weights(ids), model.compute_expert_weights(ids), atol=0.01, rtol=0)
+
+
+def test_checkpoints_are_refused():
+    with pytest.raises(ValueError, match="keeps no checkpoints"):
+        DescriptionConfig("x", save_strategy="steps")
+
+
 @pytest.mark.parametrize(
     ("model", "columns", "words"),
     [
+        pytest.param(tiny_ensemble, {"prompt": ["a", "b"], "completion": ["c", ""]}, "Row 1 .* empty", id="empty"),
+        pytest.param(tiny_ensemble, {"prompt": ["a"], "completion": ["b" * 900]}, "Row 0 .* exceeds", id="too-long"),
         pytest.param(None, TEXTS, "must be a PCMEnsembleForCausalLM, got NoneType", id="no-ensemble"),
         pytest.param(tiny_ensemble, {"prompt": ["a"]}, "lacks completion", id="no-completions"),
     ],

@@ -46,6 +46,8 @@ def test_kappa_is_agreement_beyond_chance():
     # agreement 3/4; chance 1/2 · 3/4 + 1/2 · 1/4
     assert cohen_kappa(["a", "b", "a", "b"], ["a", "b", "a", "a"]) == pytest.approx((3 / 4 - 1 / 2) / (1 - 1 / 2))
     assert np.isnan(cohen_kappa(["a", "a"], ["a", "a"]))
+    with pytest.raises(ValueError, match="shorter"):
+        cohen_kappa(["a", "b"], ["a"])
 
 
 @pytest.mark.parametrize(

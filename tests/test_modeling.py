@@ -365,6 +365,21 @@ def test_rows_that_read_the_same_are_read_once(monkeypatch):
         assert_close(step.expert_weights[i], alone.expert_weights[0, -1:], atol=1e-5, rtol=0)
 
 
+def test_rows_of_sliding_windows_that_read_the_same_are_read_once(monkeypatch):
+    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    model = make_ensemble([tiny_mistral(4)], [(0, [], [11]), (0, [], [12])])
+    read = []
+    model.backbones[0].register_forward_hook(
+        lambda module, args, kwargs, output: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        together = model(torch.tensor([CONTEXT] * 3))
+        step = model(torch.tensor([[1]] * 3), past_key_values=together.past_key_values).logits
+    assert read == [2, 6]
+    alone = model(torch.tensor([[*CONTEXT, 1]]), use_cache=False).logits
+    assert_close(step, alone[:, -1:].expand_as(step), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
 def test_beams_and_return_sequences_read_a_prompt_once(monkeypatch, mixed, mode):
     def generated(tokens_saved: int):

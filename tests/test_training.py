@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, prefixes
 from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer, rollouts
 from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference
 from modeling_pcm_ensemble.training.rollouts import TokenSampler, with_words
@@ -166,6 +166,18 @@ def test_drawn_tokens_follow_the_distribution():
 def test_logits_that_are_not_numbers_are_not_sampled_from():
     with pytest.raises(ValueError, match="logits are not finite"):
         TokenSampler()(None, torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
+
+
+def test_a_prompts_completions_under_one_preference_share_its_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    trainer, read = make_trainer(tmp_path), []
+    trainer.ensemble.backbones[1].register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    first, second = trainer.preferences.sets  # backbone 1 is that of an expert in the second alone
+    rows = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(3)] + [{"prompt": PROMPTS[0]}]
+    trainer.rollouts.sample(rows, [second] * 6 + [first], seed=0)
+    assert read[:2] == [2, 6]
 
 
 def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:

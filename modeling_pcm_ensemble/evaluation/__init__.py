@@ -1,4 +1,4 @@
-"""How sure one can be of a comparison, and what α depends on."""
+"""How sure one can be of a comparison, and what α depends on. Needs the `training` extra."""
 
 from .statistics import bootstrap_interval, cohen_kappa, holm, omega_squared, permutation_p_value
 

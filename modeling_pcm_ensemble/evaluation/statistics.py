@@ -1,6 +1,7 @@
 """Statistics of evaluations: arrays in, numbers out."""
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -68,9 +69,10 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
 
     Source: J. Cohen, A Coefficient of Agreement for Nominal Scales, 1960.
     """
-    first, second = np.asarray(first), np.asarray(second)
-    chance = sum(np.mean(first == value) * np.mean(second == value) for value in np.unique(first))
-    return float((np.mean(first == second) - chance) / (1 - chance)) if chance < 1 else float("nan")
+    total, counts, others = len(first), Counter(first), Counter(second)
+    agreed = sum(a == b for a, b in zip(first, second, strict=True)) / total
+    chance = sum(count * others[value] for value, count in counts.items()) / total**2
+    return (agreed - chance) / (1 - chance) if chance < 1 else math.nan
 
 
 def omega_squared(groups: Sequence[Hashable], values: Sequence[float], within: Sequence[Hashable]) -> float:

@@ -1,7 +1,7 @@
 """Training the Preference Control Model: online, experts frozen. `rewards` holds rewards that run offline."""
 
-from .description_trainer import DescriptionTrainer
+from .description_trainer import DescriptionConfig, DescriptionTrainer
 from .rebel_config import RebelConfig
 from .rebel_trainer import RebelTrainer
 
-__all__ = ["DescriptionTrainer", "RebelConfig", "RebelTrainer"]
+__all__ = ["DescriptionConfig", "DescriptionTrainer", "RebelConfig", "RebelTrainer"]

@@ -1,6 +1,5 @@
 """Checkpoints of a run: what learns, the rollout at hand and the references; whole, or not there at all."""
 
-import copy
 import hashlib
 import json
 import os
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from .pcm_trainer import PCMTrainer
 from .rollouts import Rollout
 
 WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "rebel_state.json"
@@ -24,7 +23,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-class CheckpointTrainer(Trainer):
+class CheckpointTrainer(PCMTrainer):
     """The part of [`RebelTrainer`] that saves and resumes."""
 
     @property
@@ -39,16 +38,11 @@ class CheckpointTrainer(Trainer):
             save_file(learnt, Path(output_dir) / WEIGHTS_FILE)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Write the ensemble, in the experts' dtype."""
+        """Write the ensemble, or, into a checkpoint, what learns."""
         if self._staging is not None:
             self._save(output_dir)
-        elif self.args.should_save:
-            pcm = self.ensemble.pcm
-            self.ensemble.pcm = copy.deepcopy(pcm).to(self.ensemble.backbones[0].dtype)
-            try:
-                self.ensemble.save_pretrained(output_dir or self.args.output_dir)
-            finally:
-                self.ensemble.pcm = pcm
+        else:
+            super().save_model(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         """Checkpoints stay here; `push_to_hub` pushes the ensemble."""

@@ -96,6 +96,9 @@ class RebelConfig(TrainingArguments):
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        for name in ("kl_coef", "entropy_coef", "description_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be below 0, got {getattr(self, name)}.")
         if not 0 <= self.text_only_fraction <= 1:
             raise ValueError(f"`text_only_fraction` must be between 0 and 1, got {self.text_only_fraction}.")
 

@@ -1,6 +1,5 @@
 """Trains the Preference Control Model on what the mixture itself samples; the experts stay as they are."""
 
-import copy
 import random
 import shutil
 import time
@@ -28,6 +27,7 @@ from .losses import (
     rloo_loss,
     token_kl,
 )
+from .pcm_trainer import padding_tokenizer
 from .preference_sampling import DrawnPreference, PreferenceSampler
 from .rebel_config import RebelConfig
 from .rollouts import Rollout, RolloutSampler, completion_weight_logits
@@ -75,12 +75,7 @@ class RebelTrainer(CheckpointTrainer):
     ):
         args = args or RebelConfig(output_dir="rebel")
         check_model(model, args)
-        tokenizer = processing_class or model.tokenizer
-        if tokenizer is None:
-            raise ValueError("The ensemble was built without a tokenizer. Pass `processing_class`.")
-        if tokenizer.pad_token is None:
-            tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = padding_tokenizer(model, processing_class)
         if preference_sets is None and train_dataset is not None and None not in _column(train_dataset, "preference"):
             preference_sets = []  # every row has its own
         self.preferences = PreferenceSampler(
@@ -90,42 +85,29 @@ class RebelTrainer(CheckpointTrainer):
         for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
             if dataset is not None:
                 check_dataset(dataset, name, model, tokenizer, self.preferences, set(rewards), args)
-        self.ensemble = model.to(args.device)
-        if model.pcm.dtype in (torch.float16, torch.bfloat16):
-            model.pcm.float()  # small updates vanish in half precision
-        model.pcm.body.get_input_embeddings().requires_grad_(args.train_embeddings)
-        use_cache = model.config.use_cache
         super().__init__(
-            model=model.pcm,
-            args=args,
+            model,
+            args,
+            args.train_embeddings,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=lambda rows: rows,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("RebelTrainer shards nothing: the PCM is small. Launch without FSDP and DeepSpeed.")
-        model.config.use_cache = use_cache  # the ensemble's own, which the trainer takes for the PCM's
-        self.model_accepts_loss_kwargs = False  # the loss is a mean of its micro-batch
         self.reward_funcs = rewards
         self.scorer = Scorer(rewards)
         self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
         self._rollout: Rollout | None = None
         self._micro_batches_done = 0
-        self._metrics: dict[str, list[float]] = defaultdict(list)
         self._staging: Path | None = None
 
     def train(self, *args, **kwargs):
-        """As for any trainer. Afterwards the PCM is without the precision wrapper of training."""
+        """As for any trainer, after clearing up what a killed run had begun to save."""
         if self.args.should_save:
             for unfinished in Path(self.args.output_dir).glob(".checkpoint-*"):  # of a run that was killed
                 shutil.rmtree(unfinished)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return super().train(*args, **kwargs)
 
     # The data of a step: the trainer draws prompts itself, so that a step's data depends on its number alone.
 
@@ -259,19 +241,6 @@ class RebelTrainer(CheckpointTrainer):
         return value
 
     # What is logged
-
-    def _note(self, metrics: dict[str, float]):
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Add the means, over all processes, of what was noted since the last time."""
-        noted = defaultdict(list)
-        for metrics in gather_object([dict(self._metrics)]):
-            for name, values in metrics.items():
-                noted[name] += values
-        self._metrics.clear()
-        super().log(logs | {name: sum(values) / len(values) for name, values in sorted(noted.items())}, start_time)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:

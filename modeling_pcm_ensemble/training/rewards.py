@@ -144,7 +144,7 @@ class Guard:
         model (`PreTrainedModel`): the base model.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a chat template.
         constants (`Mapping`, *optional*): mean and standard deviation of `nll`, `gain` and `repetition`.
-        batch_size (`int`): completions that the base model reads at once.
+        batch_size (`int`): completions that the base model reads at once, and prompts of up to four times as many.
     """
 
     def __init__(
@@ -222,15 +222,14 @@ class Guard:
         """Mean loss of each tail's tokens after what is in the cache and one more token, `last`, `(tails, 1)`."""
         width, device = max(map(len, tails)), self.model.device
         targets = torch.tensor([tail + [-100] * (width - len(tail)) for tail in tails], device=device)
-        hidden = self.model.base_model(
+        logits = self.model(
             input_ids=torch.cat([last, targets[:, :-1].clamp(min=0)], dim=1),
             attention_mask=torch.cat([mask, torch.ones_like(targets)], dim=1),
             position_ids=mask.sum(dim=1, keepdim=True) + torch.arange(width, device=device),
             past_key_values=past,
-        ).last_hidden_state  # (tails, width, hidden)
+        ).logits  # (tails, width, vocab)
         given = targets >= 0
-        logits = self.model.get_output_embeddings()(hidden[given])  # (tokens of all tails, vocab)
-        losses = torch.nn.functional.cross_entropy(logits.float(), targets[given], reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits[given].float(), targets[given], reduction="none")
         return [part.mean().item() for part in losses.split(given.sum(dim=1).tolist())]
 
     def _read(self, sequences: list[list[int]]) -> tuple[Cache, torch.LongTensor]:

@@ -1,0 +1,82 @@
+"""What trainers of a Preference Control Model have in common."""
+
+import copy
+from collections import defaultdict
+
+import torch
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+
+
+def padding_tokenizer(
+    model: PCMEnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, else the ensemble's, with a padding token."""
+    tokenizer = tokenizer or model.tokenizer
+    if tokenizer is None:
+        raise ValueError("The ensemble was built without a tokenizer. Pass `processing_class`.")
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class PCMTrainer(Trainer):
+    r"""
+    Trains `ensemble.pcm`, in float32 if it was in less, and leaves the rest of the ensemble as it was. `self.model` is
+    the PCM; batches are lists of the dataset's rows; [`save_model`] writes the ensemble.
+
+    Args:
+        ensemble (`PCMEnsembleForCausalLM`): moved to the trainer's device.
+        args (`TrainingArguments`): settings.
+        train_embeddings (`bool`): whether the PCM's token embeddings learn too.
+        options: passed to [`~transformers.Trainer`].
+    """
+
+    def __init__(
+        self, ensemble: PCMEnsembleForCausalLM, args: TrainingArguments, train_embeddings: bool = False, **options
+    ):
+        self.ensemble = ensemble.to(args.device)
+        if ensemble.pcm.dtype in (torch.float16, torch.bfloat16):
+            ensemble.pcm.float()  # small updates vanish in half precision
+        ensemble.pcm.body.get_input_embeddings().requires_grad_(train_embeddings)
+        use_cache = ensemble.config.use_cache
+        super().__init__(model=ensemble.pcm, args=args, data_collator=lambda rows: rows, **options)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("A PCM's trainer shards nothing: it is small. Launch without FSDP and DeepSpeed.")
+        ensemble.config.use_cache = use_cache  # the ensemble's own, which the trainer takes for the PCM's
+        self.model_accepts_loss_kwargs = False  # the loss is a mean of its micro-batch
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def train(self, *args, **kwargs):
+        """As for any trainer. Afterwards the PCM is without the precision wrapper of training, and evaluates."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.ensemble.pcm.eval()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Write the ensemble, in the experts' dtype."""
+        if self.args.should_save:
+            pcm = self.ensemble.pcm
+            self.ensemble.pcm = copy.deepcopy(pcm).to(self.ensemble.backbones[0].dtype)
+            try:
+                self.ensemble.save_pretrained(output_dir or self.args.output_dir)
+            finally:
+                self.ensemble.pcm = pcm
+
+    def _note(self, metrics: dict[str, float]):
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """Add the means, over all processes, of what was noted since the last time."""
+        noted = defaultdict(list)
+        for metrics in gather_object([dict(self._metrics)]):
+            for name, values in metrics.items():
+                noted[name] += values
+        self._metrics.clear()
+        super().log(logs | {name: sum(values) / len(values) for name, values in sorted(noted.items())}, start_time)
