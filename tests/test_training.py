@@ -17,10 +17,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, prefixes
-from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer, rollouts
-from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference
-from modeling_pcm_ensemble.training.rollouts import TokenSampler, with_words
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
 
 PROMPTS = ["what is a cat?", "name three birds", "why is the sky blue?", "hello", "tell me more", "how far is it?"]
 
@@ -110,27 +108,6 @@ def whole_log_probs(model, rollout) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("steps", [2, 12])
-def test_experts_log_probs_are_recorded_while_sampling(steps, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollouts, "STEPS_BETWEEN_ENDS", steps)
-    model, ends = tiny_ensemble(), range(2, 12)
-    model.generation_config.eos_token_id = list(ends)
-    trainer = make_trainer(tmp_path, model, max_completion_length=9)
-    torch.nn.init.normal_(trainer.ensemble.pcm.head.weight)
-    read = []  # shapes
-    trainer.ensemble.pcm.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
-    rollout, _ = sampled(trainer)
-    rows = [batch for batch, tokens in read if tokens == 1]
-    assert (rows[-1] < len(rollout)) == (steps == 2), "rows that have ended leave the batch after so many steps"
-    mask = rollout.completion_mask.bool()
-    expected = whole_log_probs(trainer.ensemble, rollout)
-    assert_close(rollout.old_log_probs[mask], expected[mask].detach(), atol=1e-4, rtol=0)
-    assert rollout.expert_log_probs.isneginf().all(dim=1).eq(rollout.weights == 0).all()
-    for row, ids in enumerate(rollout.completion_ids.tolist()):
-        written = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        assert rollout.completion_mask[row].tolist() == [1] * written + [0] * (len(ids) - written)
-
-
 @pytest.mark.parametrize("loss_type", ["rebel", "ppo", "rloo"])
 def test_the_gradient_equals_one_that_runs_every_expert_inside_the_loss(loss_type, tmp_path):
     model = tiny_ensemble().double()
@@ -150,34 +127,6 @@ def test_the_gradient_equals_one_that_runs_every_expert_inside_the_loss(loss_typ
     assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     for name, value in gradient.items():
         assert_close(value, model.pcm.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
-
-
-def test_drawn_tokens_follow_the_distribution():
-    torch.manual_seed(0)
-    probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    scores = (probs.log() + 3.0).expand(30_000, -1)  # unnormalised
-    drawn = TokenSampler()(None, scores)
-    assert (drawn.isfinite().sum(dim=1) == 1).all()
-    frequencies = drawn.argmax(dim=1).bincount(minlength=6) / len(drawn)
-    assert_close(frequencies, probs, atol=0.01, rtol=0)
-    assert frequencies[probs == 0].sum() == 0
-
-
-def test_logits_that_are_not_numbers_are_not_sampled_from():
-    with pytest.raises(ValueError, match="logits are not finite"):
-        TokenSampler()(None, torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
-
-
-def test_a_prompts_completions_under_one_preference_share_its_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
-    trainer, read = make_trainer(tmp_path), []
-    trainer.ensemble.backbones[1].register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    first, second = trainer.preferences.sets  # backbone 1 is that of an expert in the second alone
-    rows = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(3)] + [{"prompt": PROMPTS[0]}]
-    trainer.rollouts.sample(rows, [second] * 6 + [first], seed=0)
-    assert read[:2] == [2, 6]
 
 
 def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
@@ -400,42 +349,6 @@ def test_what_is_logged_covers_rewards_weights_and_speed(tmp_path):
     assert all(entry["log_ratio"] < 1e-4 for entry in trainer.state.log_history if "log_ratio" in entry)
 
 
-def test_words_reach_the_pcm_or_the_prompt_with_every_expert_active(tmp_path):
-    trainer = make_trainer(tmp_path)
-    wanted = trainer.preferences.sets[0]
-    weights, text, system = (
-        DrawnPreference(wanted.name, wanted.weights, w) for w in (None, "preference_text", "system")
-    )
-    rows = [{"prompt": "hello"}] * 3
-    rollout, _ = trainer.rollouts.sample(rows, [weights, text, system], seed=0)
-    assert rollout.weights.tolist() == [list(wanted.weights), [1.0] * 3, [1.0] * 3]
-    prefixes = [[token for token in row if token >= 0] for row in rollout.prefix_ids.tolist()]
-    assert prefixes[0] == prefixes[1] != []
-    assert prefixes[2] == []
-    lengths = rollout.prompt_mask.sum(dim=1).tolist()
-    assert lengths[0] == lengths[1] < lengths[2]
-
-
-def test_conversations_go_through_the_chat_template_and_reach_rewards_as_such(tmp_path):
-    seen = []
-
-    def reward(prompts, completions, topic, **columns):
-        seen.append((prompts, completions, topic))
-        return [1.0] * len(prompts)
-
-    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
-    names = ("e0", "e1", "e2")
-    model = tiny_ensemble()
-    model._tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}>")
-    columns = {"topic": list("abcdef")}
-    trainer = make_trainer(tmp_path, model, dict.fromkeys(names, reward), prompts, columns, max_steps=1)
-    trainer.train()
-    prompts, completions, topics = seen[0]
-    assert prompts[0][0]["content"] in PROMPTS
-    assert completions[0][0]["role"] == "assistant"
-    assert topics[0] == "abcdef"[PROMPTS.index(prompts[0][0]["content"])]
-
-
 def test_a_reward_model_is_a_reward(tmp_path):
     config = LlamaConfig(**SIZES | HEADS, num_labels=1)
     model = LlamaForSequenceClassification(config).eval()
@@ -515,17 +428,6 @@ def test_a_dataset_without_prompts_and_experts_without_dimensions_are_refused(tm
     model.config.experts[1]["dimension"] = None
     with pytest.raises(ValueError, match=r"Expert 'e1' has no `dimension`.*Pass `preference_sets`"):
         make_trainer(tmp_path, model)
-
-
-def test_rollouts_leave_the_models_own_generation_settings_aside(tmp_path):
-    plain = make_trainer(tmp_path)
-    penalised = tiny_ensemble()
-    for model in (penalised, *penalised.backbones):
-        model.generation_config.update(repetition_penalty=50.0, min_p=0.5, no_repeat_ngram_size=1)
-    trainer = make_trainer(tmp_path, penalised)
-    assert torch.equal(sampled(plain)[0].completion_ids, sampled(trainer)[0].completion_ids)
-    assert plain.scorer.references == trainer.scorer.references
-    assert penalised.generation_config.repetition_penalty == 50.0
 
 
 def test_saving_and_training_leave_the_ensemble_as_its_checkpoint_is(tmp_path):
@@ -620,14 +522,3 @@ def test_frozen_weights_that_differ_are_not_resumed(tmp_path):
     model.pcm.body.get_input_embeddings().weight.data[5] += 1
     with pytest.raises(ValueError, match="frozen weights of the PCM"):
         make_trainer(tmp_path, model).train(resume_from_checkpoint=True)
-
-
-def test_a_system_turn_is_kept_when_the_preference_is_told_in_one():
-    draw = DrawnPreference("e0", (1.0, 0.0, 0.0), "system")
-    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    model = tiny_ensemble()
-    told = with_words(prompt, draw, model.config, model.tokenizer)
-    assert told[0]["role"] == "system"
-    assert told[0]["content"].startswith("Be brief.\n")
-    assert told[1:] == prompt[1:]
-    assert len(prompt[0]["content"]) == 9
