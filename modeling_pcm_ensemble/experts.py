@@ -111,15 +111,15 @@ class ExpertBackbones(PreTrainedModel):
         """
         repeated = None
         if part.length == 0 and expert_weights is None:
-            experts = _experts(expert_rows).to(input_ids.device)  # (pairs,)
-            repeated = repeated_rows(part, experts[:, None], attention_mask, input_ids)
+            entries = _entries(expert_rows).to(input_ids.device)
+            repeated = repeated_rows(part, entries[:, None], attention_mask, input_ids)
         if repeated is None:
             logits = self._logits(
                 backbone, expert_rows, input_ids, attention_mask, part, logits_to_keep, expert_weights
             )
         else:
             firsts, groups = repeated
-            numbers = experts[firsts].bincount(minlength=len(expert_rows)).tolist()
+            numbers = entries[firsts].bincount(minlength=len(expert_rows)).tolist()
             distinct = [entry._replace(num_rows=number) for entry, number in zip(expert_rows, numbers)]
             mask = None if attention_mask is None else attention_mask[firsts]
             logits = self._logits(backbone, distinct, input_ids[firsts], mask, part, logits_to_keep)[groups]
@@ -154,7 +154,7 @@ class ExpertBackbones(PreTrainedModel):
         return logits[..., : self.config.vocab_size]
 
     def _encode_prompts_once(self, backbone: int, expert_rows: list[ExpertRows], prompts, part: CachePart):
-        groups = _experts(expert_rows)
+        groups = _entries(expert_rows)
         selection = None
         if str(backbone) in self.adapters:
             names = [self.config.experts[entry.expert]["name"] for entry in expert_rows]
@@ -186,8 +186,8 @@ class ExpertBackbones(PreTrainedModel):
         return pad_left([ids for ids, entry in zip(prompts, expert_rows) for _ in range(entry.num_rows)], device)
 
 
-def _experts(expert_rows: list[ExpertRows]) -> torch.LongTensor:
-    """Each pair's place in `expert_rows`, `(pairs,)`."""
+def _entries(expert_rows: list[ExpertRows]) -> torch.LongTensor:
+    """The entry of `expert_rows` that each pair belongs to, by index, `(pairs,)`."""
     return torch.arange(len(expert_rows)).repeat_interleave(torch.tensor([entry.num_rows for entry in expert_rows]))
 
 

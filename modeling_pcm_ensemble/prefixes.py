@@ -191,9 +191,9 @@ def encode_prefixes_once(
     numbers = groups.tolist()
     firsts = [numbers.index(group) for group in range(max(numbers) + 1)]
     length = prefix_ids.shape[1] - 1
-    if (len(numbers) - len(firsts)) * length < max(MIN_TOKENS_SAVED, 1) or not _copies_rows(part.cache):
+    if (len(numbers) - len(firsts)) * length < max(MIN_TOKENS_SAVED, 1):
         return
-    if any(part.cache.is_sliding):
+    if not _copies_rows(part.cache) or any(part.cache.is_sliding):
         return
     distinct = prefix_ids[firsts, :length]
     mask = (distinct >= 0).long()

@@ -56,21 +56,30 @@ def check_dataset(
             raise ValueError(
                 f"Row {row} of `{name}`: `reference` must be a text or a list of texts, got {reference!r}."
             )
-    _check_lengths(dataset, name, model, tokenizer, args)
+    completions = [args.max_completion_length] * len(dataset)
+    check_lengths(dataset, name, model, tokenizer, completions, args.text_only_fraction > 0)
 
 
-def _check_lengths(dataset, name: str, model, tokenizer, args: RebelConfig):
+def check_lengths(
+    dataset,
+    name: str,
+    model: PCMEnsembleForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    completions: list[int],
+    in_words: bool,
+):
+    """Refuse prompts that, with so many tokens of completion and all descriptions, leave a model's context."""
     room = min(
         getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
         for config in model.config.sub_config_items().values()
     )
     experts = model.config.experts
     prefix = sum(len(e["description_ids"]) for e in experts) + max(len(e["prompt_ids"]) for e in experts)
-    words = DrawnPreference("", (1.0,) * len(experts), "system" if args.text_only_fraction else None)
-    for row, prompt in enumerate(dataset["prompt"]):
+    words = DrawnPreference("", (1.0,) * len(experts), "system" if in_words else None)
+    for row, (prompt, completion) in enumerate(zip(dataset["prompt"], completions)):
         length = len(tokenize(tokenizer, [with_words(prompt, words, model.config, tokenizer)])[0])
-        if length + prefix + args.max_completion_length > room:
+        if length + prefix + completion > room:
             raise ValueError(
-                f"Row {row} of `{name}` has a prompt of {length} tokens. With {args.max_completion_length} tokens of "
-                f"completion and up to {prefix} of prefixes it exceeds the models' context of {room} tokens."
+                f"Row {row} of `{name}` has a prompt of {length} tokens. With {completion} tokens of completion and "
+                f"up to {prefix} of prefixes it exceeds the models' context of {room} tokens."
             )

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..prefixes import pad_left
+from .checks import check_lengths
 from .losses import declared_weights_loss, log_described_share
 from .pcm_trainer import PCMTrainer, padding_tokenizer
 from .preference_sampling import PreferenceSampler, default_preference_sets, reward_shares
@@ -52,7 +53,7 @@ class DescriptionTrainer(PCMTrainer):
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given, or
-            a dataset without these columns, with an empty completion or a text that the PCM has no room for.
+            a dataset without these columns, with an empty completion or a text that the models have no room for.
     """
 
     def __init__(
@@ -105,15 +106,7 @@ class DescriptionTrainer(PCMTrainer):
 
 
 def _check_texts(dataset, model: PCMEnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase):
-    described = sum(len(expert["description_ids"]) for expert in model.config.experts)
-    room = getattr(model.config.pcm, "max_position_embeddings", None) or 10**9
-    for row, (prompt, completion) in enumerate(zip(dataset["prompt"], dataset["completion"])):
-        completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        if not completion_ids:
-            raise ValueError(f"Row {row} of `train_dataset` has an empty completion: no token to weight experts for.")
-        length = len(tokenize(tokenizer, [prompt])[0]) + len(completion_ids)
-        if length + described > room:
-            raise ValueError(
-                f"Row {row} of `train_dataset` has {length} tokens. With up to {described} of descriptions it exceeds "
-                f"the PCM's context of {room} tokens."
-            )
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in dataset["completion"]]
+    if 0 in lengths:
+        raise ValueError(f"Row {lengths.index(0)} of `train_dataset` has an empty completion: nothing to weight for.")
+    check_lengths(dataset, "train_dataset", model, tokenizer, lengths, in_words=True)
