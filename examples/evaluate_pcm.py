@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from modeling_pcm_ensemble import demo
-from modeling_pcm_ensemble.evaluation import bootstrap_interval
+from modeling_pcm_ensemble.evaluation import bootstrap_interval, holm, permutation_p_value
 from modeling_pcm_ensemble.training import RebelConfig
 from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference, PreferenceSampler, reward_shares
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
@@ -146,7 +146,10 @@ def prompt_means(lines: list[dict], preference: str | None) -> np.ndarray:
 
 
 def compare(arms: dict[str, list[list[dict]]], console: Console) -> dict:
-    """Rewards by preference and dimension, and by how much the PCMs are above the others. An arm is a list of runs."""
+    """
+    Rewards by preference and dimension, and by how much the PCMs are above the others; p-values of preferences are
+    Holm's. An arm is a list of runs.
+    """
     preferences = list(dict.fromkeys(line["preference"] for line in arms["pcm"][0]))
     others = [arm for arm in arms if arm != "pcm"]
     table = Table("preference", *arms, *(f"pcm − {arm}" for arm in others), title="reward on the evaluation prompts")
@@ -157,10 +160,15 @@ def compare(arms: dict[str, list[list[dict]]], console: Console) -> dict:
         for other in others:
             entry[f"pcm − {other}"] = list(bootstrap_interval(means["pcm"] - means[other]))
             entry[f"pcm − {other}, each run"] = (means["pcm"] - means[other]).mean(axis=1).tolist()
+            entry[f"pcm − {other}, p"] = permutation_p_value(means["pcm"] - means[other])
         report["preferences"][name or "all"] = entry
         cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry[f"pcm − {other}"]) for other in others]
         table.add_row(name or "all", *(f"{entry[arm][0]:.3f}" for arm in arms), *cells)
     console.print(table)
+    for other in others:  # one of eight preferences may look worse by chance
+        entries = [report["preferences"][name] for name in preferences]
+        for entry, p in zip(entries, holm([entry[f"pcm − {other}, p"] for entry in entries])):
+            entry[f"pcm − {other}, p"] = p
     report["dimensions"] = {
         arm: {
             name: fmean(line["dimensions"][name] for run in runs for line in run if name in line["dimensions"])
@@ -243,7 +251,8 @@ def main():
     report["in words"] = {name: in_words(lines, evaluator.names) for name, lines in words.items()}
     if "static" in arguments.measure:
         report["static weights"] = static
-    console.print(report["in words"])
+    if words:
+        console.print(report["in words"])
     (arguments.output / "evaluation.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 

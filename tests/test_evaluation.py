@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from modeling_pcm_ensemble.evaluation import bootstrap_interval, cohen_kappa, holm, omega_squared, permutation_p_value
+from modeling_pcm_ensemble.evaluation import bootstrap_interval, holm, omega_squared, permutation_p_value
 
 
 def test_intervals_cover_the_true_difference_as_often_as_they_say():
@@ -39,15 +39,6 @@ def test_holm_adjusts_in_order():
     # 0.01 · 4, 0.02 · 3, then no less than before: 0.03 · 2; 0.5 · 1
     assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
-
-
-def test_kappa_is_agreement_beyond_chance():
-    assert cohen_kappa(["a", "b", "a", "b"], ["a", "b", "a", "b"]) == 1.0
-    # agreement 3/4; chance 1/2 · 3/4 + 1/2 · 1/4
-    assert cohen_kappa(["a", "b", "a", "b"], ["a", "b", "a", "a"]) == pytest.approx((3 / 4 - 1 / 2) / (1 - 1 / 2))
-    assert np.isnan(cohen_kappa(["a", "a"], ["a", "a"]))
-    with pytest.raises(ValueError, match="shorter"):
-        cohen_kappa(["a", "b"], ["a"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Statistics of evaluations: arrays in, numbers out."""
 
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -60,19 +59,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     factors = np.arange(len(order), 0, -1)
     adjusted = np.minimum(np.maximum.accumulate(np.asarray(p_values)[order] * factors), 1.0)
     return adjusted[np.argsort(order)].tolist()
-
-
-def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
-    """
-    Measure how far two judges agree beyond chance: 1 is always, 0 as two who vote at random; nan where both always
-    say the same one thing.
-
-    Source: J. Cohen, A Coefficient of Agreement for Nominal Scales, 1960.
-    """
-    total, counts, others = len(first), Counter(first), Counter(second)
-    agreed = sum(a == b for a, b in zip(first, second, strict=True)) / total
-    chance = sum(count * others[value] for value, count in counts.items()) / total**2
-    return (agreed - chance) / (1 - chance) if chance < 1 else math.nan
 
 
 def omega_squared(groups: Sequence[Hashable], values: Sequence[float], within: Sequence[Hashable]) -> float:
