@@ -5,8 +5,9 @@ from statistics import fmean, pstdev
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_tokenizer
+from conftest import HEADS, SIZES, tiny_llama, tiny_tokenizer
 from torch.testing import assert_close
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from modeling_pcm_ensemble.training.rewards import (
     CONSTANTS,
@@ -71,7 +72,16 @@ def guard() -> Guard:
     return Guard(tiny_llama(3, max_position_embeddings=512), tiny_tokenizer(), batch_size=3)
 
 
-def test_the_guards_likelihoods_equal_those_of_each_text_alone(guard):
+def tiny_granite():
+    """A model that scales its logits after the head."""
+    torch.manual_seed(3)
+    config = GraniteConfig(**SIZES | HEADS | {"initializer_range": 0.3, "logits_scaling": 4.0})
+    return GraniteForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("model", [lambda: tiny_llama(3, max_position_embeddings=512), tiny_granite])
+def test_the_guards_likelihoods_equal_those_of_each_text_alone(model):
+    guard = Guard(model(), tiny_tokenizer(), batch_size=3)
     prompts = ["why?", "what is it?", "hi", "go on", "why?"]
     completions = ["because", "a cat", "x", "and then some more", "no"]
     batched = guard.features(prompts, completions)

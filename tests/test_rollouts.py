@@ -49,16 +49,26 @@ def test_logits_that_are_not_numbers_are_not_sampled_from():
         TokenSampler()(None, torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
 
 
-def test_a_prompts_completions_under_one_preference_share_its_reading(tmp_path, monkeypatch):
+@pytest.mark.parametrize("prompt", ["what is a cat?", "x"], ids=["many-tokens", "one-token"])
+def test_a_prompts_completions_under_one_preference_share_its_reading(prompt, tmp_path, monkeypatch):
     monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
-    trainer, read = make_trainer(tmp_path), []
-    trainer.ensemble.backbones[1].register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    model = tiny_ensemble()
+    torch.nn.init.normal_(model.pcm.head.weight)
+    trainer = make_trainer(tmp_path, model)
+    rows_read, drawn_from = [], []
+    model.backbones[1].register_forward_pre_hook(
+        lambda module, args, kwargs: rows_read.append(len(kwargs["input_ids"])), with_kwargs=True
     )
+    model.register_forward_hook(lambda module, args, output: drawn_from.append(output.logits[:, -1]))
     first, second = trainer.preferences.sets  # backbone 1 is that of an expert in the second alone
-    rows = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(3)] + [{"prompt": PROMPTS[0]}]
-    trainer.rollouts.sample(rows, [second] * 6 + [first], seed=0)
-    assert read[:2] == [2, 6]
+    rows = [{"prompt": prompt}] * 3 + [{"prompt": "hello"}] * 2 + [{"prompt": prompt}] * 2
+    rollout, _ = trainer.rollouts.sample(rows, [second] * 5 + [first] * 2, seed=0)
+    assert rows_read[0] == 2
+    assert all(number == 5 for number in rows_read[1:])
+    length, mask = rollout.completion_ids.shape[1], rollout.completion_mask.bool()
+    log_probs = torch.stack(drawn_from[-length:], dim=1)  # (rows, seq, vocab)
+    sampled = log_probs.gather(-1, rollout.completion_ids[..., None])[..., 0]
+    assert_close(sampled[mask], whole_log_probs(model, rollout)[mask].detach(), atol=1e-4, rtol=0)
 
 
 def test_words_reach_the_pcm_or_the_prompt_with_every_expert_active(tmp_path):
