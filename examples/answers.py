@@ -1,7 +1,6 @@
 """What the training examples share: prompts, the base model, and answers kept in files."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble.evaluation import KeptLines
 
 HERE = Path(__file__).parent
 ARTIFACTS = HERE / "artifacts"
@@ -32,33 +32,6 @@ def base_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=demo.fast_dtype(DEVICE))
     tokenizer = AutoTokenizer.from_pretrained(demo.fetch_smollm2(), padding_side="left")
     return model.to(DEVICE).eval(), tokenizer
-
-
-class KeptLines:
-    """A JSONL file of lines with a key: whatever a killed run had written whole is there again."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.lines = path, {}
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # cut off in the middle of a line
-            path.with_suffix(".part").write_text(whole)
-            path.with_suffix(".part").replace(path)
-        for line in map(json.loads, whole.splitlines()):
-            self.lines[line["key"]] = line
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.lines
-
-    def __getitem__(self, key: str) -> dict:
-        return self.lines[key]
-
-    def add(self, lines: Iterable[dict]):
-        with self.path.open("a") as file:
-            for line in lines:
-                self.lines[line["key"]] = line
-                file.write(json.dumps(line) + "\n")
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """
-Make the constants that standardise the rewards: mean and deviation of every feature over the base model's answers.
+Make the constants that standardise the rewards and the held-out proxies: mean and deviation of every feature over the
+base model's answers.
 
-    python examples/reward_constants.py --output smollm2_rewards.json
+    python examples/reward_constants.py --output smollm2_rewards.json --held-out smollm2_held_out.json
 
-The package's own (modeling_pcm_ensemble/training/smollm2_rewards.json) are of four answers to each training prompt.
+The package's own are of four answers to each training prompt: smollm2_rewards.json in modeling_pcm_ensemble/training,
+smollm2_held_out.json in modeling_pcm_ensemble/evaluation.
 """
 
 import argparse
@@ -14,12 +16,14 @@ from answers import base_model, sample, training_prompts
 from tqdm import tqdm
 from transformers import set_seed
 
+from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_constants
 from modeling_pcm_ensemble.training.rewards import Guard, reward_constants
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("smollm2_rewards.json"))
+    parser.add_argument("--held-out", type=Path, default=Path("smollm2_held_out.json"))
     parser.add_argument("--prompts", type=int, help="the shortest prompts only; by default all")
     parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
@@ -30,7 +34,10 @@ def main():
     for start in tqdm(range(0, len(prompts), 64), desc="answers of the base model"):
         set_seed(start)
         lines += sample(model, tokenizer, prompts[start : start + 64], arguments.tokens)
-    constants = reward_constants(Guard(model, tokenizer), prompts, [line["completion"] for line in lines])
+    completions = [line["completion"] for line in lines]
+    held_out = held_out_constants(completions)
+    arguments.held_out.write_text(json.dumps(held_out, indent=2) + "\n")
+    constants = reward_constants(Guard(model, tokenizer), prompts, completions)
     arguments.output.write_text(json.dumps(constants, indent=2) + "\n")
 
 

@@ -32,13 +32,15 @@ from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 
 def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
+    batch = min(arguments.completions, 64)
+    updates = arguments.completions // batch * arguments.iterations  # of a rollout
     config = RebelConfig(
         output_dir=str(folder),
         seed=seed,
-        max_steps=arguments.rollouts * 2 * arguments.iterations,
-        per_device_train_batch_size=arguments.completions // 2,
-        steps_per_generation=2,
-        num_generations=4,
+        max_steps=arguments.rollouts * updates,
+        per_device_train_batch_size=batch,
+        steps_per_generation=arguments.completions // batch,
+        num_generations=8,
         num_iterations=arguments.iterations,
         learning_rate=arguments.learning_rate,
         lr_scheduler_type="linear",
@@ -51,7 +53,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         logging_steps=1,
-        save_steps=2 * arguments.iterations,
+        save_steps=updates,
         save_total_limit=1,
         report_to="none",
     )
@@ -66,7 +68,7 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, argumen
             output_dir=str(folder),
             seed=seed,
             max_steps=arguments.description_steps,
-            per_device_train_batch_size=arguments.completions // 4,
+            per_device_train_batch_size=16,
             use_cpu=DEVICE == "cpu",
             report_to="none",
         )
@@ -130,12 +132,12 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("pcm"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--prompts", type=int, help="train on the shortest prompts only; by default on all")
-    parser.add_argument("--rollouts", type=int, default=40)
-    parser.add_argument("--completions", type=int, default=64, help="of a rollout, four for each prompt")
-    parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout, of two updates each")
+    parser.add_argument("--rollouts", type=int, default=5)
+    parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
+    parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout, in updates of 64")
     parser.add_argument("--description-steps", type=int, default=80, help="updates that teach descriptions")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
-    parser.add_argument("--eta", type=float, default=4.0)
+    parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")

@@ -1,5 +1,43 @@
-"""How sure one can be of a comparison, and what α depends on. Needs the `training` extra."""
+"""
+Comparing ways to answer under a preference: baselines, judges, statistics, reports. Needs the `evaluation` extra.
+`held_out_proxies` holds rewards that nothing was trained on.
+"""
 
+from .baselines import Baseline, Mixture, PlainModel, WeightAverage
+from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, make_jobs, processes, summarise
+from .cost import measure_cost
+from .evaluation import evaluate
+from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge
+from .kept_lines import KeptLines
+from .report import eval_results, write_report
 from .statistics import bootstrap_interval, holm, omega_squared, permutation_p_value
 
-__all__ = ["bootstrap_interval", "holm", "omega_squared", "permutation_p_value"]
+__all__ = [
+    "Baseline",
+    "ChatEndpoint",
+    "Comparison",
+    "HumanVotes",
+    "Job",
+    "Judge",
+    "KeptLines",
+    "LanguageModelJudge",
+    "Mixture",
+    "Outcome",
+    "PlainModel",
+    "RewardJudge",
+    "WeightAverage",
+    "agreement",
+    "bootstrap_interval",
+    "collect_answers",
+    "eval_results",
+    "evaluate",
+    "holm",
+    "judge_answers",
+    "make_jobs",
+    "measure_cost",
+    "omega_squared",
+    "permutation_p_value",
+    "processes",
+    "summarise",
+    "write_report",
+]

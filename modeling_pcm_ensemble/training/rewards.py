@@ -268,13 +268,19 @@ class ProxyReward:
 
 
 def proxy(name: str, features: Mapping[str, float], constants: Mapping[str, tuple[float, float]]) -> float:
-    """Compute the weighted mean of a preference's standardised features, each clipped at three deviations."""
+    """A preference's proxy of a completion with these features; `constants` standardise them."""
+    return weighted_proxy(PROXIES[name], features, constants)
+
+
+def weighted_proxy(
+    weights: Mapping[str, int], features: Mapping[str, float], constants: Mapping[str, tuple[float, float]]
+) -> float:
+    """Compute the weighted mean of standardised features, each clipped at three deviations."""
 
     def standard(feature: str) -> float:
         mean, deviation = constants[feature]
         return min(max((features[feature] - mean) / deviation, -CLIP), CLIP)
 
-    weights = PROXIES[name]
     return sum(weight * standard(feature) for feature, weight in weights.items()) / sum(map(abs, weights.values()))
 
 
@@ -284,13 +290,13 @@ def reward_constants(guard: Guard, prompts: list, completions: list[str]) -> dic
     sanity = guard.features(prompts, completions)
     columns = {name: [entry[name] for entry in texts] for name in texts[0]}
     columns |= {name: [entry[name] for entry in sanity] for name in ("nll", "gain", "repetition")}
-    constants = {name: _moments(values) for name, values in columns.items()}
+    constants = {name: moments(values) for name, values in columns.items()}
     for name in PROXIES:
-        constants[name] = _moments([proxy(name, entry, constants) for entry in texts])
+        constants[name] = moments([proxy(name, entry, constants) for entry in texts])
     return constants
 
 
-def _moments(values: list[float]) -> tuple[float, float]:
+def moments(values: list[float]) -> tuple[float, float]:
     return fmean(values), max(pstdev(values), 1e-3)
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
+from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..merging import token_log_probs
@@ -306,9 +307,11 @@ class RolloutSampler:
         self._add_references(rows)
         size = self.args.rollout_batch_size or len(rows)
         with random_numbers(seed, self.args.device):
+            starts = range(0, len(rows), size)
+            quiet = self.args.disable_tqdm or len(starts) < 2 or self.args.process_index > 0
             parts = [
                 self._sample_batch(rows[start : start + size], draws[start : start + size])
-                for start in range(0, len(rows), size)
+                for start in tqdm(starts, desc="rollout", leave=False, disable=quiet)
             ]
         shares = reward_shares(draws) if shares is None else shares
         rollout = Rollout.join(parts, self.generation_config.pad_token_id)

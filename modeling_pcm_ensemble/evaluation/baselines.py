@@ -1,0 +1,222 @@
+"""What somebody would do in place of a trained PCM, each behind the same call."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+
+Conversation = list[dict[str, str]]
+Preference = dict[str, float]  # expert → weight above 0
+
+
+class Baseline(ABC):
+    r"""
+    A way to answer prompts under preferences: all that an evaluation knows of it.
+
+    Attributes:
+        name (`str`): stands in tables and file names.
+        settings (`str`): whatever else its answers depend on, so that other settings' answers are not taken for its.
+    """
+
+    name: str
+    settings: str = ""
+
+    @abstractmethod
+    def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
+        """Answer each conversation once, under the preference beside it. Random numbers are seeded by the caller."""
+
+    def applies(self, preference: Preference) -> bool:
+        """Whether it can be compared under a preference."""
+        return True
+
+
+@dataclass
+class PlainModel(Baseline):
+    r"""
+    The base model as it is, or, given descriptions, told the preference in its system prompt.
+
+    Args:
+        name (`str`): see [`Baseline`].
+        model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): the base model.
+        max_new_tokens (`int`): most tokens of an answer.
+        descriptions (`Mapping[str, str]`, *optional*): what is said for each wanted expert.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    descriptions: Mapping[str, str] | None = None
+
+    def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
+        if self.descriptions is not None:
+            words = [" ".join(self.descriptions[name] for name in preference) for preference in preferences]
+            prompts = [[{"role": "system", "content": text}, *prompt] for text, prompt in zip(words, prompts)]
+        return sample_answers(self.model, self.tokenizer, prompts, self.max_new_tokens)
+
+
+@dataclass
+class Mixture(Baseline):
+    r"""
+    The ensemble, whole or with a part changed or left out.
+
+    Args:
+        name (`str`): see [`Baseline`].
+        model (`PCMEnsembleForCausalLM`): left as it was after each call.
+        max_new_tokens (`int`): most tokens of an answer.
+        use_pcm (`bool`): whether α is the PCM's; else it is the weights given.
+        use_description (`bool`): whether the PCM reads what is wanted, or the context alone.
+        use_context (`bool`): whether α follows the context, or is held at what it is for an empty prompt.
+        merge (`str`), expert_top_k (`int`, *optional*): as in the ensemble's config.
+        weights (`Callable`, *optional*): other weights for a preference, `preference → preference`.
+        only (`str`, *optional*): compare under preferences that want this expert alone.
+    """
+
+    name: str
+    model: PCMEnsembleForCausalLM
+    max_new_tokens: int
+    use_pcm: bool = True
+    use_description: bool = True
+    use_context: bool = True
+    merge: str = "probabilities"
+    expert_top_k: int | None = None
+    weights: Callable[[Preference], Preference] | None = None
+    only: str | None = None
+    settings: str = field(init=False)
+
+    def __post_init__(self):
+        learnt = hashlib.sha256(self.model.pcm.head.weight.detach().float().cpu().numpy().tobytes()).hexdigest()[:12]
+        self.settings = f"PCM {learnt}" if self.use_pcm else ""
+
+    def applies(self, preference: Preference) -> bool:
+        return self.only is None or self.only in preference
+
+    def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
+        if self.only is not None:
+            preferences = [{self.only: 1.0}] * len(prompts)
+        elif self.weights is not None:
+            preferences = [self.weights(preference) for preference in preferences]
+        elif not self.use_context:
+            preferences = self._weights_of_descriptions(preferences)
+        options = {} if self.use_description else {"preference_ids": torch.full((1,), -1)}
+        config = self.model.config
+        with (
+            changed(config, merge=self.merge, expert_top_k=self.expert_top_k),
+            untrained_pcm(self.model, self.use_pcm and self.use_context),
+        ):
+            return sample_answers(
+                self.model, self.model.tokenizer, prompts, self.max_new_tokens, preference=preferences, **options
+            )
+
+    def _weights_of_descriptions(self, preferences: list[Preference]) -> list[Preference]:
+        """α where the answer to an empty prompt would begin."""
+        inputs = chat_inputs(self.model, self.model.tokenizer, [[{"role": "user", "content": ""}]])
+        rows = {name: tensor.expand(len(preferences), -1) for name, tensor in inputs.items()}
+        expert_weights = self.model.compute_expert_weights(**rows, preference=preferences)[:, -1]
+        names = self.model.config.expert_names
+        return [{n: w for n, w in zip(names, row) if w > 0} for row in expert_weights.tolist()]
+
+
+class WeightAverage(Baseline):
+    r"""
+    PEFT's `linear` average of the adapters: one model for each preference, Personalized Soup as a user of PEFT makes
+    it. Its factors A and B are averaged apart, so that the sum is not exactly Σ w_i B_i A_i (that is
+    `Mixture(merge="adapters", use_pcm=False)`).
+
+    Args:
+        name (`str`): see [`Baseline`].
+        model (`str`): the base model, a folder or repository.
+        adapters (`Mapping[str, str]`): each expert's PEFT adapter.
+        tokenizer (`PreTrainedTokenizerBase`), max_new_tokens (`int`): as for [`PlainModel`].
+        model_kwargs: passed to `from_pretrained`.
+
+    Source: arXiv 2310.11564.
+    """
+
+    def __init__(
+        self, name: str, model: str, adapters: Mapping[str, str], tokenizer, max_new_tokens: int, **model_kwargs
+    ):
+        from peft import PeftModel
+
+        self.name, self.tokenizer, self.max_new_tokens = name, tokenizer, max_new_tokens
+        self.model = None
+        for expert, folder in adapters.items():
+            if self.model is None:
+                base = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
+                self.model = PeftModel.from_pretrained(base, folder, adapter_name=expert).eval()
+            else:
+                self.model.load_adapter(folder, adapter_name=expert)
+
+    def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
+        answers: dict[int, str] = {}
+        for preference in {tuple(sorted(p.items())): p for p in preferences}.values():
+            rows = [i for i, p in enumerate(preferences) if p == preference]
+            self._average(preference)
+            texts = sample_answers(self.model, self.tokenizer, [prompts[i] for i in rows], self.max_new_tokens)
+            answers |= dict(zip(rows, texts))
+        return [answers[i] for i in range(len(prompts))]
+
+    def _average(self, preference: Preference):
+        shares = [weight / sum(preference.values()) for weight in preference.values()]
+        if "average" in self.model.peft_config:
+            self.model.delete_adapter("average")
+        self.model.add_weighted_adapter(list(preference), shares, "average", combination_type="linear")
+        self.model.set_adapter("average")
+
+
+@torch.no_grad()
+def sample_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Conversation],
+    max_new_tokens: int,
+    **options,
+) -> list[str]:
+    """One answer to each conversation from the whole distribution at temperature 1; options are `generate`'s."""
+    inputs = chat_inputs(model, tokenizer, prompts)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
+    sequences = model.generate(**inputs, **sampling, **options)
+    return tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def chat_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Conversation]):
+    """Conversations up to where an answer begins, padded on the left."""
+    return tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+        tokenizer_kwargs={"padding_side": "left"},
+    ).to(model.device)
+
+
+@contextmanager
+def changed(config, **values) -> Iterator[None]:
+    """A config with other values inside."""
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+@contextmanager
+def untrained_pcm(model: PCMEnsembleForCausalLM, trained: bool = False) -> Iterator[None]:
+    """The ensemble with α = w / Σw inside, which a head of zeros gives; as it is if `trained`."""
+    learnt = model.pcm.head.weight.data
+    try:
+        if not trained:
+            model.pcm.head.weight.data = torch.zeros_like(learnt)
+        yield
+    finally:
+        model.pcm.head.weight.data = learnt

@@ -1,0 +1,75 @@
+"""What a baseline costs: seconds a token, and memory."""
+
+import resource
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from .baselines import Baseline
+from .comparison import Job
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def measure_cost(
+    baselines: list[Baseline], jobs: list[Job], tokenizer: PreTrainedTokenizerBase, rounds: int = 3
+) -> dict[str, dict[str, float]]:
+    r"""
+    Let all baselines answer the same jobs in turns, so that a slow moment hits all of them.
+
+    Returns:
+        For each baseline `seconds_per_token` (median over rounds; tokens of all rows together), `working_mb` (peak
+        memory while it answers, above what was taken before; 0 where the system cannot tell) and `weights_mb`.
+    """
+    seconds: dict[str, list[float]] = {baseline.name: [] for baseline in baselines}
+    working = dict.fromkeys(seconds, 0.0)
+    for number in tqdm(range(rounds), desc="cost"):
+        for baseline in baselines:
+            mine = [job for job in jobs if baseline.applies(job.preference)]
+            set_seed(number)
+            before = _reset_peak()
+            start = time.perf_counter()
+            answers = baseline.generate([job.prompt for job in mine], [job.preference for job in mine])
+            elapsed = time.perf_counter() - start
+            working[baseline.name] = max(working[baseline.name], _peak() - before)
+            tokens = sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
+            seconds[baseline.name].append(elapsed / max(tokens, 1))
+    return {
+        baseline.name: {
+            "seconds_per_token": median(seconds[baseline.name]),
+            "working_mb": working[baseline.name] / 2**20,
+            "weights_mb": _weights(baseline) / 2**20,
+        }
+        for baseline in baselines
+    }
+
+
+def _weights(baseline: Baseline) -> int:
+    """Bytes of its model's distinct weights, 0 where it has no `model`."""
+    model = getattr(baseline, "model", None)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()} if model else {}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _reset_peak() -> float:
+    """Forget the peak so far, and give what is taken now, in bytes."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size
+    return _peak()
+
+
+def _peak() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    if not CLEAR_REFS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024

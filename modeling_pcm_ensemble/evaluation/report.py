@@ -1,0 +1,174 @@
+"""An evaluation as Markdown, JSON, pictures and the results of a model card."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from huggingface_hub import EvalResult
+
+
+def write_report(report: dict, folder: Path):
+    r"""
+    Write `report.json`, `report.md` and the pictures it shows.
+
+    Args:
+        report (`dict`):
+            `title`, `command`, `ours`, `judges` (by name what [`summarise`] gives), `agreement` (by pair of judges),
+            `scores` (by baseline, dimension → mean normalised reward), `quality` (by baseline, measure → mean),
+            `cost` (what [`measure_cost`] gives), and `expert_weights`: `tokens`, `names`, `values`, `title`.
+        folder (`Path`): made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    draw_win_rates(report["judges"], folder / "win_rates.png")
+    draw_scores(report["scores"], folder / "scores.png")
+    draw_cost(report["cost"], report["scores"], folder / "cost.png")
+    draw_expert_weights(report["expert_weights"], folder / "expert_weights.png")
+    (folder / "report.md").write_text(markdown(report))
+
+
+def markdown(report: dict) -> str:
+    """The report as text with tables."""
+    parts = [f"# {report['title']}", f"`{report['command']}`", "![win rates](win_rates.png)"]
+    for judge, baselines in report["judges"].items():
+        parts += [f"## Win rate of {report['ours']}, judge: {judge}", win_rate_table(baselines)]
+    parts += ["## By preference", *(_preference_table(j, b) for j, b in report["judges"].items())]
+    parts += ["## By dimension", *(_dimension_table(j, b) for j, b in report["judges"].items())]
+    rows = [[pair, f"{same:.0%}", f"{kappa:.2f}"] for pair, (same, kappa) in report["agreement"].items()]
+    parts += ["## Agreement of judges", table(["judges", "same side", "Cohen's κ"], rows)]
+    parts += ["## Mean reward against the base model (0.5)", "![by dimension](scores.png)", _numbers(report["scores"])]
+    parts += ["## Answers as text", _numbers(report["quality"])]
+    cost = {
+        name: {
+            "tokens per second": 1 / entry["seconds_per_token"],
+            "working memory, MB": entry["working_mb"],
+            "weights, MB": entry["weights_mb"],
+        }
+        for name, entry in report["cost"].items()
+    }
+    parts += ["## Cost", "![cost and reward](cost.png)", _numbers(cost, digits=1)]
+    parts += ["## α over an answer", "![α](expert_weights.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def win_rate_table(baselines: dict[str, dict]) -> str:
+    """Win rates with intervals and p-values."""
+    rows = [[name, interval(entry["win_rate"]), f"{entry['p']:.3f}"] for name, entry in baselines.items()]
+    return table(["against", "win rate [95 %]", "p (Holm)"], rows)
+
+
+def _preference_table(judge: str, baselines: dict[str, dict]) -> str:
+    labels = list(dict.fromkeys(label for entry in baselines.values() for label in entry["preferences"]))
+    rows = [
+        [label, *(_cell(entry["preferences"].get(label, {}).get("win_rate")) for entry in baselines.values())]
+        for label in labels
+    ]
+    return f"Judge: {judge}\n\n" + table(["preference", *baselines], rows)
+
+
+def _dimension_table(judge: str, baselines: dict[str, dict]) -> str:
+    names = list(dict.fromkeys(name for entry in baselines.values() for name in entry["dimensions"]))
+    rows = [[name, *(_cell(entry["dimensions"].get(name)) for entry in baselines.values())] for name in names]
+    return f"Judge: {judge}\n\n" + table(["dimension", *baselines], rows)
+
+
+def _cell(rate: list[float] | None) -> str:
+    return "–" if rate is None else f"{100 * rate[0]:.0f}"
+
+
+def interval(rate: list[float]) -> str:
+    """`66.1 % [61.0, 71.2]`"""
+    mean, low, high = (100 * value for value in rate)
+    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def _numbers(entries: dict[str, dict[str, float]], digits: int = 3) -> str:
+    columns = list(dict.fromkeys(name for entry in entries.values() for name in entry))
+    rows = [[name, *(f"{e[c]:.{digits}f}" if c in e else "–" for c in columns)] for name, e in entries.items()]
+    return table(["", *columns], rows)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def eval_results(report: dict, dataset: str, dataset_name: str) -> list[EvalResult]:
+    """Win rates in the form of a model card's index."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset_name,
+            metric_type="win_rate",
+            metric_name=f"win rate against {name}, judge: {judge}",
+            metric_value=round(entry["win_rate"][0], 4),
+        )
+        for judge, baselines in report["judges"].items()
+        for name, entry in baselines.items()
+    ]
+
+
+def draw_win_rates(judges: dict[str, dict], path: Path):
+    """A bar for each baseline and judge, with its interval."""
+    names = list(next(iter(judges.values())))
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.45 * len(names)), layout="constrained")
+    height = 0.8 / len(judges)
+    for number, (judge, baselines) in enumerate(judges.items()):
+        mean, low, high = 100 * np.array([baselines[name]["win_rate"] for name in names]).T
+        places = np.arange(len(names)) + (number - (len(judges) - 1) / 2) * height
+        axis.barh(places, mean, height, xerr=[mean - low, high - mean], capsize=2, label=judge)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.axvline(50, color="black", linewidth=0.8)
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("win rate, %")
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_scores(scores: dict[str, dict[str, float]], path: Path):
+    """Mean reward of every baseline by dimension, as a radar."""
+    names = list(dict.fromkeys(name for entry in scores.values() for name in entry))
+    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+    figure, axis = plt.subplots(figsize=(9, 6.5), subplot_kw={"projection": "polar"}, layout="constrained")
+    for baseline, entry in scores.items():
+        if set(entry) == set(names):
+            values = [entry[name] for name in names]
+            axis.plot([*angles, angles[0]], [*values, values[0]], label=baseline, linewidth=1.2)
+    axis.set_xticks(angles, names)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.1, 0.5))
+    _save(figure, path)
+
+
+def draw_cost(cost: dict[str, dict], scores: dict[str, dict[str, float]], path: Path):
+    """Time a token against mean reward."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, entry in cost.items():
+        place = (1000 * entry["seconds_per_token"], float(np.mean(list(scores[name].values()))))
+        axis.plot(*place, "o")
+        axis.annotate(name, place, textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axis.set_xlabel("milliseconds a token")
+    axis.set_ylabel("mean reward (0.5 = base model)")
+    _save(figure, path)
+
+
+def draw_expert_weights(entry: dict, path: Path):
+    """α over an answer, as a heat map: experts down, tokens along."""
+    values = np.array(entry["values"]).T  # (experts, tokens)
+    figure, axis = plt.subplots(figsize=(14, 1.2 + 0.4 * len(values)), layout="constrained")
+    image = axis.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    axis.set_yticks(range(len(values)), entry["names"])
+    axis.set_xticks(range(len(entry["tokens"])), [t.strip() or "⏎" for t in entry["tokens"]], rotation=90, fontsize=7)
+    for label in axis.get_xticklabels():
+        label.set_parse_math(False)
+    axis.set_title(entry["title"], fontsize=9, parse_math=False)
+    figure.colorbar(image, label="α")
+    _save(figure, path)
+
+
+def _save(figure, path: Path):
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

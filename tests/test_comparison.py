@@ -1,0 +1,218 @@
+"""Comparisons: answers that are kept, wins that can be counted by hand, reports that say what was counted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_llama, tiny_tokenizer
+from huggingface_hub import ModelCard, ModelCardData
+
+from modeling_pcm_ensemble.evaluation import (
+    Baseline,
+    Judge,
+    Outcome,
+    PlainModel,
+    RewardJudge,
+    agreement,
+    collect_answers,
+    eval_results,
+    judge_answers,
+    make_jobs,
+    measure_cost,
+    summarise,
+    write_report,
+)
+
+PREFERENCES = [{"long": 1.0}, {"long": 1.0, "plain": 1.0}]
+JOBS = make_jobs([[{"role": "user", "content": f"Question {i}?"}] for i in range(3)], PREFERENCES)
+
+
+class Parrot(Baseline):
+    """What a user writes to add a baseline."""
+
+    def __init__(self, name: str, times: int = 1, fails_at: int | None = None):
+        self.name, self.times, self.fails_at, self.calls = name, times, fails_at, 0
+
+    def generate(self, prompts, preferences):
+        if self.calls == self.fails_at:
+            raise RuntimeError("killed")
+        self.calls += 1
+        return [" ".join([prompt[-1]["content"]] * self.times) for prompt in prompts]
+
+    def applies(self, preference):
+        return self.name != "picky" or "plain" in preference
+
+
+class FirstIsBest(Judge):
+    """A judge who does not read."""
+
+    name = "first"
+
+    def judge(self, comparisons):
+        return [dict.fromkeys(comparison.preference, 1.0) for comparison in comparisons]
+
+
+LENGTH = RewardJudge(
+    "length",
+    {
+        "long": lambda prompts, completions, **_: [len(text) / 10 for text in completions],
+        "plain": lambda prompts, completions, **_: [0.0 for _ in completions],
+    },
+)
+
+
+def test_jobs_are_every_prompt_under_every_preference_once():
+    assert [(job.prompt[0]["content"], job.label) for job in JOBS[:3]] == [
+        ("Question 0?", "long"),
+        ("Question 0?", "long + plain"),
+        ("Question 1?", "long"),
+    ]
+    assert make_jobs([JOBS[0].prompt], [{"a": 2.0, "b": 0.5}])[0].label == "a=2 + b=0.5"
+    with pytest.raises(ValueError, match="twice"):
+        make_jobs([JOBS[0].prompt], [{"a": 1.0}, {"a": 1.0}])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        make_jobs([], PREFERENCES)
+
+
+def test_an_interrupted_collection_goes_on_where_it_stopped(tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        collect_answers(Parrot("parrot", fails_at=2), JOBS, tmp_path, batch_size=2)
+    again = Parrot("parrot")
+    answers = collect_answers(again, JOBS, tmp_path, batch_size=2)
+    assert again.calls == 1
+    assert answers == [job.prompt[0]["content"] for job in JOBS]
+
+
+def test_sampled_answers_do_not_depend_on_an_interruption(tmp_path):
+    plain = PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5)
+    whole = collect_answers(plain, JOBS, tmp_path / "whole", batch_size=2)
+    collect_answers(plain, JOBS[:2], tmp_path / "parts", batch_size=2)
+    assert collect_answers(plain, JOBS, tmp_path / "parts", batch_size=2) == whole
+    assert len(set(whole)) > 1
+
+
+def test_a_baseline_answers_only_where_it_applies(tmp_path):
+    answers = collect_answers(Parrot("picky"), JOBS, tmp_path)
+    assert [answer is None for answer in answers] == [True, False] * 3
+    outcome = judge_answers(LENGTH, JOBS, answers, ["x"] * 6)
+    assert np.isnan(outcome.wins[:, 0]).all()
+    assert (outcome.wins[:, 1] == 1).all()
+
+
+def test_answers_that_do_not_match_their_prompts_are_refused(tmp_path):
+    class Short(Parrot):
+        def generate(self, prompts, preferences):
+            return super().generate(prompts, preferences)[1:]
+
+    with pytest.raises(ValueError, match=r"'short' gave 5 answers to 6 prompts"):
+        collect_answers(Short("short"), JOBS, tmp_path)
+    with pytest.raises(ValueError, match="1 and 6 answers to 6"):
+        judge_answers(LENGTH, JOBS, ["x"], ["x"] * 6)
+
+
+def test_rewards_win_by_dimension_and_as_a_whole():
+    outcome = judge_answers(LENGTH, JOBS[:2], ["0123456789" * 2, "0123456789" * 2], ["0123456789", "0123456789" * 2])
+    assert outcome.dimensions["long"][0] == pytest.approx([1 / (1 + np.exp(-1)), 0.5])
+    assert outcome.dimensions["plain"][0, 1] == 0.5
+    assert outcome.wins.tolist() == [[1.0, 0.5]]
+    assert outcome.position_bias == 0
+
+
+def test_a_judge_with_a_favourite_place_decides_nothing():
+    outcome = judge_answers(FirstIsBest(), JOBS, ["a"] * 6, ["b"] * 6)
+    assert (outcome.wins == 0.5).all()
+    assert outcome.position_bias == 0.5
+
+
+def test_the_summary_counts_wins_and_adjusts_for_their_number():
+    twelve = make_jobs([[{"role": "user", "content": str(i)}] for i in range(12)], PREFERENCES)
+    always = judge_answers(LENGTH, twelve, ["longer"] * 24, ["short"] * 24)
+    half = Outcome(np.tile([[1.0, 0.0]], (12, 1)), {"long": np.full((12, 2), 0.5)}, 0.0)
+    report = summarise({"worse": always, "equal": half}, twelve)
+    assert report["worse"]["win_rate"] == [1.0, 1.0, 1.0]
+    assert report["equal"]["win_rate"] == [0.5, 0.5, 0.5]
+    assert report["equal"]["preferences"]["long"]["win_rate"][0] == 1.0
+    assert report["worse"]["p"] == pytest.approx(2 * 2 / 2**12)  # of all signs two are as extreme; one of two tests
+    assert report["equal"]["p"] == 1.0
+
+
+def test_agreement_is_that_worked_out_by_hand():
+    def outcome(*wins):
+        return Outcome(np.array([wins]), {}, 0.0)
+
+    # Same side on 3 of 4; by chance 0.5 · 0.75 + 0.5 · 0.25 = 0.5.
+    same, kappa = agreement(outcome(1.0, 1.0, 0.0, 0.0), outcome(1.0, 1.0, 1.0, 0.0))
+    assert (same, kappa) == (0.75, pytest.approx(0.5))
+
+
+def test_cost_is_measured_for_every_baseline():
+    plain = PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5)
+    cost = measure_cost([plain, Parrot("parrot")], JOBS, tiny_tokenizer(), rounds=1)
+    assert cost["plain"]["weights_mb"] == pytest.approx(sum(p.nbytes for p in plain.model.parameters()) / 2**20)
+    assert cost["plain"]["seconds_per_token"] > cost["parrot"]["seconds_per_token"] > 0
+
+
+def example_report() -> dict:
+    outcomes = {"other": judge_answers(LENGTH, JOBS, ["longer"] * 6, ["short"] * 6)}
+    return {
+        "title": "A title",
+        "command": "python run.py",
+        "ours": "ours",
+        "judges": {"length": summarise(outcomes, JOBS)},
+        "agreement": {"length, people": [0.75, 0.5]},
+        "scores": {name: {"long": 0.6, "plain": 0.5, "short": 0.4} for name in ("ours", "other")},
+        "quality": {"ours": {"nll": 2.5}, "other": {"nll": 3.0}},
+        "cost": {n: {"seconds_per_token": 0.1, "working_mb": 3.0, "weights_mb": 4.0} for n in ("ours", "other")},
+        "expert_weights": {"title": "What? [$x$]", "names": ["a", "b"], "tokens": ["A", "\n"], "values": [[1, 0]] * 2},
+    }
+
+
+def test_a_report_says_what_was_counted(tmp_path):
+    report = example_report()
+    write_report(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    text = (tmp_path / "report.md").read_text()
+    assert "| other | 100.0 % [100.0, 100.0] | 0.250 |" in text
+    assert "| length, people | 75% | 0.50 |" in text
+    for name in ("win_rates.png", "scores.png", "cost.png", "expert_weights.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+        assert f"({name})" in text
+
+
+def test_results_go_through_a_model_card(tmp_path):
+    results = eval_results(example_report(), "koala", "Koala")
+    card = ModelCard.from_template(
+        ModelCardData(model_name="m", eval_results=results), template_str="---\n{{ card_data }}\n---\n"
+    )
+    card.save(tmp_path / "README.md")
+    (result,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (result.metric_type, result.metric_value) == ("win_rate", 1.0)
+
+
+PARALLEL = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from conftest import tiny_llama, tiny_tokenizer
+from test_comparison import JOBS
+from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers
+answers = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, Path(sys.argv[2]), 0, 2)
+(Path(sys.argv[2]) / f"seen-{sys.argv[3]}.json").write_text(json.dumps(answers))
+"""
+
+
+def test_two_processes_answer_as_one(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(PARALLEL)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [*launch, str(Path(__file__).parent), str(tmp_path), "two"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    written = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("answers-plain.*.jsonl"))]
+    assert written == [4, 2]
+    alone = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, tmp_path / "one", 0, 2)
+    assert json.loads((tmp_path / "seen-two.json").read_text()) == alone

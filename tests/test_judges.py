@@ -1,0 +1,190 @@
+"""Judges: rewards that nothing was trained on, language models behind a real server, people's votes."""
+
+import csv
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from statistics import fmean, pstdev
+
+import pytest
+
+from modeling_pcm_ensemble.evaluation import ChatEndpoint, Comparison, HumanVotes, LanguageModelJudge, RewardJudge
+from modeling_pcm_ensemble.evaluation.held_out_proxies import (
+    PROXIES,
+    held_out_constants,
+    held_out_features,
+    held_out_rewards,
+)
+from modeling_pcm_ensemble.evaluation.judges import parse_reply
+
+PROMPT = [{"role": "user", "content": "What is rain?"}]
+SIMPLE = "Rain is water that falls from the sky. It makes the plants grow."
+LEARNED = "Precipitation, which constitutes the condensation of atmospheric humidity, exhibits considerable variance."
+SHORT = "Rain is water that falls."
+LONG = SIMPLE + " In 1911 Cherrapunji in India had 2647 centimetres; Mount Waialeale in Hawaii gets rain on 335 days."
+KIND = "What a lovely question! Don't you love a happy, wonderful walk in warm rain? It's great fun."
+RUDE = "No. Rain is terrible, boring and awful. Never ask that stupid thing."
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "worse"),
+    [
+        ("elementary", SIMPLE, LEARNED),
+        ("knowledgeable", LEARNED, SIMPLE),
+        ("concise", SHORT, LONG),
+        ("informative", LONG, SHORT),
+        ("friendly", KIND, RUDE),
+        ("unfriendly", RUDE, KIND),
+    ],
+)
+def test_held_out_proxies_prefer_what_a_person_would(name, better, worse):
+    one, other = held_out_rewards()[name]([PROMPT] * 2, [better, worse])
+    assert one > other + 1
+
+
+def test_held_out_proxies_are_standardised_and_take_any_text():
+    texts = [SIMPLE, LEARNED, SHORT, LONG, KIND, RUDE]
+    constants = held_out_constants(texts)
+    for reward in held_out_rewards(constants).values():
+        values = reward([PROMPT] * len(texts), texts)
+        assert (fmean(values), pstdev(values)) == (pytest.approx(0, abs=1e-6), pytest.approx(1))
+    for text in ("", "...", "1 2 3", "\n\n", "你好", "a" * 500, "!!!! 😀😀"):
+        assert all(value == value for value in held_out_features(text).values())
+    assert set(PROXIES) == set(held_out_rewards())
+
+
+def test_what_suits_one_dimension_more_than_it_hurts_another_wins():
+    rewards = {
+        "a": lambda prompts, completions, **_: [3.0 if text == "x" else 0.0 for text in completions],
+        "b": lambda prompts, completions, **_: [0.0 if text == "x" else 0.5 for text in completions],
+    }
+    judge = RewardJudge("rewards", rewards)
+    comparison = Comparison(PROMPT, {"a": 1.0, "b": 1.0}, "x", "y")
+    (verdict,) = judge.judge([comparison])
+    assert verdict == {"a": pytest.approx(0.9526, abs=1e-4), "b": pytest.approx(0.3775, abs=1e-4)}
+    assert judge.overall(comparison, verdict) == 1.0
+    assert judge.overall(Comparison(PROMPT, {"a": 0.1, "b": 1.0}, "x", "y"), verdict) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "winner"), [("A", "A"), (" b.\n", "B"), ("**TIE**", "TIE"), ("Answer B", "B"), ("tie", "TIE")]
+)
+def test_replies_that_say_one_thing_are_read(reply, winner):
+    assert parse_reply(reply) == winner
+
+
+@pytest.mark.parametrize("reply", ["", "A or B", "Both", "A is better than B", "C", "Answer"])
+def test_replies_that_do_not_are_refused(reply):
+    with pytest.raises(ValueError, match="must reply with A, B or TIE"):
+        parse_reply(reply)
+
+
+class Server(ThreadingHTTPServer):
+    """Speaks as much of OpenAI's chat completions as a judge needs; replies are (status, text)."""
+
+    def __init__(self, replies: list[tuple[int, str]]):
+        self.replies, self.questions = replies, []
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.questions.append(body["messages"][-1]["content"])
+        status, text = self.server.replies[min(len(self.server.questions), len(self.server.replies)) - 1]
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        payload = json.dumps(answer if status == 200 else {"error": {"message": text}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *arguments):
+        pass
+
+
+DESCRIPTIONS = {"concise": "Be brief.", "friendly": "Be kind."}
+PAIR = Comparison(PROMPT, {"concise": 1.0, "friendly": 1.0}, SHORT, KIND)
+
+
+def test_a_language_model_is_asked_once_about_each_dimension(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    with Server([(200, "A"), (200, "B")]) as server:
+        judge = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, path)
+        (verdict,) = judge.judge([PAIR])
+        assert verdict == {"concise": 1.0, "friendly": 0.0}
+        assert judge.overall(PAIR, verdict) == 0.5
+        assert SHORT in server.questions[0]
+        assert "Be kind." in server.questions[1]
+        again = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, path)
+        assert again.judge([PAIR]) == [verdict]
+        assert len(server.questions) == 2
+
+
+def test_a_server_that_fails_at_first_is_asked_again(tmp_path):
+    with Server([(503, "busy"), (429, "slow down"), (200, "TIE")]) as server:
+        judge = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, tmp_path / "replies.jsonl")
+        assert judge.judge([PAIR]) == [{"concise": 0.5, "friendly": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("last", "error"),
+    [((500, "broken"), ConnectionError), ((200, "It depends."), ValueError)],
+    ids=["down", "nonsense"],
+)
+def test_what_was_judged_before_a_failure_is_kept(last, error, tmp_path):
+    path = tmp_path / "replies.jsonl"
+    with Server([(200, "A"), last]) as server:
+        endpoint = ChatEndpoint(server.url, "m", max_retries=1)
+        with pytest.raises(error):
+            LanguageModelJudge("lm", endpoint, DESCRIPTIONS, path).judge([PAIR])
+    assert len(path.read_text().splitlines()) == 1
+    with Server([(200, "B")]) as server:  # it is up again
+        (verdict,) = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, path).judge([PAIR])
+        assert verdict == {"concise": 1.0, "friendly": 0.0}
+        assert len(server.questions) == 1
+
+
+def write_votes(path, *rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "preference", "first", "second", "choice"])
+        writer.writerows(rows)
+    return path
+
+
+def test_votes_are_averaged_and_count_in_either_order(tmp_path):
+    row = ["What is rain?", "concise + friendly", SHORT, KIND]
+    votes = HumanVotes(write_votes(tmp_path / "votes.csv", [*row, "first"], [*row, "tie"]))
+    assert votes.judge([PAIR, PAIR.swapped()]) == [
+        {"concise": 0.75, "friendly": 0.75},
+        {"concise": 0.25, "friendly": 0.25},
+    ]
+    with pytest.raises(ValueError, match="Nobody voted"):
+        votes.judge([Comparison(PROMPT, {"concise": 1.0}, SHORT, KIND)])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["p", "a", "x", "y", "left"], "first, second or tie, got 'left' in line 2"),
+        (["p", "a", "x", "y", ""], "Line 2 of .* has no choice"),
+    ],
+)
+def test_votes_that_cannot_be_read_are_refused(row, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        HumanVotes(write_votes(tmp_path / "votes.csv", row))
