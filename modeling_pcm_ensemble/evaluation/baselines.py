@@ -1,10 +1,11 @@
 """What somebody would do in place of a trained PCM, each behind the same call."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,10 @@ class PlainModel(Baseline):
     max_new_tokens: int
     descriptions: Mapping[str, str] | None = None
 
+    @property
+    def settings(self) -> str:
+        return json.dumps([self.max_new_tokens, self.descriptions])
+
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         if self.descriptions is not None:
             words = [" ".join(self.descriptions[name] for name in preference) for preference in preferences]
@@ -74,7 +79,7 @@ class Mixture(Baseline):
         use_description (`bool`): whether the PCM reads what is wanted, or the context alone.
         use_context (`bool`): whether α follows the context, or is held at what it is for an empty prompt.
         merge (`str`), expert_top_k (`int`, *optional*): as in the ensemble's config.
-        weights (`Callable`, *optional*): other weights for a preference, `preference → preference`.
+        weights (`Mapping[str, Preference]`, *optional*): other weights, by a preference's names joined by " + ".
         only (`str`, *optional*): compare under preferences that want this expert alone.
     """
 
@@ -86,13 +91,12 @@ class Mixture(Baseline):
     use_context: bool = True
     merge: str = "probabilities"
     expert_top_k: int | None = None
-    weights: Callable[[Preference], Preference] | None = None
+    weights: Mapping[str, Preference] | None = None
     only: str | None = None
-    settings: str = field(init=False)
 
-    def __post_init__(self):
-        learnt = hashlib.sha256(self.model.pcm.head.weight.detach().float().cpu().numpy().tobytes()).hexdigest()[:12]
-        self.settings = f"PCM {learnt}" if self.use_pcm else ""
+    @property
+    def settings(self) -> str:
+        return json.dumps([self.max_new_tokens, self.weights, digest(self.model.pcm) if self.use_pcm else None])
 
     def applies(self, preference: Preference) -> bool:
         return self.only is None or self.only in preference
@@ -101,7 +105,7 @@ class Mixture(Baseline):
         if self.only is not None:
             preferences = [{self.only: 1.0}] * len(prompts)
         elif self.weights is not None:
-            preferences = [self.weights(preference) for preference in preferences]
+            preferences = [self.weights[" + ".join(preference)] for preference in preferences]
         elif not self.use_context:
             preferences = self._weights_of_descriptions(preferences)
         options = {} if self.use_description else {"preference_ids": torch.full((1,), -1)}
@@ -145,6 +149,7 @@ class WeightAverage(Baseline):
         from peft import PeftModel
 
         self.name, self.tokenizer, self.max_new_tokens = name, tokenizer, max_new_tokens
+        self.settings = json.dumps([max_new_tokens, dict(adapters)])
         self.model = None
         for expert, folder in adapters.items():
             if self.model is None:
@@ -165,8 +170,10 @@ class WeightAverage(Baseline):
     def _average(self, preference: Preference):
         shares = [weight / sum(preference.values()) for weight in preference.values()]
         if "average" in self.model.peft_config:
+            self.model.set_adapter(next(iter(preference)))
             self.model.delete_adapter("average")
-        self.model.add_weighted_adapter(list(preference), shares, "average", combination_type="linear")
+        with torch.random.fork_rng():  # it draws the weights that it then replaces
+            self.model.add_weighted_adapter(list(preference), shares, "average", combination_type="linear")
         self.model.set_adapter("average")
 
 
@@ -195,6 +202,14 @@ def chat_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
         return_tensors="pt",
         tokenizer_kwargs={"padding_side": "left"},
     ).to(model.device)
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Of all weights of a module."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 @contextmanager
