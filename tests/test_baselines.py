@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_llama, tiny_tokenizer
+from huggingface_hub.errors import StrictDataclassError
 from test_lora import peft_adapter
 from transformers import set_seed
 
@@ -78,7 +79,7 @@ def test_without_context_alpha_is_what_the_description_alone_gives(model):
     expert_weights = model.compute_expert_weights(**inputs, preference=PREFERENCES[0])[0, -1].tolist()
     held = {name: weight for name, weight in zip("abc", expert_weights) if weight}
     still = Mixture("m", model, TOKENS, use_context=False)
-    static = Mixture("m", model, TOKENS, use_pcm=False, weights={"a + b": held, "c": {"c": 1.0}})
+    static = Mixture("m", model, TOKENS, use_pcm=False, weights={"a=1 + b=3": held, "c": {"c": 1.0}})
     assert answers(still) == answers(static)
 
 
@@ -90,11 +91,21 @@ def test_one_expert_alone_answers_only_where_it_is_wanted(model):
 
 def test_a_weight_average_of_one_adapter_is_that_expert(model, folders):
     average = WeightAverage("w", folders["base"], {n: folders[n] for n in "abc"}, tiny_tokenizer(), TOKENS)
-    one = [{"a": 1.0}, {"a": 1.0}]
+    one, settings = [{"a": 1.0}, {"a": 1.0}], average.settings()
     set_seed(0)
     assert average.generate(PROMPTS, one) == sampled(model, preference="a")
     assert len(average.generate(PROMPTS, [{"a": 1.0, "b": 1.0}, {"c": 1.0}])) == 2
-    assert answers(average, [{"a": 1.0, "b": 1.0}] * 2) != answers(average, one)
+    assert average.settings() == settings  # what was averaged last does not matter
+
+
+def test_a_weight_average_adds_the_factors_of_its_adapters(folders):
+    average = WeightAverage("w", folders["base"], {n: folders[n] for n in "ab"}, tiny_tokenizer(), TOKENS)
+    answers(average, [{"a": 1.0, "b": 3.0}] * 2)
+    layer = average.model.base_model.model.model.layers[0].mlp.up_proj
+    for factors in (layer.lora_A, layer.lora_B):  # alpha / r is 2 for both
+        expected = sum((2 * share) ** 0.5 * factors[name].weight for name, share in (("a", 0.25), ("b", 0.75)))
+        torch.testing.assert_close(factors["average"].weight, expected)
+    assert not any(module.training for module in average.model.modules())
 
 
 def test_prompting_says_what_is_wanted_in_the_system_turn(folders):
@@ -106,13 +117,42 @@ def test_prompting_says_what_is_wanted_in_the_system_turn(folders):
     assert answers(prompting) == expected != answers(PlainModel("v", base, tiny_tokenizer(), TOKENS))
 
 
-def test_answers_of_other_settings_are_told_apart(model):
-    settings = [
-        Mixture("m", model, TOKENS).settings,
-        Mixture("m", model, TOKENS + 1).settings,
-        Mixture("m", model, TOKENS, use_pcm=False).settings,
-        Mixture("m", model, TOKENS, use_pcm=False, weights={"a": {"a": 2.0}}).settings,
+def test_answers_of_other_settings_are_told_apart(model, folders):
+    mixtures = [
+        {},
+        {"use_pcm": False},
+        {"use_description": False},
+        {"use_context": False},
+        {"merge": "logits"},
+        {"expert_top_k": 1},
+        {"weights": {"a": {"a": 2.0}}},
+        {"words": {"a": "be a"}},
+        {"only": "a"},
     ]
+    settings = [Mixture("m", model, TOKENS, **options).settings() for options in mixtures]
+    settings.append(Mixture("m", model, TOKENS + 1).settings())
     torch.nn.init.ones_(model.pcm.head.weight)
-    settings.append(Mixture("m", model, TOKENS).settings)
-    assert len(set(settings)) == 5
+    settings.append(Mixture("m", model, TOKENS).settings())
+    assert len(set(settings)) == len(settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": "a", "use_context": False}, "only and use_context, which exclude"),
+        ({"weights": {"a": {"a": 1.0}}, "words": {"a": "x"}}, "weights and words, which exclude"),
+        ({"merge": "logit"}, "`merge` must be one of"),
+        ({"merge": "logits", "expert_top_k": 1}, "`expert_top_k` cannot be used"),
+    ],
+)
+def test_what_excludes_each_other_is_refused(model, options, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        answers(Mixture("m", model, TOKENS, **options))
+    assert (model.config.merge, model.config.expert_top_k) == ("probabilities", None)
+
+
+def test_a_preference_told_in_words_leaves_the_choice_to_the_pcm(model):
+    told = Mixture("m", model, TOKENS, words={"a=1 + b=3": "be a", "c": "be c"})
+    assert answers(told) == sampled(model, preference_text=["be a", "be c"])
+    with pytest.raises(ValueError, match="no description of b"):
+        answers(PlainModel("p", model.backbones[0], tiny_tokenizer(), TOKENS, {"a": "be a", "c": "be c"}))

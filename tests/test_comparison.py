@@ -17,15 +17,18 @@ from modeling_pcm_ensemble.evaluation import (
     Outcome,
     PlainModel,
     RewardJudge,
+    Verdict,
     agreement,
     collect_answers,
     eval_results,
     judge_answers,
+    label,
     make_jobs,
     measure_cost,
     summarise,
     write_report,
 )
+from modeling_pcm_ensemble.evaluation.comparison import win_rate
 
 PREFERENCES = [{"long": 1.0}, {"long": 1.0, "plain": 1.0}]
 JOBS = make_jobs([[{"role": "user", "content": f"Question {i}?"}] for i in range(3)], PREFERENCES)
@@ -53,29 +56,40 @@ class FirstIsBest(Judge):
     name = "first"
 
     def judge(self, comparisons):
-        return [dict.fromkeys(comparison.preference, 1.0) for comparison in comparisons]
+        return [Verdict(1.0, dict.fromkeys(comparison.preference, 1.0)) for comparison in comparisons]
 
 
 LENGTH = RewardJudge(
     "length",
     {
-        "long": lambda prompts, completions, **_: [len(text) / 10 for text in completions],
+        "long": lambda prompts, completions, **_: [len(answer[-1]["content"]) / 10 for answer in completions],
         "plain": lambda prompts, completions, **_: [0.0 for _ in completions],
     },
 )
 
 
 def test_jobs_are_every_prompt_under_every_preference_once():
-    assert [(job.prompt[0]["content"], job.label) for job in JOBS[:3]] == [
+    assert [(job.prompt[0]["content"], label(job.preference)) for job in JOBS[:3]] == [
         ("Question 0?", "long"),
         ("Question 0?", "long + plain"),
         ("Question 1?", "long"),
     ]
-    assert make_jobs([JOBS[0].prompt], [{"a": 2.0, "b": 0.5}])[0].label == "a=2 + b=0.5"
-    with pytest.raises(ValueError, match="twice"):
-        make_jobs([JOBS[0].prompt], [{"a": 1.0}, {"a": 1.0}])
-    with pytest.raises(ValueError, match="nothing to compare"):
-        make_jobs([], PREFERENCES)
+    assert label({"a": 2.0, "b": 2.0}) == "a=2 + b=2"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "preferences", "message"),
+    [
+        ([JOBS[0].prompt], [{"a": 1.0}, {"a": 1}], "twice"),
+        ([], PREFERENCES, "nothing to compare"),
+        ([JOBS[0].prompt], [{"a": 0.0}], "must be above 0"),
+        ([JOBS[0].prompt], [{"a": float("nan")}], "must be above 0"),
+        (["What?"], PREFERENCES, "must be conversations"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(prompts, preferences, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_jobs(prompts, preferences)
 
 
 def test_an_interrupted_collection_goes_on_where_it_stopped(tmp_path):
@@ -93,6 +107,31 @@ def test_sampled_answers_do_not_depend_on_an_interruption(tmp_path):
     collect_answers(plain, JOBS[:2], tmp_path / "parts", batch_size=2)
     assert collect_answers(plain, JOBS, tmp_path / "parts", batch_size=2) == whole
     assert len(set(whole)) > 1
+
+
+def test_answers_are_kept_by_name_and_settings(tmp_path):
+    def plain(seed: int, name: str = "plain", tokens: int = 5):
+        return collect_answers(PlainModel(name, tiny_llama(seed), tiny_tokenizer(), tokens), JOBS, tmp_path)
+
+    first = plain(0)
+    assert plain(1) != first
+    assert plain(0, tokens=6) != first
+    calls = Parrot("plain")
+    assert collect_answers(calls, JOBS, tmp_path)[0] == "Question 0?"
+    assert calls.calls == 1
+    assert plain(0) == first
+    assert [collect_answers(Parrot(name, times), JOBS, tmp_path)[0] for name, times in (("a", 1), ("a.1", 2))] == [
+        "Question 0?",
+        "Question 0? Question 0?",
+    ]
+
+
+def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
+    collect_answers(Parrot("parrot"), JOBS, tmp_path)
+    theirs = tmp_path / "answers-1.jsonl"
+    theirs.write_text('{"key": "half')
+    assert collect_answers(Parrot("parrot", fails_at=0), JOBS, tmp_path)[0] == "Question 0?"
+    assert theirs.read_text() == '{"key": "half'
 
 
 def test_a_baseline_answers_only_where_it_applies(tmp_path):
@@ -122,6 +161,16 @@ def test_rewards_win_by_dimension_and_as_a_whole():
     assert outcome.position_bias == 0
 
 
+def test_wins_stand_in_the_place_of_their_prompt_and_preference():
+    jobs = sorted(JOBS, key=lambda job: label(job.preference))
+    ours = ["longer" if label(job.preference) == "long" else "no" for job in jobs]
+    outcome = judge_answers(LENGTH, jobs, ours, ["short"] * 6)
+    assert outcome.wins.tolist() == [[1.0, 0.0]] * 3
+    report = summarise({"other": outcome}, jobs)["other"]
+    assert report["preferences"]["long"]["win_rate"][0] == 1.0
+    assert report["preferences"]["long + plain"]["win_rate"][0] == 0.0
+
+
 def test_a_judge_with_a_favourite_place_decides_nothing():
     outcome = judge_answers(FirstIsBest(), JOBS, ["a"] * 6, ["b"] * 6)
     assert (outcome.wins == 0.5).all()
@@ -133,11 +182,28 @@ def test_the_summary_counts_wins_and_adjusts_for_their_number():
     always = judge_answers(LENGTH, twelve, ["longer"] * 24, ["short"] * 24)
     half = Outcome(np.tile([[1.0, 0.0]], (12, 1)), {"long": np.full((12, 2), 0.5)}, 0.0)
     report = summarise({"worse": always, "equal": half}, twelve)
-    assert report["worse"]["win_rate"] == [1.0, 1.0, 1.0]
+    assert report["worse"]["win_rate"] == pytest.approx([1.0, 0.025 ** (1 / 12), 1.0])  # Clopper and Pearson's
     assert report["equal"]["win_rate"] == [0.5, 0.5, 0.5]
     assert report["equal"]["preferences"]["long"]["win_rate"][0] == 1.0
     assert report["worse"]["p"] == pytest.approx(2 * 2 / 2**12)  # of all signs two are as extreme; one of two tests
     assert report["equal"]["p"] == 1.0
+    by_dimension = report["worse"]["dimensions"]["long"]
+    assert by_dimension["win_rate"] == pytest.approx([1 / (1 + np.exp(-0.1))] * 3)
+    assert by_dimension["p"] == pytest.approx(3 * 2 / 2**12)  # one of three cells
+    assert report["worse"]["preferences"]["long"]["p"] == pytest.approx(4 * 2 / 2**12)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.66, 0.97])
+def test_intervals_of_win_rates_cover_the_true_rate_as_often_as_they_say(rate):
+    """50 prompts of 8 answers each, which a prompt makes alike, and ties."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        by_prompt = rng.beta(4 * rate, 4 * (1 - rate), size=(50, 1))
+        wins = (rng.random((50, 8)) < by_prompt).astype(float)
+        wins[rng.random((50, 8)) < 0.1] = 0.5
+        _, low, high = win_rate(wins)
+        covered += low <= 0.9 * rate + 0.1 * 0.5 <= high
+    assert 0.90 <= covered / 300 <= 0.99
 
 
 def test_agreement_is_that_worked_out_by_hand():
@@ -151,7 +217,9 @@ def test_agreement_is_that_worked_out_by_hand():
 
 def test_cost_is_measured_for_every_baseline():
     plain = PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5)
-    cost = measure_cost([plain, Parrot("parrot")], JOBS, tiny_tokenizer(), rounds=1)
+    again = PlainModel("again", plain.model, tiny_tokenizer(), 5)
+    cost = measure_cost([plain, again, Parrot("parrot")], JOBS, tiny_tokenizer(), rounds=2)
+    assert cost["plain"]["working_mb"] == pytest.approx(cost["again"]["working_mb"], abs=4)
     assert cost["plain"]["weights_mb"] == pytest.approx(sum(p.nbytes for p in plain.model.parameters()) / 2**20)
     assert cost["plain"]["seconds_per_token"] > cost["parrot"]["seconds_per_token"] > 0
 
@@ -164,7 +232,7 @@ def example_report() -> dict:
         "ours": "ours",
         "judges": {"length": summarise(outcomes, JOBS)},
         "agreement": {"length, people": [0.75, 0.5]},
-        "scores": {name: {"long": 0.6, "plain": 0.5, "short": 0.4} for name in ("ours", "other")},
+        "rewards": {name: {"long": 0.6, "plain": 0.5, "short": 0.4, "mean": 0.5} for name in ("ours", "other")},
         "quality": {"ours": {"nll": 2.5}, "other": {"nll": 3.0}},
         "cost": {n: {"seconds_per_token": 0.1, "working_mb": 3.0, "weights_mb": 4.0} for n in ("ours", "other")},
         "expert_weights": {"title": "What? [$x$]", "names": ["a", "b"], "tokens": ["A", "\n"], "values": [[1, 0]] * 2},
@@ -176,9 +244,9 @@ def test_a_report_says_what_was_counted(tmp_path):
     write_report(report, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     text = (tmp_path / "report.md").read_text()
-    assert "| other | 100.0 % [100.0, 100.0] | 0.250 |" in text
+    assert "| other | 100.0 % [29.2, 100.0] | 0.250 | +0.0 % |" in text
     assert "| length, people | 75% | 0.50 |" in text
-    for name in ("win_rates.png", "scores.png", "cost.png", "expert_weights.png"):
+    for name in ("win_rates.png", "rewards.png", "cost.png", "expert_weights.png"):
         assert (tmp_path / name).stat().st_size > 5000
         assert f"({name})" in text
 
@@ -194,14 +262,14 @@ def test_results_go_through_a_model_card(tmp_path):
 
 
 PARALLEL = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_llama, tiny_tokenizer
 from test_comparison import JOBS
 from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers
 answers = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, Path(sys.argv[2]), 0, 2)
-(Path(sys.argv[2]) / f"seen-{sys.argv[3]}.json").write_text(json.dumps(answers))
+(Path(sys.argv[2]) / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(answers))
 """
 
 
@@ -209,10 +277,11 @@ def test_two_processes_answer_as_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(PARALLEL)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    command = [*launch, str(Path(__file__).parent), str(tmp_path), "two"]
+    command = [*launch, str(Path(__file__).parent), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
-    written = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("answers-plain.*.jsonl"))]
+    written = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("answers-*.jsonl"))]
     assert written == [4, 2]
     alone = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, tmp_path / "one", 0, 2)
-    assert json.loads((tmp_path / "seen-two.json").read_text()) == alone
+    for rank in range(2):
+        assert json.loads((tmp_path / f"seen-{rank}.json").read_text()) == alone

@@ -7,8 +7,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import fmean, pstdev
 
 import pytest
+from conftest import HEADS, SIZES, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from modeling_pcm_ensemble.evaluation import ChatEndpoint, Comparison, HumanVotes, LanguageModelJudge, RewardJudge
+from modeling_pcm_ensemble.evaluation import (
+    ChatEndpoint,
+    Comparison,
+    HumanVotes,
+    LanguageModelJudge,
+    RewardJudge,
+    Verdict,
+    judge_answers,
+    make_jobs,
+)
 from modeling_pcm_ensemble.evaluation.held_out_proxies import (
     PROXIES,
     held_out_constants,
@@ -16,6 +27,7 @@ from modeling_pcm_ensemble.evaluation.held_out_proxies import (
     held_out_rewards,
 )
 from modeling_pcm_ensemble.evaluation.judges import parse_reply
+from modeling_pcm_ensemble.training.scoring import ModelReward
 
 PROMPT = [{"role": "user", "content": "What is rain?"}]
 SIMPLE = "Rain is water that falls from the sky. It makes the plants grow."
@@ -55,19 +67,30 @@ def test_held_out_proxies_are_standardised_and_take_any_text():
 
 def test_what_suits_one_dimension_more_than_it_hurts_another_wins():
     rewards = {
-        "a": lambda prompts, completions, **_: [3.0 if text == "x" else 0.0 for text in completions],
-        "b": lambda prompts, completions, **_: [0.0 if text == "x" else 0.5 for text in completions],
+        "a": lambda prompts, completions, **_: [
+            3.0 if answer[-1]["content"] == "x" else 0.0 for answer in completions
+        ],
+        "b": lambda prompts, completions, **_: [
+            0.0 if answer[-1]["content"] == "x" else 0.5 for answer in completions
+        ],
     }
     judge = RewardJudge("rewards", rewards)
-    comparison = Comparison(PROMPT, {"a": 1.0, "b": 1.0}, "x", "y")
-    (verdict,) = judge.judge([comparison])
-    assert verdict == {"a": pytest.approx(0.9526, abs=1e-4), "b": pytest.approx(0.3775, abs=1e-4)}
-    assert judge.overall(comparison, verdict) == 1.0
-    assert judge.overall(Comparison(PROMPT, {"a": 0.1, "b": 1.0}, "x", "y"), verdict) == 0.0
+    equal, other = judge.judge([Comparison(PROMPT, {"a": a, "b": 1.0}, "x", "y") for a in (1.0, 0.1)])
+    assert equal.dimensions == {"a": pytest.approx(0.9526, abs=1e-4), "b": pytest.approx(0.3775, abs=1e-4)}
+    assert (equal.winner, other.winner) == (1.0, 0.0)
+
+
+def test_a_reward_model_judges():
+    config = LlamaConfig(**SIZES | HEADS, num_labels=1)
+    reward = ModelReward(LlamaForSequenceClassification(config), tiny_tokenizer())
+    (verdict,) = RewardJudge("model", {"a": reward}).judge([Comparison(PROMPT, {"a": 1.0}, "yes", "no")])
+    one, other = reward([PROMPT] * 2, [[{"role": "assistant", "content": text}] for text in ("yes", "no")])
+    assert verdict.winner == float(one > other)
 
 
 @pytest.mark.parametrize(
-    ("reply", "winner"), [("A", "A"), (" b.\n", "B"), ("**TIE**", "TIE"), ("Answer B", "B"), ("tie", "TIE")]
+    ("reply", "winner"),
+    [("A", "A"), (" b.\n", "B"), ("**TIE**", "TIE"), ("Answer: `B`", "B"), ("<think>A?\nNo.</think>tie", "TIE")],
 )
 def test_replies_that_say_one_thing_are_read(reply, winner):
     assert parse_reply(reply) == winner
@@ -124,10 +147,9 @@ PAIR = Comparison(PROMPT, {"concise": 1.0, "friendly": 1.0}, SHORT, KIND)
 def test_a_language_model_is_asked_once_about_each_dimension(tmp_path):
     path = tmp_path / "replies.jsonl"
     with Server([(200, "A"), (200, "B")]) as server:
-        judge = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, path)
+        judge = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, path, workers=1)
         (verdict,) = judge.judge([PAIR])
-        assert verdict == {"concise": 1.0, "friendly": 0.0}
-        assert judge.overall(PAIR, verdict) == 0.5
+        assert verdict == Verdict(0.5, {"concise": 1.0, "friendly": 0.0})
         assert SHORT in server.questions[0]
         assert "Be kind." in server.questions[1]
         again = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, path)
@@ -138,7 +160,12 @@ def test_a_language_model_is_asked_once_about_each_dimension(tmp_path):
 def test_a_server_that_fails_at_first_is_asked_again(tmp_path):
     with Server([(503, "busy"), (429, "slow down"), (200, "TIE")]) as server:
         judge = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, tmp_path / "replies.jsonl")
-        assert judge.judge([PAIR]) == [{"concise": 0.5, "friendly": 0.5}]
+        assert judge.judge([PAIR]) == [Verdict(0.5, {"concise": 0.5, "friendly": 0.5})]
+
+
+def test_equal_answers_are_a_tie_and_nobody_is_asked(tmp_path):
+    judge = LanguageModelJudge("lm", None, DESCRIPTIONS, tmp_path / "replies.jsonl")
+    assert judge.judge([Comparison(PROMPT, {"concise": 1.0}, "x", "x")]) == [Verdict(0.5, {"concise": 0.5})]
 
 
 @pytest.mark.parametrize(
@@ -151,11 +178,11 @@ def test_what_was_judged_before_a_failure_is_kept(last, error, tmp_path):
     with Server([(200, "A"), last]) as server:
         endpoint = ChatEndpoint(server.url, "m", max_retries=1)
         with pytest.raises(error):
-            LanguageModelJudge("lm", endpoint, DESCRIPTIONS, path).judge([PAIR])
+            LanguageModelJudge("lm", endpoint, DESCRIPTIONS, path, workers=1).judge([PAIR])
     assert len(path.read_text().splitlines()) == 1
     with Server([(200, "B")]) as server:  # it is up again
         (verdict,) = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, path).judge([PAIR])
-        assert verdict == {"concise": 1.0, "friendly": 0.0}
+        assert verdict.dimensions == {"concise": 1.0, "friendly": 0.0}
         assert len(server.questions) == 1
 
 
@@ -167,22 +194,27 @@ def write_votes(path, *rows):
     return path
 
 
-def test_votes_are_averaged_and_count_in_either_order(tmp_path):
-    row = ["What is rain?", "concise + friendly", SHORT, KIND]
-    votes = HumanVotes(write_votes(tmp_path / "votes.csv", [*row, "first"], [*row, "tie"]))
-    assert votes.judge([PAIR, PAIR.swapped()]) == [
-        {"concise": 0.75, "friendly": 0.75},
-        {"concise": 0.25, "friendly": 0.25},
-    ]
-    with pytest.raises(ValueError, match="Nobody voted"):
-        votes.judge([Comparison(PROMPT, {"concise": 1.0}, SHORT, KIND)])
+def test_votes_are_averaged_and_those_on_other_pairs_left_out(tmp_path):
+    shown, turned = (
+        ["What is rain?", "concise + friendly", SHORT, KIND],
+        ["What is rain?", "concise + friendly", KIND, SHORT],
+    )
+    votes = HumanVotes(
+        write_votes(tmp_path / "votes.csv", [*shown, "first"], [*shown, "tie"], [*shown, "first"], [*turned, "first"])
+    )
+    assert votes.judge([PAIR, PAIR.swapped()]) == [Verdict(pytest.approx(5 / 6), {}), Verdict(1.0, {})]
+    jobs = make_jobs([PROMPT], [PAIR.preference, {"concise": 1.0}])
+    outcome = judge_answers(votes, jobs, [SHORT] * 2, [KIND] * 2)
+    assert outcome.wins[0, 0] == pytest.approx((5 / 6 + 0) / 2)
+    assert outcome.wins[0, 1] != outcome.wins[0, 1]  # NaN: nobody voted
+    assert outcome.position_bias == pytest.approx((5 / 6 + 1) / 2 - 0.5)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         (["p", "a", "x", "y", "left"], "first, second or tie, got 'left' in line 2"),
-        (["p", "a", "x", "y", ""], "Line 2 of .* has no choice"),
+        (["p", "a", "x", "y", ""], "first, second or tie, got ''"),
     ],
 )
 def test_votes_that_cannot_be_read_are_refused(row, message, tmp_path):

@@ -3,11 +3,11 @@ Comparing ways to answer under a preference: baselines, judges, statistics, repo
 `held_out_proxies` holds rewards that nothing was trained on.
 """
 
-from .baselines import Baseline, Mixture, PlainModel, WeightAverage
+from .baselines import Baseline, Mixture, PlainModel, WeightAverage, label
 from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, make_jobs, processes, summarise
 from .cost import measure_cost
 from .evaluation import evaluate
-from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge
+from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge, Verdict
 from .kept_lines import KeptLines
 from .report import eval_results, write_report
 from .statistics import bootstrap_interval, holm, omega_squared, permutation_p_value
@@ -25,6 +25,7 @@ __all__ = [
     "Outcome",
     "PlainModel",
     "RewardJudge",
+    "Verdict",
     "WeightAverage",
     "agreement",
     "bootstrap_interval",
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "holm",
     "judge_answers",
+    "label",
     "make_jobs",
     "measure_cost",
     "omega_squared",

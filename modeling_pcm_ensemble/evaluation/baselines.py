@@ -5,7 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,12 +21,10 @@ class Baseline(ABC):
     A way to answer prompts under preferences: all that an evaluation knows of it.
 
     Attributes:
-        name (`str`): stands in tables and file names.
-        settings (`str`): whatever else its answers depend on, so that other settings' answers are not taken for its.
+        name (`str`): stands in tables.
     """
 
     name: str
-    settings: str = ""
 
     @abstractmethod
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
@@ -35,6 +33,16 @@ class Baseline(ABC):
     def applies(self, preference: Preference) -> bool:
         """Whether it can be compared under a preference."""
         return True
+
+    def settings(self) -> str:
+        """Whatever its answers depend on beside its name: answers kept under others are not taken for its."""
+        return ""
+
+
+def label(preference: Preference) -> str:
+    """A preference in tables: `elementary + concise`, `elementary=2 + concise=0.5`."""
+    equal = set(preference.values()) == {1.0}
+    return " + ".join(name if equal else f"{name}={weight:g}" for name, weight in preference.items())
 
 
 @dataclass
@@ -55,12 +63,13 @@ class PlainModel(Baseline):
     max_new_tokens: int
     descriptions: Mapping[str, str] | None = None
 
-    @property
     def settings(self) -> str:
-        return json.dumps([self.max_new_tokens, self.descriptions])
+        return json.dumps([self.max_new_tokens, self.descriptions, digest(self.model)])
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         if self.descriptions is not None:
+            if missing := {name for preference in preferences for name in preference} - set(self.descriptions):
+                raise ValueError(f"Baseline {self.name!r} has no description of {', '.join(sorted(missing))}.")
             words = [" ".join(self.descriptions[name] for name in preference) for preference in preferences]
             prompts = [[{"role": "system", "content": text}, *prompt] for text, prompt in zip(words, prompts)]
         return sample_answers(self.model, self.tokenizer, prompts, self.max_new_tokens)
@@ -78,9 +87,14 @@ class Mixture(Baseline):
         use_pcm (`bool`): whether α is the PCM's; else it is the weights given.
         use_description (`bool`): whether the PCM reads what is wanted, or the context alone.
         use_context (`bool`): whether α follows the context, or is held at what it is for an empty prompt.
-        merge (`str`), expert_top_k (`int`, *optional*): as in the ensemble's config.
-        weights (`Mapping[str, Preference]`, *optional*): other weights, by a preference's names joined by " + ".
-        only (`str`, *optional*): compare under preferences that want this expert alone.
+        merge (`str`, *optional*), expert_top_k (`int`, *optional*): in place of the ensemble's own.
+        weights (`Mapping[str, Preference]`, *optional*): other weights, by [`label`].
+        words (`Mapping[str, str]`, *optional*): what the PCM reads in place of the descriptions, by [`label`]; every
+            expert is active then, and the PCM must choose.
+        only (`str`, *optional*): this expert alone, compared under preferences that want it.
+
+    Raises:
+        ValueError: if more than one of `weights`, `words`, `only` and `use_context=False` is given.
     """
 
     name: str
@@ -89,34 +103,40 @@ class Mixture(Baseline):
     use_pcm: bool = True
     use_description: bool = True
     use_context: bool = True
-    merge: str = "probabilities"
+    merge: str | None = None
     expert_top_k: int | None = None
     weights: Mapping[str, Preference] | None = None
+    words: Mapping[str, str] | None = None
     only: str | None = None
 
-    @property
+    def __post_init__(self):
+        given = {"weights": self.weights, "words": self.words, "only": self.only, "use_context": not self.use_context}
+        if len(names := [name for name, value in given.items() if value]) > 1:
+            raise ValueError(f"Baseline {self.name!r} has {' and '.join(names)}, which exclude each other.")
+
     def settings(self) -> str:
-        return json.dumps([self.max_new_tokens, self.weights, digest(self.model.pcm) if self.use_pcm else None])
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
+        return json.dumps([options, digest(self.model)])
 
     def applies(self, preference: Preference) -> bool:
         return self.only is None or self.only in preference
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
+        options = {"preference": preferences}
         if self.only is not None:
-            preferences = [{self.only: 1.0}] * len(prompts)
+            options["preference"] = self.only
         elif self.weights is not None:
-            preferences = [self.weights[" + ".join(preference)] for preference in preferences]
+            options["preference"] = [self.weights[label(preference)] for preference in preferences]
+        elif self.words is not None:
+            options = {"preference_text": [self.words[label(preference)] for preference in preferences]}
         elif not self.use_context:
-            preferences = self._weights_of_descriptions(preferences)
-        options = {} if self.use_description else {"preference_ids": torch.full((1,), -1)}
-        config = self.model.config
-        with (
-            changed(config, merge=self.merge, expert_top_k=self.expert_top_k),
-            untrained_pcm(self.model, self.use_pcm and self.use_context),
-        ):
-            return sample_answers(
-                self.model, self.model.tokenizer, prompts, self.max_new_tokens, preference=preferences, **options
-            )
+            options["preference"] = self._weights_of_descriptions(preferences)
+        if not self.use_description:
+            options["preference_ids"] = torch.full((1,), -1)
+        changes = {"merge": self.merge, "expert_top_k": self.expert_top_k}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        with changed(self.model.config, changes), untrained_pcm(self.model, self.use_pcm and self.use_context):
+            return sample_answers(self.model, self.model.tokenizer, prompts, self.max_new_tokens, **options)
 
     def _weights_of_descriptions(self, preferences: list[Preference]) -> list[Preference]:
         """α where the answer to an empty prompt would begin."""
@@ -149,7 +169,6 @@ class WeightAverage(Baseline):
         from peft import PeftModel
 
         self.name, self.tokenizer, self.max_new_tokens = name, tokenizer, max_new_tokens
-        self.settings = json.dumps([max_new_tokens, dict(adapters)])
         self.model = None
         for expert, folder in adapters.items():
             if self.model is None:
@@ -157,6 +176,9 @@ class WeightAverage(Baseline):
                 self.model = PeftModel.from_pretrained(base, folder, adapter_name=expert).eval()
             else:
                 self.model.load_adapter(folder, adapter_name=expert)
+
+    def settings(self) -> str:
+        return json.dumps([self.max_new_tokens, digest(self.model)])
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         answers: dict[int, str] = {}
@@ -175,6 +197,7 @@ class WeightAverage(Baseline):
         with torch.random.fork_rng():  # it draws the weights that it then replaces
             self.model.add_weighted_adapter(list(preference), shares, "average", combination_type="linear")
         self.model.set_adapter("average")
+        self.model.eval()  # the new modules would drop out
 
 
 @torch.no_grad()
@@ -205,20 +228,22 @@ def chat_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
 
 
 def digest(module: torch.nn.Module) -> str:
-    """Of all weights of a module."""
+    """Of all weights of a module but PEFT's average, which comes and goes."""
     found = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        found.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        if ".average." not in name:
+            found.update(name.encode() + tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 
 @contextmanager
-def changed(config, **values) -> Iterator[None]:
+def changed(config, changes: Mapping) -> Iterator[None]:
     """A config with other values inside."""
-    before = {name: getattr(config, name) for name in values}
+    before = {name: getattr(config, name) for name in changes}
     try:
-        for name, value in values.items():
+        for name, value in changes.items():
             setattr(config, name, value)
+        config.validate()
         yield
     finally:
         for name, value in before.items():

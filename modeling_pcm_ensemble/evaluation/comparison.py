@@ -1,19 +1,24 @@
 """Answers of every baseline, who wins which comparison, and how sure that is."""
 
 import json
-import time
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
+from scipy import stats
 from tqdm import tqdm
 from transformers import set_seed
 
-from .baselines import Baseline, Conversation, Preference
-from .judges import FIRST, TIE, Comparison, Judge
-from .kept_lines import KeptLines
+from .baselines import Baseline, Conversation, Preference, label
+from .judges import FIRST, SECOND, TIE, Comparison, Judge, Verdict
+from .kept_lines import KeptLines, parse_lines
 from .statistics import bootstrap_interval, holm, permutation_p_value
 
 
@@ -24,25 +29,25 @@ class Job:
     prompt: Conversation
     preference: Preference
 
-    @property
-    def label(self) -> str:
-        """The preference in tables."""
-        equal = len(set(self.preference.values())) == 1
-        return " + ".join(name if equal else f"{name}={w:g}" for name, w in self.preference.items())
-
 
 def make_jobs(prompts: list[Conversation], preferences: list[Preference]) -> list[Job]:
     """
     Every prompt under every preference; those of one prompt lie together.
 
     Raises:
-        ValueError: if there are no prompts or preferences, or one of them is there twice.
+        TypeError: if a prompt is no conversation.
+        ValueError: if there are no prompts or preferences, one of them is there twice, or a weight is not above 0.
     """
+    for prompt in prompts:
+        if not isinstance(prompt, list):
+            raise TypeError(f"Prompts must be conversations, lists of messages, got {type(prompt).__name__}.")
+    for preference in preferences:
+        if not preference or not all(isfinite(weight) and weight > 0 for weight in preference.values()):
+            raise ValueError(f"A preference's weights must be above 0, got {preference}. Leave unwanted experts out.")
     jobs = [Job(prompt, preference) for prompt in prompts for preference in preferences]
-    keys = [json.dumps([job.prompt, job.preference]) for job in jobs]
     if not jobs:
         raise ValueError("There is nothing to compare. Pass at least one prompt and one preference.")
-    if len(set(keys)) < len(keys):
+    if len({(json.dumps(job.prompt), label(job.preference)) for job in jobs}) < len(jobs):
         raise ValueError("A prompt or a preference is there twice. Pass each once, or its answers count double.")
     return jobs
 
@@ -51,54 +56,51 @@ def collect_answers(
     baseline: Baseline, jobs: list[Job], folder: Path, seed: int = 0, batch_size: int = 64
 ) -> list[str | None]:
     r"""
-    Answer every job, or read the answer that a run before has kept in `folder`.
+    Answer every job, or take the answer that a run before has kept in `folder`.
 
-    Under `accelerate launch` the batches are split over the processes. Each batch has random numbers of its own, the
-    same for all baselines, so that the answers depend neither on who gives them nor on what a killed run had done.
+    Each batch of jobs has random numbers of its own, so that the answers are the same after a kill and with any number
+    of processes: under `accelerate launch` they share the batches.
 
     Returns:
-        `list[str]`: one answer for each job, None where the baseline does not apply.
+        One answer for each job, None where the baseline does not apply.
 
     Raises:
         ValueError: if a baseline gives fewer or more answers than it was asked for.
     """
-    state = processes()
-    jobs_of = [job for job in jobs if baseline.applies(job.preference)]
-    file_name = f"answers-{baseline.name.replace('/', '-')}"
+    state, settings = processes(), baseline.settings()
+    known: dict[str, dict] = {}
+    for path in sorted(folder.glob("answers-*.jsonl")):
+        known |= parse_lines(path.read_text(encoding="utf-8"))
+    mine = KeptLines(folder / f"answers-{state.process_index}.jsonl")
 
     def key(job: Job) -> str:
-        return json.dumps([job.prompt, job.preference, baseline.settings, seed])
+        return json.dumps([baseline.name, job.prompt, job.preference, settings, seed])
 
-    mine = KeptLines(folder / f"{file_name}.{state.process_index}.jsonl")
-    batches = [jobs_of[start : start + batch_size] for start in range(0, len(jobs_of), batch_size)]
-    done = _all_lines(folder, file_name)
-    share = list(enumerate(batches))[state.process_index :: state.num_processes]
-    for number, batch in tqdm(share, desc=baseline.name, disable=not state.is_main_process):
-        if all(key(job) in done for job in batch):
+    applies = [baseline.applies(job.preference) for job in jobs]
+    keys = [key(job) if applied else None for job, applied in zip(jobs, applies)]
+    starts = range(0, len(jobs), batch_size)[state.process_index :: state.num_processes]
+    for start in tqdm(starts, desc=baseline.name, disable=not state.is_main_process):
+        batch = slice(start, start + batch_size)
+        new = [(k, job) for k, job in zip(keys[batch], jobs[batch]) if k is not None and k not in known]
+        if not new:
             continue
-        set_seed(1000 * seed + number)
-        start = time.perf_counter()
-        answers = baseline.generate([job.prompt for job in batch], [job.preference for job in batch])
-        if len(answers) != len(batch):
-            raise ValueError(f"Baseline {baseline.name!r} gave {len(answers)} answers to {len(batch)} prompts.")
-        seconds = (time.perf_counter() - start) / len(batch)
-        mine.add({"key": key(job), "answer": a, "seconds": seconds} for job, a in zip(batch, answers))
-    state.wait_for_everyone()
-    done = _all_lines(folder, file_name)
-    return [done[key(job)]["answer"] if baseline.applies(job.preference) else None for job in jobs]
+        set_seed(seed * len(jobs) + start)
+        answers = baseline.generate([job.prompt for _, job in new], [job.preference for _, job in new])
+        if len(answers) != len(new):
+            raise ValueError(f"Baseline {baseline.name!r} gave {len(answers)} answers to {len(new)} prompts.")
+        mine.add(
+            {"key": k, "baseline": baseline.name, "preference": label(job.preference), "answer": answer}
+            for (k, job), answer in zip(new, answers)
+        )
+    known |= mine.lines
+    for found in gather_object([{k: known[k] for k in keys if k in known}]):  # other machines' files are not here
+        known |= found
+    return [None if k is None else known[k]["answer"] for k in keys]
 
 
 def processes() -> PartialState:
     """All processes of a launch; on CPUs they are found only if asked for."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _all_lines(folder: Path, file_name: str) -> dict[str, dict]:
-    """What all processes have kept."""
-    lines = {}
-    for path in sorted(folder.glob(f"{file_name}.*.jsonl")):
-        lines |= KeptLines(path).lines
-    return lines
 
 
 @dataclass
@@ -127,32 +129,50 @@ def judge_answers(judge: Judge, jobs: list[Job], first: list[str | None], second
     """
     if not len(jobs) == len(first) == len(second):
         raise ValueError(f"There are {len(first)} and {len(second)} answers to {len(jobs)} prompts and preferences.")
-    places = [i for i in range(len(jobs)) if first[i] is not None and second[i] is not None]
-    pairs = [Comparison(jobs[i].prompt, jobs[i].preference, first[i], second[i]) for i in places]
-    swapped = [pair.swapped() for pair in pairs]
-    verdicts, reverse = judge.judge(pairs), judge.judge(swapped)
-    names = sorted({name for pair in pairs for name in pair.preference})
-    shape = (len({json.dumps(job.prompt) for job in jobs}), -1)
-    wins = np.full(len(jobs), np.nan)
-    dimensions = {name: np.full(len(jobs), np.nan) for name in names}
-    shown_first = []
-    for place, pair, other, there, back in zip(places, pairs, swapped, verdicts, reverse):
-        one, two = judge.overall(pair, there), judge.overall(other, back)
-        shown_first += [one, two]
-        wins[place] = (one + FIRST - two) / 2
-        for name in pair.preference:
-            dimensions[name][place] = (there[name] + FIRST - back[name]) / 2
-    return Outcome(
-        wins.reshape(shape),
-        {name: values.reshape(shape) for name, values in dimensions.items()},
-        float(np.mean(shown_first)) - TIE if shown_first else 0.0,
-    )
+    pairs = {
+        i: Comparison(jobs[i].prompt, jobs[i].preference, first[i], second[i])
+        for i in range(len(jobs))
+        if first[i] is not None and second[i] is not None
+    }
+    shown = judge.judge(list(pairs.values()))
+    swapped = judge.judge([pair.swapped() for pair in pairs.values()])
+    rows, columns = _places(json.dumps(job.prompt) for job in jobs), _places(label(job.preference) for job in jobs)
+    empty = np.full((max(rows) + 1, max(columns) + 1), np.nan)
+    wins, dimensions = empty.copy(), defaultdict(empty.copy)
+    for place, there, back in zip(pairs, shown, swapped):
+        cell = rows[place], columns[place]
+        both = [v for v in (there, back and Verdict(FIRST - back.winner, _turned(back.dimensions))) if v is not None]
+        if both:
+            wins[cell] = fmean(verdict.winner for verdict in both)
+            for name in both[0].dimensions:
+                dimensions[name][cell] = fmean(verdict.dimensions[name] for verdict in both)
+    first_wins = [verdict.winner for verdict in (*shown, *swapped) if verdict is not None]
+    return Outcome(wins, dict(sorted(dimensions.items())), fmean(first_wins) - TIE if first_wins else 0.0)
+
+
+def _turned(dimensions: dict[str, float]) -> dict[str, float]:
+    return {name: FIRST - value for name, value in dimensions.items()}
+
+
+def _places(keys: Iterable[str]) -> list[int]:
+    """For each key the place at which it came up first among the different ones."""
+    keys = list(keys)
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    return [places[key] for key in keys]
 
 
 def win_rate(wins: np.ndarray) -> list[float] | None:
-    """Mean and 95 % interval, prompts drawn anew with all their answers; None where nothing was compared."""
+    """
+    Mean and 95 % interval, prompts drawn anew with all their answers; None where nothing was compared. Where all
+    prompts are won or lost, drawing them anew says nothing, and the interval is Clopper and Pearson's.
+    """
     by_prompt = _by_prompt(wins)
-    return list(bootstrap_interval(by_prompt[None])) if len(by_prompt) else None
+    if not len(by_prompt):
+        return None
+    if set(by_prompt) in ({FIRST}, {SECOND}):
+        exact = stats.binomtest(int(by_prompt.sum()), len(by_prompt)).proportion_ci()
+        return [float(by_prompt[0]), float(exact.low), float(exact.high)]
+    return list(bootstrap_interval(by_prompt[None]))
 
 
 def _by_prompt(wins: np.ndarray) -> np.ndarray:
@@ -166,25 +186,29 @@ def summarise(outcomes: dict[str, Outcome], jobs: list[Job]) -> dict[str, dict]:
 
     Returns:
         For each baseline `win_rate` (mean, lower and upper end), `p` (permutation test, Holm's over the baselines),
-        the same by preference (Holm's over all cells of that table) and by dimension, and the `position_bias`.
+        the same by preference and by dimension (Holm's over all cells of that table), and the `position_bias`.
     """
-    labels = list(dict.fromkeys(job.label for job in jobs))
+    labels = list(dict.fromkeys(label(job.preference) for job in jobs))
     report = {
         name: {
             "win_rate": win_rate(outcome.wins),
             "p": _p_value(outcome.wins),
             "preferences": {
-                label: {"win_rate": win_rate(outcome.wins[:, [i]]), "p": _p_value(outcome.wins[:, [i]])}
-                for i, label in enumerate(labels)
+                name: {"win_rate": win_rate(outcome.wins[:, [i]]), "p": _p_value(outcome.wins[:, [i]])}
+                for i, name in enumerate(labels)
                 if not np.isnan(outcome.wins[:, i]).all()
             },
-            "dimensions": {d: win_rate(values) for d, values in outcome.dimensions.items()},
+            "dimensions": {
+                name: {"win_rate": win_rate(values), "p": _p_value(values)}
+                for name, values in outcome.dimensions.items()
+            },
             "position_bias": outcome.position_bias,
         }
         for name, outcome in outcomes.items()
     }
     _adjust(list(report.values()))
-    _adjust([cell for entry in report.values() for cell in entry["preferences"].values()])
+    for part in ("preferences", "dimensions"):
+        _adjust([cell for entry in report.values() for cell in entry[part].values()])
     return report
 
 
@@ -206,6 +230,8 @@ def agreement(one: Outcome, other: Outcome) -> tuple[float, float]:
     """
     both = ~(np.isnan(one.wins) | np.isnan(other.wins))
     a, b = np.sign(one.wins[both] - TIE), np.sign(other.wins[both] - TIE)
+    if not both.any():
+        raise ValueError("These judges have no comparison in common.")
     same = float(np.mean(a == b))
     chance = float(sum(np.mean(a == side) * np.mean(b == side) for side in (-1, 0, 1)))
     return same, (same - chance) / (1 - chance) if chance < 1 else 1.0

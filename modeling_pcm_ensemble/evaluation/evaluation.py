@@ -9,7 +9,7 @@ import torch
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..training.rewards import Guard
-from .baselines import Baseline
+from .baselines import Baseline, label
 from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, processes, summarise
 from .cost import measure_cost
 from .judges import Judge
@@ -45,12 +45,12 @@ def evaluate(
         What [`write_report`] takes, but for `title` and `command`; None on all processes but the main one.
 
     Raises:
-        ValueError: if two baselines have one name, or `base` is none of them.
+        ValueError: if two baselines have one name, one applies nowhere, `base` is none of them, or a judge cannot
+            judge a wanted expert.
     """
     baselines = [ours, *others]
     names = [baseline.name for baseline in baselines]
-    if len(set(names)) < len(names) or base not in names:
-        raise ValueError(f"Baselines must have names of their own, and one must be {base!r}, got {names}.")
+    _check(baselines, jobs, judges, base)
     answers = {b.name: collect_answers(b, jobs, folder, seed, batch_size) for b in baselines}
     if not processes().is_main_process:
         return None
@@ -65,13 +65,26 @@ def evaluate(
             f"{one}, {other}": mean_agreement(outcomes[one], outcomes[other])
             for one, other in itertools.combinations(outcomes, 2)
         },
-        "scores": {
-            name: scores(judge_answers(judges[0], jobs, answers[name], answers[base]).dimensions) for name in names
+        "rewards": {
+            name: mean_rewards(judge_answers(judges[0], jobs, answers[name], answers[base])) for name in names
         },
         "quality": {name: text_quality(guard, jobs, answers[name]) for name in names},
-        "cost": measure_cost(baselines, jobs[:8], model.tokenizer),
+        "cost": measure_cost(baselines, jobs, model.tokenizer),
         "expert_weights": expert_weights_example(model, jobs, answers[ours.name]),
     }
+
+
+def _check(baselines: list[Baseline], jobs: list[Job], judges: list[Judge], base: str):
+    names = [baseline.name for baseline in baselines]
+    if len(set(names)) < len(names) or base not in names:
+        raise ValueError(f"Baselines must have names of their own, and one must be {base!r}, got {names}.")
+    for baseline in baselines:
+        if not any(baseline.applies(job.preference) for job in jobs):
+            raise ValueError(f"Baseline {baseline.name!r} applies under none of the preferences. Leave it out.")
+    wanted = {name for job in jobs for name in job.preference}
+    for judge in judges:
+        if judge.dimensions is not None and (missing := wanted - judge.dimensions):
+            raise ValueError(f"Judge {judge.name!r} cannot judge {', '.join(sorted(missing))}. Give it these too.")
 
 
 def mean_agreement(one: dict[str, Outcome], other: dict[str, Outcome]) -> list[float]:
@@ -79,9 +92,11 @@ def mean_agreement(one: dict[str, Outcome], other: dict[str, Outcome]) -> list[f
     return [fmean(values) for values in zip(*(agreement(one[name], other[name]) for name in one))]
 
 
-def scores(dimensions: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means by dimension, of those that were compared."""
-    return {name: float(np.nanmean(values)) for name, values in dimensions.items() if not np.isnan(values).all()}
+def mean_rewards(against_base: Outcome) -> dict[str, float]:
+    """Mean normalised rewards by dimension, and over all answers as `mean`."""
+    dimensions = {name: values for name, values in against_base.dimensions.items() if not np.isnan(values).all()}
+    whole = np.nanmean(list(dimensions.values()), axis=0)  # (prompts, preferences)
+    return {name: float(np.nanmean(v)) for name, v in dimensions.items()} | {"mean": float(np.nanmean(whole))}
 
 
 def text_quality(guard: Guard, jobs: list[Job], answers: list[str | None]) -> dict[str, float]:
@@ -95,16 +110,16 @@ def text_quality(guard: Guard, jobs: list[Job], answers: list[str | None]) -> di
 def expert_weights_example(model: PCMEnsembleForCausalLM, jobs: list[Job], answers: list[str]) -> dict:
     """α over the answer, of those longer than 100 characters or else of all, in which it moves most."""
     tokenizer, names, found = model.tokenizer, model.config.expert_names, []
-    long = [pair for pair in zip(jobs, answers) if len(pair[1]) > 100] or list(zip(jobs, answers))
-    for job, answer in long:
+    given = [(job, answer) for job, answer in zip(jobs, answers) if answer]
+    for job, answer in [pair for pair in given if len(pair[1]) > 100] or given:
         prompt = tokenizer.apply_chat_template(job.prompt, add_generation_prompt=True, tokenize=False)
         start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = tokenizer(prompt + answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
         values = model.compute_expert_weights(ids, preference=job.preference)[0, start - 1 : -1]  # (tokens, experts)
-        found.append((values.std(dim=0).sum().item(), job, ids[0, start:].tolist(), values))
+        found.append((values.std(dim=0, correction=0).sum().item(), job, ids[0, start:].tolist(), values))
     _, job, ids, values = max(found, key=lambda entry: entry[0])
     return {
-        "title": f"{job.prompt[-1]['content']} [{job.label}]",
+        "title": f"{job.prompt[-1]['content']} [{label(job.preference)}]",
         "names": list(job.preference),
         "tokens": [tokenizer.decode([token]) for token in ids],
         "values": values[:, [names.index(name) for name in job.preference]].tolist(),

@@ -50,7 +50,7 @@ CONSTANTS = Path(__file__).with_name("smollm2_held_out.json")
 @lru_cache(maxsize=8192)
 def held_out_features(text: str) -> dict[str, float]:
     """Compute the features in the table above for one answer."""
-    words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
+    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower().replace("’", "'"))
     sentences = [s for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()] or [""]
     num_words, num_sentences = max(len(words), 1), len(sentences)
     names = sum(len(re.findall(r"(?<=\w )[A-Z]\w+", sentence)) for sentence in sentences)
@@ -62,9 +62,9 @@ def held_out_features(text: str) -> dict[str, float]:
         "filler": sum(word in FILLER for word in words) / num_words,
         "specifics": log1p(len(re.findall(r"\d+", text)) + names),
         "polarity": TextBlob(text).sentiment.polarity,
-        "contractions": sum("'" in word or "’" in word for word in words) / num_words,
+        "contractions": sum("'" in word for word in words) / num_words,
         "questions": sum(sentence.rstrip().endswith("?") for sentence in sentences) / num_sentences,
-        "negations": sum(word in NEGATIONS or word.endswith(("n't", "n’t")) for word in words) / num_words,
+        "negations": sum(word in NEGATIONS or word.endswith("n't") for word in words) / num_words,
     }
 
 
@@ -86,8 +86,9 @@ def held_out_rewards(constants: Mapping[str, tuple[float, float]] | None = None)
     def reward(name: str) -> Callable:
         mean, deviation = constants[name]
 
-        def rewards(prompts: list, completions: list[str], **columns) -> list[float]:
-            values = [weighted_proxy(PROXIES[name], held_out_features(text), constants) for text in completions]
+        def rewards(prompts: list, completions: list, **columns) -> list[float]:
+            texts = [entry if isinstance(entry, str) else entry[-1]["content"] for entry in completions]
+            values = [weighted_proxy(PROXIES[name], held_out_features(text), constants) for text in texts]
             return [(value - mean) / deviation for value in values]
 
         return rewards

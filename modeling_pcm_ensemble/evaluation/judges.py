@@ -2,20 +2,23 @@
 
 import csv
 import json
+import os
 import re
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from tqdm import tqdm
 
 from ..training.scoring import call_reward, normalised_reward
-from .baselines import Conversation, Preference
+from .baselines import Conversation, Preference, label
 from .kept_lines import KeptLines
 
 FIRST, TIE, SECOND = 1.0, 0.5, 0.0
-Verdict = dict[str, float]  # dimension → how much the first answer wins
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,17 @@ class Comparison:
     def swapped(self) -> "Comparison":
         return Comparison(self.prompt, self.preference, self.second, self.first)
 
-    def key(self) -> str:
-        return json.dumps([self.prompt, self.preference, self.first, self.second])
+
+@dataclass(frozen=True)
+class Verdict:
+    r"""
+    Args:
+        winner (`float`): 1 if the first answer suits the preference better, 0 if the second, 0.5 if neither.
+        dimensions (`dict[str, float]`): for each wanted expert that was judged apart, likewise or in between.
+    """
+
+    winner: float
+    dimensions: dict[str, float]
 
 
 class Judge(ABC):
@@ -39,19 +51,22 @@ class Judge(ABC):
     Compares answers.
 
     Attributes:
-        name (`str`): stands in tables and file names.
+        name (`str`): stands in tables.
+        dimensions (`set[str]`, *optional*): the experts that it can judge; None for all.
     """
 
     name: str
+    dimensions: set[str] | None = None
 
     @abstractmethod
-    def judge(self, comparisons: list[Comparison]) -> list[Verdict]:
-        """For each comparison and wanted dimension, 1 if the first answer wins, 0 if the second, 0.5 if neither."""
+    def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
+        """A verdict on each comparison, None where there is none."""
 
-    def overall(self, comparison: Comparison, verdict: Verdict) -> float:
-        """Who wins under the preference as a whole: the majority of its dimensions, by weight."""
-        balance = sum(weight * (verdict[name] - TIE) for name, weight in comparison.preference.items())
-        return FIRST if balance > 1e-9 else SECOND if balance < -1e-9 else TIE
+
+def majority(preference: Preference, dimensions: dict[str, float]) -> Verdict:
+    """The winner by weighted mean over the preference's dimensions."""
+    balance = sum(weight * (dimensions[name] - TIE) for name, weight in preference.items())
+    return Verdict(FIRST if balance > 1e-9 else SECOND if balance < -1e-9 else TIE, dimensions)
 
 
 class RewardJudge(Judge):
@@ -61,43 +76,36 @@ class RewardJudge(Judge):
 
     Args:
         name (`str`): see [`Judge`].
-        rewards (`Mapping[str, Callable]`): by dimension, `(prompts, completions) → list[float]`, in units of a
-            standard deviation.
+        rewards (`Mapping[str, Callable]`): by dimension, `(prompts, completions) → list[float]` as TRL's, for
+            conversations, in units of a standard deviation.
     """
 
     def __init__(self, name: str, rewards: Mapping[str, Callable]):
-        self.name, self.rewards = name, rewards
+        self.name, self.rewards, self.dimensions = name, rewards, set(rewards)
         self._known: dict[tuple[str, str, str], float] = {}
 
     def judge(self, comparisons: list[Comparison]) -> list[Verdict]:
         for dimension in self.rewards:
-            texts = [
-                (c.prompt, text) for c in comparisons if dimension in c.preference for text in (c.first, c.second)
-            ]
-            self._score(dimension, texts)
-        return [
-            {
-                dimension: normalised_reward(
-                    self._known[dimension, json.dumps(c.prompt), c.first],
-                    self._known[dimension, json.dumps(c.prompt), c.second],
-                )
-                for dimension in c.preference
-            }
-            for c in comparisons
-        ]
+            wanting = [c for c in comparisons if dimension in c.preference]
+            self._reward(dimension, [(c.prompt, text) for c in wanting for text in (c.first, c.second)])
+        return [majority(c.preference, {name: self._won(name, c) for name in c.preference}) for c in comparisons]
 
-    def _score(self, dimension: str, texts: list[tuple[Conversation, str]]):
+    def _won(self, dimension: str, c: Comparison) -> float:
+        first, second = (self._known[dimension, json.dumps(c.prompt), text] for text in (c.first, c.second))
+        return normalised_reward(first, second)
+
+    def _reward(self, dimension: str, texts: list[tuple[Conversation, str]]):
         new = {(dimension, json.dumps(prompt), text): (prompt, text) for prompt, text in texts}
         new = {key: entry for key, entry in new.items() if key not in self._known}
         if new:
-            prompts, completions = zip(*new.values())
-            values = call_reward(dimension, self.rewards[dimension], list(prompts), list(completions), {})
-            self._known |= dict(zip(new, values))
+            prompts = [prompt for prompt, _ in new.values()]
+            completions = [[{"role": "assistant", "content": text}] for _, text in new.values()]
+            self._known |= dict(zip(new, call_reward(dimension, self.rewards[dimension], prompts, completions, {})))
 
 
 # The words are this project's own.
 QUESTION = """\
-A user asked:
+A conversation:
 {prompt}
 
 Answer A:
@@ -108,7 +116,9 @@ Answer B:
 
 The answers were written under this instruction: "{description}"
 Which answer follows the instruction better? Judge by this alone. Reply with one line: A, B, or TIE."""
-REPLY = re.compile(r"\s*\**(?:answer\s+)?(A|B|TIE)\b\**[\s.]*$", re.IGNORECASE)
+THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+QUOTES = r"[\s*`\"'.]*"
+REPLY = re.compile(rf"{QUOTES}(?:answer[\s:]+)?{QUOTES}(A|B|TIE)\b{QUOTES}$", re.IGNORECASE)
 
 
 class LanguageModelJudge(Judge):
@@ -116,42 +126,51 @@ class LanguageModelJudge(Judge):
     Asks a language model about each dimension apart, and keeps what it said.
 
     Args:
-        name (`str`): see [`Judge`].
-        ask (`Callable[[str], str]`): a question → the model's reply, such as [`ChatEndpoint`].
+        name (`str`): see [`Judge`]; replies kept under another name are not taken for its.
+        ask (`Callable[[str], str]`): a question → the model's reply, such as [`ChatEndpoint`] or a pipeline.
         descriptions (`Mapping[str, str]`): what each dimension asks of an answer.
         path (`Path`): a JSONL file that replies are kept in, so that none is asked for twice.
+        workers (`int`): questions that are asked at once.
 
     Raises:
         ValueError: if a reply is not A, B or TIE. It is not kept; those before it are.
     """
 
-    def __init__(self, name: str, ask: Callable[[str], str], descriptions: Mapping[str, str], path: Path):
-        self.name, self.ask, self.descriptions = name, ask, descriptions
-        self.replies = KeptLines(path)
+    def __init__(
+        self, name: str, ask: Callable[[str], str], descriptions: Mapping[str, str], path: Path, workers: int = 8
+    ):
+        self.name, self.ask, self.descriptions, self.workers = name, ask, descriptions, workers
+        self.dimensions, self.replies = set(descriptions), KeptLines(path)
 
     def judge(self, comparisons: list[Comparison]) -> list[Verdict]:
-        return [
-            {dimension: self._verdict(comparison, dimension) for dimension in comparison.preference}
-            for comparison in tqdm(comparisons, desc=self.name, disable=len(comparisons) < 8)
-        ]
+        questions = [(c, name) for c in comparisons for name in c.preference]
+        with ThreadPoolExecutor(self.workers) as pool:
+            asked = pool.map(lambda question: self._won(*question), questions)
+            try:
+                won = iter(list(tqdm(asked, self.name, len(questions), disable=len(questions) < 32)))
+            except Exception:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [majority(c.preference, {name: next(won) for name in c.preference}) for c in comparisons]
 
-    def _verdict(self, comparison: Comparison, dimension: str) -> float:
+    def _won(self, comparison: Comparison, dimension: str) -> float:
+        if comparison.first == comparison.second:
+            return TIE
         question = QUESTION.format(
-            prompt=comparison.prompt[-1]["content"],
+            prompt="\n\n".join(f"{turn['role']}: {turn['content']}" for turn in comparison.prompt),
             first=comparison.first,
             second=comparison.second,
             description=self.descriptions[dimension],
         )
         key = json.dumps([self.name, question])
         if key not in self.replies:
-            reply = self.ask(question)
-            self.replies.add([{"key": key, "winner": parse_reply(reply)}])
+            self.replies.add([{"key": key, "winner": parse_reply(self.ask(question))}])
         return {"A": FIRST, "B": SECOND, "TIE": TIE}[self.replies[key]["winner"]]
 
 
 def parse_reply(reply: str) -> str:
-    """A, B or TIE, of a reply that says nothing else."""
-    if not (match := REPLY.match(reply)):
+    """A, B or TIE, of a reply that says nothing else beside its thoughts."""
+    if not (match := REPLY.match(THOUGHT.sub("", reply))):
         raise ValueError(f"The judge must reply with A, B or TIE, replied {reply!r}. Use a model that follows this.")
     return match[1].upper()
 
@@ -164,7 +183,7 @@ class ChatEndpoint:
     Args:
         url (`str`): up to and including `/v1`.
         model (`str`): its name there.
-        api_key (`str`): sent as a bearer token; local servers take any.
+        api_key (`str`, *optional*): sent as a bearer token; by default `OPENAI_API_KEY`, if it is set.
         timeout (`float`): seconds to wait for a reply.
         max_retries (`int`): attempts after the first.
 
@@ -172,7 +191,7 @@ class ChatEndpoint:
         ConnectionError: if the endpoint fails throughout. What was judged before is kept: run again later.
     """
 
-    def __init__(self, url: str, model: str, api_key: str = "none", timeout: float = 60, max_retries: int = 5):
+    def __init__(self, url: str, model: str, api_key: str | None = None, timeout: float = 60, max_retries: int = 5):
         try:
             import openai
         except ImportError as error:
@@ -180,6 +199,7 @@ class ChatEndpoint:
                 "A judge behind an endpoint needs openai. Install it with `pip install openai`."
             ) from error
         self.url, self.model, self.failures = url, model, openai.APIError
+        api_key = api_key or os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
         self.client = openai.OpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=max_retries)
 
     def __call__(self, question: str) -> str:
@@ -195,39 +215,29 @@ class ChatEndpoint:
 
 class HumanVotes(Judge):
     r"""
-    People's choices from a CSV file with columns `prompt`, `preference` (names joined by " + "), `first`, `second` and
-    `choice` (`first`, `second` or `tie`). Several votes on one pair are averaged.
+    People's choices from a CSV file with columns `prompt` (the last turn), `preference` (see [`label`]), `first` and
+    `second` as they were shown, and `choice` (`first`, `second` or `tie`). Several votes on one pair are averaged;
+    pairs without votes are left out.
 
     Raises:
-        ValueError: if a column is missing or a choice is another; if a comparison was not voted on.
+        ValueError: if a column is missing or a choice is another; the message names the line.
     """
 
     name = "people"
 
     def __init__(self, path: Path):
-        with Path(path).open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        self.votes: dict[tuple, list[float]] = {}
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if missing := {"prompt", "preference", "first", "second", "choice"} - set(reader.fieldnames or ()):
+                raise ValueError(f"{path} has no column {', '.join(sorted(missing))}.")
+            rows = list(reader)
+        self.votes: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for number, row in enumerate(rows, start=2):
-            if missing := {"prompt", "preference", "first", "second", "choice"} - {k for k, v in row.items() if v}:
-                raise ValueError(f"Line {number} of {path} has no {', '.join(sorted(missing))}.")
-            choice = {"first": FIRST, "second": SECOND, "tie": TIE}.get(row["choice"].strip().lower())
+            choice = {"first": FIRST, "second": SECOND, "tie": TIE}.get((row["choice"] or "").strip().lower())
             if choice is None:
                 raise ValueError(f"`choice` must be first, second or tie, got {row['choice']!r} in line {number}.")
-            key = (row["prompt"], row["preference"])
-            self.votes.setdefault((*key, row["first"], row["second"]), []).append(choice)
-            self.votes.setdefault((*key, row["second"], row["first"]), []).append(1 - choice)
+            self.votes[row["prompt"], row["preference"], row["first"], row["second"]].append(choice)
 
-    def has(self, comparison: Comparison) -> bool:
-        return self._key(comparison) in self.votes
-
-    def judge(self, comparisons: list[Comparison]) -> list[Verdict]:
-        for comparison in comparisons:
-            if not self.has(comparison):
-                raise ValueError(f"Nobody voted on {self._key(comparison)}.")
-        means = [sum(votes) / len(votes) for votes in (self.votes[self._key(c)] for c in comparisons)]
-        return [dict.fromkeys(c.preference, mean) for c, mean in zip(comparisons, means)]
-
-    def _key(self, comparison: Comparison) -> tuple:
-        names = " + ".join(comparison.preference)
-        return (comparison.prompt[-1]["content"], names, comparison.first, comparison.second)
+    def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
+        shown = [(c.prompt[-1]["content"], label(c.preference), c.first, c.second) for c in comparisons]
+        return [Verdict(fmean(self.votes[key]), {}) if key in self.votes else None for key in shown]

@@ -14,18 +14,19 @@ def write_report(report: dict, folder: Path):
 
     Args:
         report (`dict`):
-            `title`, `command`, `ours`, `judges` (by name what [`summarise`] gives), `agreement` (by pair of judges),
-            `scores` (by baseline, dimension → mean normalised reward), `quality` (by baseline, measure → mean),
-            `cost` (what [`measure_cost`] gives), and `expert_weights`: `tokens`, `names`, `values`, `title`.
+            `title`, `command`, and what [`evaluate`] gives: `ours`, `judges` (by name what [`summarise`] gives),
+            `agreement` (by pair of judges), `rewards` (by baseline, dimension and `mean` → mean normalised reward),
+            `quality` (by baseline, measure → mean), `cost` (what [`measure_cost`] gives), and `expert_weights`
+            (`tokens`, `names`, `values`, `title`).
         folder (`Path`): made if it is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw_win_rates(report["judges"], folder / "win_rates.png")
-    draw_scores(report["scores"], folder / "scores.png")
-    draw_cost(report["cost"], report["scores"], folder / "cost.png")
+    draw_rewards(report["rewards"], folder / "rewards.png")
+    draw_cost(report["cost"], report["rewards"], folder / "cost.png")
     draw_expert_weights(report["expert_weights"], folder / "expert_weights.png")
-    (folder / "report.md").write_text(markdown(report))
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
 
 
 def markdown(report: dict) -> str:
@@ -33,11 +34,16 @@ def markdown(report: dict) -> str:
     parts = [f"# {report['title']}", f"`{report['command']}`", "![win rates](win_rates.png)"]
     for judge, baselines in report["judges"].items():
         parts += [f"## Win rate of {report['ours']}, judge: {judge}", win_rate_table(baselines)]
-    parts += ["## By preference", *(_preference_table(j, b) for j, b in report["judges"].items())]
-    parts += ["## By dimension", *(_dimension_table(j, b) for j, b in report["judges"].items())]
+    for part in ("preferences", "dimensions"):
+        parts += [f"## Win rates by {part[:-1]}, % (* p < 0.05)"]
+        parts += [_part_table(judge, baselines, part) for judge, baselines in report["judges"].items()]
     rows = [[pair, f"{same:.0%}", f"{kappa:.2f}"] for pair, (same, kappa) in report["agreement"].items()]
     parts += ["## Agreement of judges", table(["judges", "same side", "Cohen's κ"], rows)]
-    parts += ["## Mean reward against the base model (0.5)", "![by dimension](scores.png)", _numbers(report["scores"])]
+    parts += [
+        "## Mean reward against the base model (0.5)",
+        "![by dimension](rewards.png)",
+        _numbers(report["rewards"]),
+    ]
     parts += ["## Answers as text", _numbers(report["quality"])]
     cost = {
         name: {
@@ -47,34 +53,36 @@ def markdown(report: dict) -> str:
         }
         for name, entry in report["cost"].items()
     }
-    parts += ["## Cost", "![cost and reward](cost.png)", _numbers(cost, digits=1)]
+    parts += [
+        "## Cost, 8 answers at once (the PCM runs in every mixture)",
+        "![cost and reward](cost.png)",
+        _numbers(cost, digits=1),
+    ]
     parts += ["## α over an answer", "![α](expert_weights.png)"]
     return "\n\n".join(parts) + "\n"
 
 
 def win_rate_table(baselines: dict[str, dict]) -> str:
-    """Win rates with intervals and p-values."""
-    rows = [[name, interval(entry["win_rate"]), f"{entry['p']:.3f}"] for name, entry in baselines.items()]
-    return table(["against", "win rate [95 %]", "p (Holm)"], rows)
-
-
-def _preference_table(judge: str, baselines: dict[str, dict]) -> str:
-    labels = list(dict.fromkeys(label for entry in baselines.values() for label in entry["preferences"]))
+    """Win rates with intervals, p-values and the judge's position bias."""
     rows = [
-        [label, *(_cell(entry["preferences"].get(label, {}).get("win_rate")) for entry in baselines.values())]
-        for label in labels
+        [name, interval(entry["win_rate"]), f"{entry['p']:.3f}", f"{100 * entry['position_bias']:+.1f} %"]
+        for name, entry in baselines.items()
+        if entry["win_rate"]
     ]
-    return f"Judge: {judge}\n\n" + table(["preference", *baselines], rows)
+    return table(["against", "win rate [95 %]", "p (Holm)", "shown first"], rows)
 
 
-def _dimension_table(judge: str, baselines: dict[str, dict]) -> str:
-    names = list(dict.fromkeys(name for entry in baselines.values() for name in entry["dimensions"]))
-    rows = [[name, *(_cell(entry["dimensions"].get(name)) for entry in baselines.values())] for name in names]
-    return f"Judge: {judge}\n\n" + table(["dimension", *baselines], rows)
+def _part_table(judge: str, baselines: dict[str, dict], part: str) -> str:
+    """Win rates by preference or dimension; a star where Holm's p is below 0.05."""
+    names = list(dict.fromkeys(name for entry in baselines.values() for name in entry[part]))
+    rows = [[name, *(_cell(entry[part].get(name)) for entry in baselines.values())] for name in names]
+    return f"Judge: {judge}\n\n" + table(["", *baselines], rows)
 
 
-def _cell(rate: list[float] | None) -> str:
-    return "–" if rate is None else f"{100 * rate[0]:.0f}"
+def _cell(entry: dict | None) -> str:
+    if entry is None or entry["win_rate"] is None:
+        return "–"
+    return f"{100 * entry['win_rate'][0]:.0f}" + "*" * (entry["p"] < 0.05)
 
 
 def interval(rate: list[float]) -> str:
@@ -129,13 +137,13 @@ def draw_win_rates(judges: dict[str, dict], path: Path):
     _save(figure, path)
 
 
-def draw_scores(scores: dict[str, dict[str, float]], path: Path):
+def draw_rewards(rewards: dict[str, dict[str, float]], path: Path):
     """Mean reward of every baseline by dimension, as a radar."""
-    names = list(dict.fromkeys(name for entry in scores.values() for name in entry))
+    names = list(dict.fromkeys(name for entry in rewards.values() for name in entry if name != "mean"))
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     figure, axis = plt.subplots(figsize=(9, 6.5), subplot_kw={"projection": "polar"}, layout="constrained")
-    for baseline, entry in scores.items():
-        if set(entry) == set(names):
+    for baseline, entry in rewards.items():
+        if set(names) <= set(entry):
             values = [entry[name] for name in names]
             axis.plot([*angles, angles[0]], [*values, values[0]], label=baseline, linewidth=1.2)
     axis.set_xticks(angles, names)
@@ -143,11 +151,11 @@ def draw_scores(scores: dict[str, dict[str, float]], path: Path):
     _save(figure, path)
 
 
-def draw_cost(cost: dict[str, dict], scores: dict[str, dict[str, float]], path: Path):
+def draw_cost(cost: dict[str, dict], rewards: dict[str, dict[str, float]], path: Path):
     """Time a token against mean reward."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, entry in cost.items():
-        place = (1000 * entry["seconds_per_token"], float(np.mean(list(scores[name].values()))))
+        place = (1000 * entry["seconds_per_token"], rewards[name]["mean"])
         axis.plot(*place, "o")
         axis.annotate(name, place, textcoords="offset points", xytext=(4, 4), fontsize=8)
     axis.set_xlabel("milliseconds a token")
