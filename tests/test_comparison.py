@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_llama, tiny_tokenizer
-from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_pcm_ensemble.evaluation import (
     Baseline,
@@ -20,13 +19,11 @@ from modeling_pcm_ensemble.evaluation import (
     Verdict,
     agreement,
     collect_answers,
-    eval_results,
     judge_answers,
     label,
     make_jobs,
     measure_cost,
     summarise,
-    write_report,
 )
 from modeling_pcm_ensemble.evaluation.comparison import win_rate
 
@@ -222,43 +219,6 @@ def test_cost_is_measured_for_every_baseline():
     assert cost["plain"]["working_mb"] == pytest.approx(cost["again"]["working_mb"], abs=4)
     assert cost["plain"]["weights_mb"] == pytest.approx(sum(p.nbytes for p in plain.model.parameters()) / 2**20)
     assert cost["plain"]["seconds_per_token"] > cost["parrot"]["seconds_per_token"] > 0
-
-
-def example_report() -> dict:
-    outcomes = {"other": judge_answers(LENGTH, JOBS, ["longer"] * 6, ["short"] * 6)}
-    return {
-        "title": "A title",
-        "command": "python run.py",
-        "ours": "ours",
-        "judges": {"length": summarise(outcomes, JOBS)},
-        "agreement": {"length, people": [0.75, 0.5]},
-        "rewards": {name: {"long": 0.6, "plain": 0.5, "short": 0.4, "mean": 0.5} for name in ("ours", "other")},
-        "quality": {"ours": {"nll": 2.5}, "other": {"nll": 3.0}},
-        "cost": {n: {"seconds_per_token": 0.1, "working_mb": 3.0, "weights_mb": 4.0} for n in ("ours", "other")},
-        "expert_weights": {"title": "What? [$x$]", "names": ["a", "b"], "tokens": ["A", "\n"], "values": [[1, 0]] * 2},
-    }
-
-
-def test_a_report_says_what_was_counted(tmp_path):
-    report = example_report()
-    write_report(report, tmp_path)
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    text = (tmp_path / "report.md").read_text()
-    assert "| other | 100.0 % [29.2, 100.0] | 0.250 | +0.0 % |" in text
-    assert "| length, people | 75% | 0.50 |" in text
-    for name in ("win_rates.png", "rewards.png", "cost.png", "expert_weights.png"):
-        assert (tmp_path / name).stat().st_size > 5000
-        assert f"({name})" in text
-
-
-def test_results_go_through_a_model_card(tmp_path):
-    results = eval_results(example_report(), "koala", "Koala")
-    card = ModelCard.from_template(
-        ModelCardData(model_name="m", eval_results=results), template_str="---\n{{ card_data }}\n---\n"
-    )
-    card.save(tmp_path / "README.md")
-    (result,) = ModelCard.load(tmp_path / "README.md").data.eval_results
-    assert (result.metric_type, result.metric_value) == ("win_rate", 1.0)
 
 
 PARALLEL = """

@@ -19,6 +19,7 @@ from modeling_pcm_ensemble.evaluation import (
     Verdict,
     judge_answers,
     make_jobs,
+    write_ballot,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import (
     PROXIES,
@@ -210,13 +211,24 @@ def test_votes_are_averaged_and_those_on_other_pairs_left_out(tmp_path):
     assert outcome.position_bias == pytest.approx((5 / 6 + 1) / 2 - 0.5)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (["p", "a", "x", "y", "left"], "first, second or tie, got 'left' in line 2"),
-        (["p", "a", "x", "y", ""], "first, second or tie, got ''"),
-    ],
-)
-def test_votes_that_cannot_be_read_are_refused(row, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        HumanVotes(write_votes(tmp_path / "votes.csv", row))
+def test_votes_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="first, second or tie, got 'left' in line 2"):
+        HumanVotes(write_votes(tmp_path / "votes.csv", ["p", "a", "x", "y", "left"]))
+    (tmp_path / "other.csv").write_text("prompt,first,second\n")
+    with pytest.raises(ValueError, match="no column choice, preference"):
+        HumanVotes(tmp_path / "other.csv")
+
+
+def test_a_ballot_can_be_voted_on_and_read(tmp_path):
+    pairs = [Comparison(PROMPT, {"concise": 1.0}, f"ours, {i}", f"theirs {i}") for i in range(20)]
+    write_ballot(pairs, tmp_path / "ballot.csv")
+    assert HumanVotes(tmp_path / "ballot.csv").judge(pairs) == [None] * 20  # nobody has voted yet
+    with (tmp_path / "ballot.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sides = [row["first"].startswith("ours") for row in rows]
+    assert 4 < sum(sides) < 16  # either way round
+    for row in rows:
+        row["choice"] = "first" if row["first"].startswith("ours") else "second"
+    voted = HumanVotes(write_votes(tmp_path / "votes.csv", *[row.values() for row in rows]))
+    outcome = judge_answers(voted, make_jobs([PROMPT], [{"concise": 1.0}]), ["ours, 3"], ["theirs 3"])
+    assert outcome.wins.tolist() == [[1.0]]

@@ -7,7 +7,7 @@ from .baselines import Baseline, Mixture, PlainModel, WeightAverage, label
 from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, make_jobs, processes, summarise
 from .cost import measure_cost
 from .evaluation import evaluate
-from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge, Verdict
+from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge, Verdict, write_ballot
 from .kept_lines import KeptLines
 from .report import eval_results, write_report
 from .statistics import bootstrap_interval, holm, omega_squared, permutation_p_value
@@ -41,5 +41,6 @@ __all__ = [
     "permutation_p_value",
     "processes",
     "summarise",
+    "write_ballot",
     "write_report",
 ]

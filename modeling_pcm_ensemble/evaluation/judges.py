@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -213,11 +214,26 @@ class ChatEndpoint:
         return reply.choices[0].message.content or ""
 
 
+COLUMNS = ("prompt", "preference", "first", "second", "choice")
+
+
+def write_ballot(comparisons: list[Comparison], path: Path, seed: int = 0):
+    """Lay out pairs for people to vote on, as a CSV file in random order and either way round."""
+    rng, shown = random.Random(seed), list(comparisons)
+    rng.shuffle(shown)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for c in shown:
+            sides = rng.sample((c.first, c.second), 2)
+            writer.writerow([c.prompt[-1]["content"], label(c.preference), *sides, ""])
+
+
 class HumanVotes(Judge):
     r"""
     People's choices from a CSV file with columns `prompt` (the last turn), `preference` (see [`label`]), `first` and
-    `second` as they were shown, and `choice` (`first`, `second` or `tie`). Several votes on one pair are averaged;
-    pairs without votes are left out.
+    `second` as they were shown, and `choice` (`first`, `second`, `tie`, or nothing yet), such as [`write_ballot`] lays
+    out. Several votes on one pair are averaged; pairs without votes are left out.
 
     Raises:
         ValueError: if a column is missing or a choice is another; the message names the line.
@@ -228,12 +244,14 @@ class HumanVotes(Judge):
     def __init__(self, path: Path):
         with Path(path).open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            if missing := {"prompt", "preference", "first", "second", "choice"} - set(reader.fieldnames or ()):
+            if missing := set(COLUMNS) - set(reader.fieldnames or ()):
                 raise ValueError(f"{path} has no column {', '.join(sorted(missing))}.")
             rows = list(reader)
         self.votes: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for number, row in enumerate(rows, start=2):
-            choice = {"first": FIRST, "second": SECOND, "tie": TIE}.get((row["choice"] or "").strip().lower())
+            if not (row["choice"] or "").strip():
+                continue
+            choice = {"first": FIRST, "second": SECOND, "tie": TIE}.get(row["choice"].strip().lower())
             if choice is None:
                 raise ValueError(f"`choice` must be first, second or tie, got {row['choice']!r} in line {number}.")
             self.votes[row["prompt"], row["preference"], row["first"], row["second"]].append(choice)

@@ -1,0 +1,101 @@
+"""Whole evaluations and their reports."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from test_baselines import PROMPTS, folders, model  # noqa: F401
+from test_comparison import JOBS, LENGTH, Parrot
+
+from modeling_pcm_ensemble.evaluation import (
+    Mixture,
+    PlainModel,
+    RewardJudge,
+    eval_results,
+    evaluate,
+    judge_answers,
+    make_jobs,
+    summarise,
+    write_report,
+)
+from modeling_pcm_ensemble.training.rewards import Guard
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT's call
+LONG = RewardJudge(
+    "long", dict.fromkeys("abc", lambda prompts, completions, **_: [len(a[-1]["content"]) for a in completions])
+)
+AGAIN = RewardJudge("again", LONG.rewards)
+
+
+def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, tmp_path):  # noqa: F811
+    base, jobs = model.backbones[0], make_jobs(PROMPTS, [{"a": 1.0, "b": 1.0}, {"c": 1.0}])
+    ours, vanilla = Mixture("ours", model, 6), PlainModel("vanilla", base, model.tokenizer, 6)
+    others = [vanilla, Mixture("a alone", model, 6, only="a"), Parrot("parrot", 9)]
+    options = {"model": model, "guard": Guard(base, model.tokenizer), "batch_size": 3}
+    with pytest.raises(RuntimeError, match="killed"):
+        evaluate(ours, [*others[:2], Parrot("parrot", 9, fails_at=1)], jobs, [LONG], tmp_path, **options)
+    report = evaluate(ours, others, jobs, [LONG, AGAIN], tmp_path, **options)
+    assert set(report["judges"]["long"]) == {"vanilla", "a alone", "parrot"}
+    assert list(report["judges"]["long"]["a alone"]["preferences"]) == ["a + b"]
+    assert report["judges"]["long"]["parrot"]["win_rate"][0] == 0.0
+    assert report["agreement"] == {"long, again": [1.0, 1.0]}
+    assert report["rewards"]["vanilla"] == {"a": 0.5, "b": 0.5, "c": 0.5, "mean": 0.5}
+    assert report["rewards"]["parrot"]["mean"] > 0.9
+    assert set(report["quality"]["ours"]) == {"nll", "gain", "repetition", "words"}
+    assert len(report["expert_weights"]["tokens"]) == len(report["expert_weights"]["values"])
+    write_report({"title": "t", "command": "c"} | report, tmp_path / "report")
+    assert "a alone" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("others", "judges", "message"),
+    [
+        ([Parrot("vanilla"), Parrot("vanilla")], [LENGTH], "names of their own"),
+        ([Parrot("other")], [LENGTH], "must be 'vanilla'"),
+        ([Parrot("vanilla"), Mixture("x alone", None, 6, only="x")], [LENGTH], "'x alone' applies under none"),
+        ([Parrot("vanilla")], [LENGTH, LONG], "'long' cannot judge long, plain"),
+    ],
+)
+def test_an_evaluation_that_would_fail_at_its_end_is_refused_at_its_start(others, judges, message, tmp_path):
+    ours = Parrot("ours", fails_at=0)
+    with pytest.raises(ValueError, match=message):
+        evaluate(ours, others, JOBS, judges, tmp_path, model=None, guard=None)
+
+
+def example_report() -> dict:
+    outcomes = {"other": judge_answers(LENGTH, JOBS, ["longer"] * 6, ["short"] * 6)}
+    return {
+        "title": "A title",
+        "command": "python run.py",
+        "ours": "ours",
+        "judges": {"length": summarise(outcomes, JOBS)},
+        "agreement": {"length, people": [0.75, 0.5]},
+        "rewards": {name: {"long": 0.6, "plain": 0.5, "short": 0.4, "mean": 0.5} for name in ("ours", "other")},
+        "quality": {"ours": {"nll": 2.5}, "other": {"nll": 3.0}},
+        "cost": {n: {"seconds_per_token": 0.1, "working_mb": 3.0, "weights_mb": 4.0} for n in ("ours", "other")},
+        "expert_weights": {"title": "What? [$x$]", "names": ["a", "b"], "tokens": ["A", "\n"], "values": [[1, 0]] * 2},
+    }
+
+
+def test_a_report_says_what_was_counted(tmp_path):
+    report = example_report()
+    write_report(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    text = (tmp_path / "report.md").read_text()
+    assert "| other | 100.0 % [29.2, 100.0] | 0.250 | +0.0 % |" in text
+    assert "| length, people | 75% | 0.50 |" in text
+    for name in ("win_rates.png", "rewards.png", "cost.png", "expert_weights.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+        assert f"({name})" in text
+
+
+def test_results_go_through_a_model_card(tmp_path):
+    results = eval_results(example_report(), "koala", "Koala")
+    card = ModelCard.from_template(
+        ModelCardData(model_name="m", eval_results=results), template_str="---\n{{ card_data }}\n---\n"
+    )
+    card.save(tmp_path / "README.md")
+    (result,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (result.metric_type, result.metric_value) == ("win_rate", 1.0)
