@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import cached_assets_path, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
@@ -104,6 +105,13 @@ def lora_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
     }
     options = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()} | kwargs
     return PCMEnsembleForCausalLM.from_experts(experts, **options)
+
+
+def trained_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
+    """[`lora_ensemble`] with the trained PCM of `artifacts/pcm.safetensors`."""
+    model = lora_ensemble(artifacts, **kwargs)
+    model.pcm.load_state_dict(model.pcm.state_dict() | load_file(artifacts / "pcm.safetensors"))
+    return model
 
 
 def _convert_wheel(target: Path):

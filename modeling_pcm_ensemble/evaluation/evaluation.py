@@ -94,9 +94,10 @@ def mean_agreement(one: dict[str, Outcome], other: dict[str, Outcome]) -> list[f
 
 def mean_rewards(against_base: Outcome) -> dict[str, float]:
     """Mean normalised rewards by dimension, and over all answers as `mean`."""
-    dimensions = {name: values for name, values in against_base.dimensions.items() if not np.isnan(values).all()}
-    whole = np.nanmean(list(dimensions.values()), axis=0)  # (prompts, preferences)
-    return {name: float(np.nanmean(v)) for name, v in dimensions.items()} | {"mean": float(np.nanmean(whole))}
+    compared = ~np.isnan(against_base.wins)
+    values = {name: by_job[compared] for name, by_job in against_base.dimensions.items()}  # (answers,)
+    means = {name: float(np.nanmean(v)) for name, v in values.items() if not np.isnan(v).all()}
+    return means | {"mean": float(np.nanmean(list(values.values()), axis=0).mean())}
 
 
 def text_quality(guard: Guard, jobs: list[Job], answers: list[str | None]) -> dict[str, float]:
