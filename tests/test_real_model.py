@@ -116,6 +116,28 @@ def test_a_lora_expert_gives_pefts_logits_on_real_weights(tmp_path):
     assert (found - base).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("wanted", [("elementary", "concise"), ("knowledgeable", "informative", "unfriendly")])
+def test_the_shipped_pcm_chooses_experts_from_their_descriptions_alone(wanted):
+    model = demo.trained_ensemble(ROOT / "examples" / "artifacts", dtype=torch.float32)
+    words = " ".join(demo.PREFERENCES[name][1] for name in wanted)
+    expert_weights = model.compute_expert_weights(**chat(model, QUESTIONS), preference_text=words)[:, -1]
+    places = [model.config.expert_names.index(name) for name in wanted]
+    assert (expert_weights[:, places].sum(dim=1) > 0.9).all()
+
+
+def test_the_shipped_pcm_follows_the_preference_and_the_context():
+    model = demo.trained_ensemble(ROOT / "examples" / "artifacts", dtype=torch.float32)
+    inputs = chat(model, QUESTIONS[:1] * 2)
+    ids = model.generate(
+        **inputs, preference=["elementary", "concise", "friendly"], max_new_tokens=40, do_sample=False
+    )
+    wanted = [["elementary", "concise", "friendly"], ["elementary", "concise", "unfriendly"]]
+    over_answer = model.compute_expert_weights(ids, preference=wanted)[:, inputs["input_ids"].shape[1] :]
+    assert (over_answer.amax(dim=1) - over_answer.amin(dim=1)).amax() > 0.1
+    elementary = model.config.expert_names.index("elementary")
+    assert (over_answer[0, :, elementary] - over_answer[1, :, elementary]).abs().amax() > 0.01
+
+
 def run(*command: str, cwd) -> str:
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,180 @@
+"""
+Does the trained PCM win? Compare it with what a user would do instead, and write a report.
+
+    python examples/evaluate.py --output evaluation
+    accelerate launch examples/evaluate.py --output evaluation  # on all GPUs
+
+1. Best static weights: tried for each preference on training prompts.
+2. Every baseline answers every prompt under the paper's eight preferences.
+3. Judges compare each answer with the trained PCM's: the rewards of training, proxies that nothing was trained on,
+   and, where they are given, a language model (--judge-url) and people's votes (--votes).
+4. The report: report.md, report.json and pictures in OUTPUT.
+
+Run again, it goes on where it stopped; other judges judge the same answers. --quick takes ten prompts, two
+preferences and three baselines.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+from answers import ARTIFACTS, DEVICE, evaluation_prompts, training_prompts
+from rich.console import Console
+from rich.markdown import Markdown
+
+from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble.evaluation import (
+    ChatEndpoint,
+    HumanVotes,
+    LanguageModelJudge,
+    Mixture,
+    PlainModel,
+    RewardJudge,
+    WeightAverage,
+    collect_answers,
+    evaluate,
+    judge_answers,
+    label,
+    make_jobs,
+    processes,
+    write_report,
+)
+from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
+from modeling_pcm_ensemble.evaluation.report import win_rate_table
+from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
+from modeling_pcm_ensemble.training.rewards import proxy_rewards
+
+# Weights of a preference's three experts
+STATIC = [
+    w for first in ((1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)) for w in sorted(set(itertools.permutations(first)))
+]
+
+
+def make_baselines(model, arguments) -> list:
+    """The trained PCM first, then whatever it is compared with."""
+    base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
+    descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
+    baselines = [
+        Mixture("trained PCM", model, tokens),
+        PlainModel("vanilla", base, tokenizer, tokens),
+        PlainModel("prompting", base, tokenizer, tokens, descriptions),
+        Mixture("uniform mixture", model, tokens, use_pcm=False),
+    ]
+    if arguments.quick:
+        return baselines
+    adapters = {name: str(ARTIFACTS / name) for name in demo.PREFERENCES}
+    average = WeightAverage(
+        "weight average (PEFT)", demo.fetch_smollm2(), adapters, tokenizer, tokens, dtype=base.dtype
+    )
+    average.model.to(base.device)
+    return [
+        *baselines,
+        Mixture("Personalized Soup", model, tokens, use_pcm=False, merge="adapters"),
+        average,
+        Mixture("best static weights", model, tokens, use_pcm=False, weights=best_static_weights(model, arguments)),
+        Mixture("logit merging", model, tokens, use_pcm=False, merge="logits"),
+        *(Mixture(f"{name} alone", model, tokens, use_pcm=False, only=name) for name in demo.PREFERENCES),
+        Mixture("PCM without description", model, tokens, use_description=False),
+        Mixture("PCM without context", model, tokens, use_context=False),
+        *(Mixture(f"PCM, experts' top {k}", model, tokens, expert_top_k=k) for k in (1, 5, 20, 100)),
+    ]
+
+
+def best_static_weights(model, arguments) -> dict[str, dict]:
+    """For each preference the weights whose answers to training prompts have the best mean reward."""
+    judge = RewardJudge("training rewards", proxy_rewards(model.backbones[0], model.tokenizer))
+    prompts = training_prompts()
+    prompts = prompts[:: max(len(prompts) // arguments.static_prompts, 1)][: arguments.static_prompts]
+    preferences = paper_preferences(model)
+    jobs = make_jobs(chats(prompts), preferences)
+
+    def answers(baseline) -> list[str]:
+        return collect_answers(baseline, jobs, arguments.output / "static", seed=1, batch_size=arguments.batch_size)
+
+    vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens))
+    means = {}  # of a preference's weights
+    for static in STATIC:
+        weights = {label(preference): dict(zip(preference, static)) for preference in preferences}
+        name = "static " + ":".join(map(str, static))
+        mixture = Mixture(name, model, arguments.tokens, use_pcm=False, weights=weights)
+        outcome = judge_answers(judge, jobs, answers(mixture), vanilla)
+        by_preference = np.nanmean(list(outcome.dimensions.values()), axis=(0, 1))
+        means |= {(name, static): mean for name, mean in zip(weights, by_preference)}
+    best = {name: max(STATIC, key=lambda static: means[name, static]) for name in map(label, preferences)}
+    return {label(preference): dict(zip(preference, best[label(preference)])) for preference in preferences}
+
+
+def paper_preferences(model) -> list[dict[str, float]]:
+    """The eight: one expert of each dimension."""
+    return [dict.fromkeys(names, 1.0) for names in default_preference_sets(model.config)]
+
+
+def make_judges(rewards, arguments) -> list:
+    found = [RewardJudge("training rewards", rewards), RewardJudge("held-out proxies", held_out_rewards())]
+    if arguments.judge_url:
+        descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
+        endpoint = ChatEndpoint(arguments.judge_url, arguments.judge_model)
+        path = arguments.output / "language-model.jsonl"
+        found.append(LanguageModelJudge(arguments.judge_model, endpoint, descriptions, path))
+    if arguments.votes:
+        found.append(HumanVotes(arguments.votes))
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("evaluation"))
+    parser.add_argument("--prompts", type=int, help="the shortest evaluation prompts only; by default all")
+    parser.add_argument("--static-prompts", type=int, default=32, help="training prompts that static weights are from")
+    parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--judge-url", help="an endpoint of OpenAI's form, such as http://localhost:8000/v1")
+    parser.add_argument("--judge-model", default="judge", help="the judge's name there")
+    parser.add_argument("--votes", type=Path, help="people's votes, see HumanVotes")
+    parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.output /= "quick"
+        arguments.prompts, arguments.tokens = 10, 24
+    return arguments
+
+
+def chats(prompts: list[str]) -> list:
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def main():
+    arguments = parse_arguments()
+    model = demo.trained_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE)).to(processes().device)
+    rewards = proxy_rewards(model.backbones[0], model.tokenizer)
+    judges = make_judges(rewards, arguments)
+    ours, *others = make_baselines(model, arguments)
+    preferences = paper_preferences(model)
+    prompts = chats(evaluation_prompts(arguments.prompts))
+    report = evaluate(
+        ours,
+        others,
+        make_jobs(prompts, preferences[:: len(preferences) - 1] if arguments.quick else preferences),
+        judges,
+        arguments.output,
+        model=model,
+        guard=next(iter(rewards.values())).guard,
+        batch_size=arguments.batch_size,
+    )
+    if report is None:  # another process writes it
+        return
+    command = " ".join(["python", "examples/evaluate.py", *sys.argv[1:]])
+    title = f"The trained PCM against what a user would do instead, on {len(prompts)} prompts"
+    static = {baseline.name: baseline.weights for baseline in others if getattr(baseline, "weights", None)}
+    write_report({"title": title, "command": command, "static weights": static} | report, arguments.output)
+    console = Console()
+    for judge, entry in report["judges"].items():
+        console.print(f"\nWin rate of the {ours.name}, judge: {judge}")
+        console.print(Markdown(win_rate_table(entry)))
+    console.print(f"Written to {arguments.output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()
