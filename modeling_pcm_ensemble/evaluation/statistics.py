@@ -43,7 +43,7 @@ def permutation_p_value(differences: np.ndarray, samples: int = 9999, seed: int 
     Source: R. A. Fisher, The Design of Experiments, 1935, chapter 3.
     """
     by_prompt = differences.mean(axis=0)
-    if not by_prompt.any():
+    if len(by_prompt) < 2 or not by_prompt.any():  # of one difference, either sign is as far from 0
         return 1.0
     options = {"permutation_type": "samples", "n_resamples": samples, "rng": np.random.default_rng(seed)}
     return float(stats.permutation_test((by_prompt,), np.mean, vectorized=True, **options).pvalue)
