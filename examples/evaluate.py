@@ -117,7 +117,9 @@ def make_judges(rewards, arguments) -> list:
         descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
         endpoint = ChatEndpoint(arguments.judge_url, arguments.judge_model)
         path = arguments.output / "language-model.jsonl"
-        found.append(LanguageModelJudge(arguments.judge_model, endpoint, descriptions, path))
+        found.append(
+            LanguageModelJudge(f"{arguments.judge_model} at {arguments.judge_url}", endpoint, descriptions, path)
+        )
     if arguments.votes:
         found.append(HumanVotes(arguments.votes))
     return found
@@ -178,3 +180,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    processes().destroy_process_group()

@@ -4,8 +4,8 @@ base model's answers.
 
     python examples/reward_constants.py --output smollm2_rewards.json --held-out smollm2_held_out.json
 
-The package's own are of four answers to each training prompt: smollm2_rewards.json in modeling_pcm_ensemble/training,
-smollm2_held_out.json in modeling_pcm_ensemble/evaluation.
+The package's own: modeling_pcm_ensemble/training/smollm2_rewards.json is of four answers to each training prompt, and
+modeling_pcm_ensemble/evaluation/smollm2_held_out.json of one answer to each of the shortest 192.
 """
 
 import argparse

@@ -131,9 +131,11 @@ def test_answers_of_other_settings_are_told_apart(model, folders):
     ]
     settings = [Mixture("m", model, TOKENS, **options).settings() for options in mixtures]
     settings.append(Mixture("m", model, TOKENS + 1).settings())
+    without_pcm = Mixture("m", model, TOKENS, use_pcm=False).settings()
     torch.nn.init.ones_(model.pcm.head.weight)
     settings.append(Mixture("m", model, TOKENS).settings())
     assert len(set(settings)) == len(settings)
+    assert Mixture("m", model, TOKENS, use_pcm=False).settings() == without_pcm  # another PCM does not matter to it
 
 
 @pytest.mark.parametrize(

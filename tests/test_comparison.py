@@ -227,9 +227,10 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_llama, tiny_tokenizer
 from test_comparison import JOBS
-from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers
+from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers, processes
 answers = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, Path(sys.argv[2]), 0, 2)
 (Path(sys.argv[2]) / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(answers))
+processes().destroy_process_group()
 """
 
 

@@ -8,6 +8,7 @@ from test_baselines import PROMPTS, folders, model  # noqa: F401
 from test_comparison import JOBS, LENGTH, Parrot
 
 from modeling_pcm_ensemble.evaluation import (
+    HumanVotes,
     Mixture,
     PlainModel,
     RewardJudge,
@@ -47,6 +48,22 @@ def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, t
     assert len(report["expert_weights"]["tokens"]) == len(report["expert_weights"]["values"])
     write_report({"title": "t", "command": "c"} | report, tmp_path / "report")
     assert "a alone" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_votes_on_a_few_pairs_are_a_report_too(tmp_path, model):  # noqa: F811
+    jobs, ours, loud = make_jobs(PROMPTS, [{"a": 1.0}]), Parrot("ours"), Parrot("loud", 2)
+    votes = tmp_path / "votes.csv"
+    votes.write_text(
+        "prompt,preference,first,second,choice\nwhat is it?,a,what is it?,what is it? what is it?,first\n"
+    )
+    options = {"model": model, "guard": Guard(model.backbones[0], model.tokenizer)}
+    others = [Parrot("vanilla", 3), loud]  # nobody has voted on the first
+    report = evaluate(ours, others, jobs, [LONG, HumanVotes(votes)], tmp_path, **options)
+    assert report["judges"]["people"]["vanilla"]["win_rate"] is None
+    assert report["judges"]["people"]["loud"]["win_rate"][0] == 1.0
+    assert report["agreement"] == {"long, people": [0.0, 0.0]}
+    write_report({"title": "t", "command": "c"} | report, tmp_path / "report")
+    assert len(eval_results(report, "d", "D")) == 3
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -116,7 +116,7 @@ class Mixture(Baseline):
 
     def settings(self) -> str:
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
-        return json.dumps([options, digest(self.model)])
+        return json.dumps([options, digest(self.model if self.use_pcm else self.model.backbones)])
 
     def applies(self, preference: Preference) -> bool:
         return self.only is None or self.only in preference
@@ -135,7 +135,8 @@ class Mixture(Baseline):
             options["preference_ids"] = torch.full((1,), -1)
         changes = {"merge": self.merge, "expert_top_k": self.expert_top_k}
         changes = {name: value for name, value in changes.items() if value is not None}
-        with changed(self.model.config, changes), untrained_pcm(self.model, self.use_pcm and self.use_context):
+        pcm = nullcontext() if self.use_pcm and self.use_context else untrained_pcm(self.model)
+        with changed(self.model.config, changes), pcm:
             return sample_answers(self.model, self.model.tokenizer, prompts, self.max_new_tokens, **options)
 
     def _weights_of_descriptions(self, preferences: list[Preference]) -> list[Preference]:
@@ -251,12 +252,11 @@ def changed(config, changes: Mapping) -> Iterator[None]:
 
 
 @contextmanager
-def untrained_pcm(model: PCMEnsembleForCausalLM, trained: bool = False) -> Iterator[None]:
-    """The ensemble with α = w / Σw inside, which a head of zeros gives; as it is if `trained`."""
+def untrained_pcm(model: PCMEnsembleForCausalLM) -> Iterator[None]:
+    """The ensemble with α = w / Σw inside, which a head of zeros gives."""
     learnt = model.pcm.head.weight.data
     try:
-        if not trained:
-            model.pcm.head.weight.data = torch.zeros_like(learnt)
+        model.pcm.head.weight.data = torch.zeros_like(learnt)
         yield
     finally:
         model.pcm.head.weight.data = learnt

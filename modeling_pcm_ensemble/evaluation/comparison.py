@@ -99,7 +99,10 @@ def collect_answers(
 
 
 def processes() -> PartialState:
-    """All processes of a launch; on CPUs they are found only if asked for."""
+    """
+    All processes of a launch; on CPUs they are found only if asked for. A program that was launched should end with
+    `processes().destroy_process_group()`, or threads that still run may abort it.
+    """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -194,13 +197,13 @@ def summarise(outcomes: dict[str, Outcome], jobs: list[Job]) -> dict[str, dict]:
             "win_rate": win_rate(outcome.wins),
             "p": _p_value(outcome.wins),
             "preferences": {
-                name: {"win_rate": win_rate(outcome.wins[:, [i]]), "p": _p_value(outcome.wins[:, [i]])}
-                for i, name in enumerate(labels)
+                preference: {"win_rate": win_rate(outcome.wins[:, [i]]), "p": _p_value(outcome.wins[:, [i]])}
+                for i, preference in enumerate(labels)
                 if not np.isnan(outcome.wins[:, i]).all()
             },
             "dimensions": {
-                name: {"win_rate": win_rate(values), "p": _p_value(values)}
-                for name, values in outcome.dimensions.items()
+                dimension: {"win_rate": win_rate(values), "p": _p_value(values)}
+                for dimension, values in outcome.dimensions.items()
             },
             "position_bias": outcome.position_bias,
         }
@@ -222,16 +225,17 @@ def _adjust(entries: list[dict]):
         entry["p"] = p
 
 
-def agreement(one: Outcome, other: Outcome) -> tuple[float, float]:
+def agreement(one: Outcome, other: Outcome) -> tuple[float, float] | None:
     """
-    How often two judges choose the same side, and Cohen's κ: the same beyond what chance gives.
+    How often two judges choose the same side, and Cohen's κ: the same beyond what chance gives. None where they have
+    no comparison in common.
 
     Source: J. Cohen, A Coefficient of Agreement for Nominal Scales, 1960.
     """
     both = ~(np.isnan(one.wins) | np.isnan(other.wins))
-    a, b = np.sign(one.wins[both] - TIE), np.sign(other.wins[both] - TIE)
     if not both.any():
-        raise ValueError("These judges have no comparison in common.")
+        return None
+    a, b = np.sign(one.wins[both] - TIE), np.sign(other.wins[both] - TIE)
     same = float(np.mean(a == b))
     chance = float(sum(np.mean(a == side) * np.mean(b == side) for side in (-1, 0, 1)))
     return same, (same - chance) / (1 - chance) if chance < 1 else 1.0

@@ -6,6 +6,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..training.rewards import Guard
@@ -55,7 +56,10 @@ def evaluate(
     if not processes().is_main_process:
         return None
     outcomes = {
-        judge.name: {b.name: judge_answers(judge, jobs, answers[ours.name], answers[b.name]) for b in others}
+        judge.name: {
+            b.name: judge_answers(judge, jobs, answers[ours.name], answers[b.name])
+            for b in tqdm(others, desc=f"judge: {judge.name}")
+        }
         for judge in judges
     }
     return {
@@ -87,9 +91,10 @@ def _check(baselines: list[Baseline], jobs: list[Job], judges: list[Judge], base
             raise ValueError(f"Judge {judge.name!r} cannot judge {', '.join(sorted(missing))}. Give it these too.")
 
 
-def mean_agreement(one: dict[str, Outcome], other: dict[str, Outcome]) -> list[float]:
-    """Agreement of two judges, see [`agreement`], over all baselines."""
-    return [fmean(values) for values in zip(*(agreement(one[name], other[name]) for name in one))]
+def mean_agreement(one: dict[str, Outcome], other: dict[str, Outcome]) -> list[float] | None:
+    """Agreement of two judges, see [`agreement`], over the baselines that both have compared."""
+    found = [pair for name in one if (pair := agreement(one[name], other[name])) is not None]
+    return [fmean(values) for values in zip(*found)] or None
 
 
 def mean_rewards(against_base: Outcome) -> dict[str, float]:
@@ -112,7 +117,8 @@ def expert_weights_example(model: PCMEnsembleForCausalLM, jobs: list[Job], answe
     """α over the answer, of those longer than 100 characters or else of all, in which it moves most."""
     tokenizer, names, found = model.tokenizer, model.config.expert_names, []
     given = [(job, answer) for job, answer in zip(jobs, answers) if answer]
-    for job, answer in [pair for pair in given if len(pair[1]) > 100] or given:
+    given = [pair for pair in given if len(pair[1]) > 100] or given
+    for job, answer in tqdm(given, desc="expert weights", leave=False):
         prompt = tokenizer.apply_chat_template(job.prompt, add_generation_prompt=True, tokenize=False)
         start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = tokenizer(prompt + answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)

@@ -64,7 +64,7 @@ class Judge(ABC):
         """A verdict on each comparison, None where there is none."""
 
 
-def majority(preference: Preference, dimensions: dict[str, float]) -> Verdict:
+def weighted_verdict(preference: Preference, dimensions: dict[str, float]) -> Verdict:
     """The winner by weighted mean over the preference's dimensions."""
     balance = sum(weight * (dimensions[name] - TIE) for name, weight in preference.items())
     return Verdict(FIRST if balance > 1e-9 else SECOND if balance < -1e-9 else TIE, dimensions)
@@ -89,7 +89,9 @@ class RewardJudge(Judge):
         for dimension in self.rewards:
             wanting = [c for c in comparisons if dimension in c.preference]
             self._reward(dimension, [(c.prompt, text) for c in wanting for text in (c.first, c.second)])
-        return [majority(c.preference, {name: self._won(name, c) for name in c.preference}) for c in comparisons]
+        return [
+            weighted_verdict(c.preference, {name: self._won(name, c) for name in c.preference}) for c in comparisons
+        ]
 
     def _won(self, dimension: str, c: Comparison) -> float:
         first, second = (self._known[dimension, json.dumps(c.prompt), text] for text in (c.first, c.second))
@@ -152,7 +154,7 @@ class LanguageModelJudge(Judge):
             except Exception:
                 pool.shutdown(cancel_futures=True)
                 raise
-        return [majority(c.preference, {name: next(won) for name in c.preference}) for c in comparisons]
+        return [weighted_verdict(c.preference, {name: next(won) for name in c.preference}) for c in comparisons]
 
     def _won(self, comparison: Comparison, dimension: str) -> float:
         if comparison.first == comparison.second:

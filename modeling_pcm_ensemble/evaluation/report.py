@@ -37,7 +37,7 @@ def markdown(report: dict) -> str:
     for part in ("preferences", "dimensions"):
         parts += [f"## Win rates by {part[:-1]}, % (* p < 0.05)"]
         parts += [_part_table(judge, baselines, part) for judge, baselines in report["judges"].items()]
-    rows = [[pair, f"{same:.0%}", f"{kappa:.2f}"] for pair, (same, kappa) in report["agreement"].items()]
+    rows = [[pair, f"{both[0]:.0%}", f"{both[1]:.2f}"] for pair, both in report["agreement"].items() if both]
     parts += ["## Agreement of judges", table(["judges", "same side", "Cohen's κ"], rows)]
     parts += [
         "## Mean reward against the base model (0.5)",
@@ -116,6 +116,7 @@ def eval_results(report: dict, dataset: str, dataset_name: str) -> list[EvalResu
         )
         for judge, baselines in report["judges"].items()
         for name, entry in baselines.items()
+        if entry["win_rate"]
     ]
 
 
@@ -125,7 +126,8 @@ def draw_win_rates(judges: dict[str, dict], path: Path):
     figure, axis = plt.subplots(figsize=(9, 1 + 0.45 * len(names)), layout="constrained")
     height = 0.8 / len(judges)
     for number, (judge, baselines) in enumerate(judges.items()):
-        mean, low, high = 100 * np.array([baselines[name]["win_rate"] for name in names]).T
+        rates = [baselines[name]["win_rate"] or [np.nan] * 3 for name in names]  # of some nobody has judged
+        mean, low, high = 100 * np.array(rates).T
         places = np.arange(len(names)) + (number - (len(judges) - 1) / 2) * height
         axis.barh(places, mean, height, xerr=[mean - low, high - mean], capsize=2, label=judge)
     axis.set_yticks(range(len(names)), names)
