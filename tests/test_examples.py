@@ -94,3 +94,16 @@ def test_training_and_evaluation_run_from_end_to_end(tmp_path):
     run("inspect_pcm", "pcm/quick")
     for name in ("curves.png", "rewards.png", "expert_weights.png", "evaluation.json"):
         assert (tmp_path / "pcm" / "quick" / name).exists()
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_a_quick_evaluation_of_the_shipped_pcm_writes_its_report(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "evaluate.py"), "--quick"]
+    for _ in range(2):  # the second time all answers are there already
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "evaluation" / "quick" / "report.json").read_text())
+    assert set(report["judges"]["held-out proxies"]) == {"vanilla", "prompting", "uniform mixture"}
+    assert len((tmp_path / "evaluation" / "quick" / "answers-0.jsonl").read_text().splitlines()) == 4 * 10 * 2
+    assert (tmp_path / "evaluation" / "quick" / "report.md").exists()
