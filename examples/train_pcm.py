@@ -73,7 +73,7 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, argumen
             report_to="none",
         )
         written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
-        trainer = DescriptionTrainer(model, config, written)
+        trainer = DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES)
         trainer.train()
         save_learnt(model.pcm, path)
     model.pcm.load_state_dict(model.pcm.state_dict() | load_file(path))

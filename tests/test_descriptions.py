@@ -16,10 +16,11 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
 
 
-def make_trainer(folder, model, dataset=None, **settings):
+def make_trainer(folder, model, dataset=None, paraphrases=None, **settings):
     options = {"max_steps": 200, "learning_rate": 1e-2, "logging_steps": 20, "use_cpu": True}
     options |= {"report_to": "none", "disable_tqdm": True} | settings
-    return DescriptionTrainer(model, DescriptionConfig(str(folder), **options), dataset or Dataset.from_dict(TEXTS))
+    config, dataset = DescriptionConfig(str(folder), **options), dataset or Dataset.from_dict(TEXTS)
+    return DescriptionTrainer(model, config, dataset, paraphrases=paraphrases)
 
 
 def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
@@ -41,6 +42,30 @@ def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
         assert told[wanted].min() > 0.15
     within = torch.tensor([tokenizer(f"{names[1].strip()}\n\n{TEXTS['prompt'][1]}")["input_ids"]])
     assert model.compute_expert_weights(within)[0, -1, 1] > 0.8
+
+
+def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_path):
+    model = tiny_ensemble()
+    names = [model.tokenizer.decode(expert["description_ids"]) for expert in model.config.experts]
+    make_trainer(tmp_path, model, paraphrases={"e0": ["be big", "grow"], "e2": ["paint it"]}, max_steps=400).train()
+    ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
+    told = {
+        words: model.compute_expert_weights(ids, preference_text=words)[0, -1, expert].item()
+        for expert, words in ((0, "be big"), (0, "grow"), (2, "paint it"), (0, names[0]), (1, names[1]))
+    }
+    assert min(told.values()) > 0.8, told
+
+
+@pytest.mark.parametrize(
+    ("paraphrases", "words"),
+    [
+        ({"e9": ["be big"]}, "`paraphrases` names e9, but the experts are e0, e1, e2"),
+        ({"e0": ["be big" * 40]}, "Row 0 of `train_dataset` has a prompt of"),
+    ],
+)
+def test_paraphrases_of_no_expert_or_too_long_are_refused(paraphrases, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, tiny_ensemble(), paraphrases=paraphrases)
 
 
 def test_the_losses_equal_their_formulas():

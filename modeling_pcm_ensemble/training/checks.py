@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from .preference_sampling import DrawnPreference, PreferenceSampler
 from .rebel_config import RebelConfig
@@ -57,27 +58,27 @@ def check_dataset(
                 f"Row {row} of `{name}`: `reference` must be a text or a list of texts, got {reference!r}."
             )
     completions = [args.max_completion_length] * len(dataset)
-    check_lengths(dataset, name, model, tokenizer, completions, args.text_only_fraction > 0)
+    check_lengths(dataset, name, model.config, tokenizer, completions, args.text_only_fraction > 0)
 
 
 def check_lengths(
     dataset,
     name: str,
-    model: PCMEnsembleForCausalLM,
+    config: PCMEnsembleConfig,
     tokenizer: PreTrainedTokenizerBase,
     completions: list[int],
     in_words: bool,
 ):
     """Refuse prompts that, with so many tokens of completion and all descriptions, leave a model's context."""
     room = min(
-        getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-        for config in model.config.sub_config_items().values()
+        getattr(part.get_text_config(), "max_position_embeddings", None) or 10**9
+        for part in config.sub_config_items().values()
     )
-    experts = model.config.experts
+    experts = config.experts
     prefix = sum(len(e["description_ids"]) for e in experts) + max(len(e["prompt_ids"]) for e in experts)
     words = DrawnPreference("", (1.0,) * len(experts), "system" if in_words else None)
     for row, (prompt, completion) in enumerate(zip(dataset["prompt"], completions)):
-        length = len(tokenize(tokenizer, [with_words(prompt, words, model.config, tokenizer)])[0])
+        length = len(tokenize(tokenizer, [with_words(prompt, words, config, tokenizer)])[0])
         if length + prefix + completion > room:
             raise ValueError(
                 f"Row {row} of `{name}` has a prompt of {length} tokens. With {completion} tokens of completion and "

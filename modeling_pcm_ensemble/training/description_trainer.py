@@ -1,13 +1,16 @@
 """Teaches a Preference Control Model what descriptions ask for, before any reward is known."""
 
+import copy
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..prefixes import pad_left
+from ..prefixes import encode_description, pad_left
 from .checks import check_lengths
 from .losses import declared_weights_loss, log_described_share
 from .pcm_trainer import PCMTrainer, padding_tokenizer
@@ -50,10 +53,13 @@ class DescriptionTrainer(PCMTrainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the ensemble's tokenizer.
         preference_sets (`list`, *optional*): preferences that are described; defaults to every combination of at most
             one expert for each dimension. All experts at weight 1 are always among them.
+        paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description. Each row is told in
+            one of them, or in the description, so that the PCM learns what is meant and not how it is put.
 
     Raises:
-        TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given, or
-            a dataset without these columns, with an empty completion or a text that the models have no room for.
+        TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,
+            paraphrases of no expert, or a dataset without these columns, with an empty completion or a text that the
+            models have no room for.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class DescriptionTrainer(PCMTrainer):
         train_dataset,
         processing_class: PreTrainedTokenizerBase | None = None,
         preference_sets: list | None = None,
+        paraphrases: Mapping[str, list[str]] | None = None,
     ):
         if not isinstance(model, PCMEnsembleForCausalLM):
             raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
@@ -71,13 +78,28 @@ class DescriptionTrainer(PCMTrainer):
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
         self.preferences = PreferenceSampler(model.config, [*sets, model.config.expert_names], text_only_fraction=1.0)
         tokenizer = padding_tokenizer(model, processing_class)
-        _check_texts(train_dataset, model, tokenizer)
+        if unknown := set(paraphrases or {}) - set(model.config.expert_names):
+            raise ValueError(
+                f"`paraphrases` names {', '.join(sorted(unknown))}, but the experts are "
+                f"{', '.join(model.config.expert_names)}."
+            )
+        self.wordings = [  # of each expert, as tokens
+            [expert["description_ids"]]
+            + [encode_description(tokenizer, text) for text in (paraphrases or {}).get(expert["name"], ())]
+            for expert in model.config.experts
+        ]
+        longest = _worded(model.config, [max(ids, key=len) for ids in self.wordings])
+        _check_texts(train_dataset, longest, tokenizer)
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer)
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
     def _prepare_inputs(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
-        """What [`completion_weight_logits`] takes, and `shares`, `(rows, experts)`; each row's preference is drawn."""
-        config, tokenizer = self.ensemble.config, self.processing_class
+        """
+        What [`completion_weight_logits`] takes, and `shares`, `(rows, experts)`; each row's preference is drawn, and
+        the batch's wording of each expert.
+        """
+        config = _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
+        tokenizer = self.processing_class
         draws = [self.preferences.draw(self._generator) for _ in inputs]
         prompts = [with_words(row["prompt"], draw, config, tokenizer) for row, draw in zip(inputs, draws)]
         prompt_ids = pad_left(tokenize(tokenizer, prompts))
@@ -105,8 +127,15 @@ class DescriptionTrainer(PCMTrainer):
         return (loss, expert_weight_logits) if return_outputs else loss
 
 
-def _check_texts(dataset, model: PCMEnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase):
+def _worded(config: PCMEnsembleConfig, description_ids: list[list[int]]) -> PCMEnsembleConfig:
+    """A config with other wordings of its descriptions."""
+    config = copy.copy(config)
+    config.experts = [expert | {"description_ids": ids} for expert, ids in zip(config.experts, description_ids)]
+    return config
+
+
+def _check_texts(dataset, config: PCMEnsembleConfig, tokenizer: PreTrainedTokenizerBase):
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in dataset["completion"]]
     if 0 in lengths:
         raise ValueError(f"Row {lengths.index(0)} of `train_dataset` has an empty completion: nothing to weight for.")
-    check_lengths(dataset, "train_dataset", model, tokenizer, lengths, in_words=True)
+    check_lengths(dataset, "train_dataset", config, tokenizer, lengths, in_words=True)
