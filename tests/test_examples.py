@@ -98,6 +98,17 @@ def test_training_and_evaluation_run_from_end_to_end(tmp_path):
 
 @pytest.mark.real_model
 @pytest.mark.slow
+def test_new_preferences_are_of_every_kind_and_judged(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "new_preferences.py"), "--quick"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "evaluation" / "new" / "quick" / "new_preferences.json").read_text())
+    assert set(report) == {"training rewards", "held-out proxies"}
+    assert len(report["held-out proxies"]) == 2 * 7
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
 def test_a_quick_evaluation_of_the_shipped_pcm_writes_its_report(tmp_path):
     command = [sys.executable, str(EXAMPLES / "evaluate.py"), "--quick"]
     for _ in range(2):  # the second time all answers are there already

@@ -19,6 +19,7 @@ from modeling_pcm_ensemble.evaluation import (
     summarise,
     write_report,
 )
+from modeling_pcm_ensemble.evaluation.report import worse_by
 from modeling_pcm_ensemble.training.rewards import Guard
 
 pytestmark = pytest.mark.filterwarnings(
@@ -48,6 +49,14 @@ def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, t
     assert len(report["expert_weights"]["tokens"]) == len(report["expert_weights"]["values"])
     write_report({"title": "t", "command": "c"} | report, tmp_path / "report")
     assert "a alone" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_how_much_worse_a_text_is_counts_against_whatever_should_be_low_or_high():
+    base = {"nll": 2.0, "gain": 0.5, "repetition": 0.01}
+    assert worse_by(base, base) == {"nll": 0.0, "gain": 0.0, "repetition": 0.0}
+    assert worse_by({"nll": 2.5, "gain": 0.4, "repetition": 0.03}, base) == pytest.approx(
+        {"nll": 0.25, "gain": 0.2, "repetition": 0.02}
+    )
 
 
 def test_votes_on_a_few_pairs_are_a_report_too(tmp_path, model):  # noqa: F811
@@ -90,7 +99,11 @@ def example_report() -> dict:
         "judges": {"length": summarise(outcomes, JOBS)},
         "agreement": {"length, people": [0.75, 0.5]},
         "rewards": {name: {"long": 0.6, "plain": 0.5, "short": 0.4, "mean": 0.5} for name in ("ours", "other")},
-        "quality": {"ours": {"nll": 2.5}, "other": {"nll": 3.0}},
+        "base": "other",
+        "quality": {
+            "ours": {"nll": 2.5, "gain": 0.4, "repetition": 0.03},
+            "other": {"nll": 2.0, "gain": 0.5, "repetition": 0.01},
+        },
         "cost": {n: {"seconds_per_token": 0.1, "working_mb": 3.0, "weights_mb": 4.0} for n in ("ours", "other")},
         "expert_weights": {"title": "What? [$x$]", "names": ["a", "b"], "tokens": ["A", "\n"], "values": [[1, 0]] * 2},
     }
@@ -103,6 +116,7 @@ def test_a_report_says_what_was_counted(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| other | 100.0 % [29.2, 100.0] | 0.250 | +0.0 % |" in text
     assert "| length, people | 75% | 0.50 |" in text
+    assert "ours worse than other by: nll +25.0 %, gain +20.0 %, repetition +2.0 %; some of it above 5 %." in text
     for name in ("win_rates.png", "rewards.png", "cost.png", "expert_weights.png"):
         assert (tmp_path / name).stat().st_size > 5000
         assert f"({name})" in text

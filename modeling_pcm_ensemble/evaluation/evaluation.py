@@ -64,6 +64,7 @@ def evaluate(
     }
     return {
         "ours": ours.name,
+        "base": base,
         "judges": {name: summarise(entry, jobs) for name, entry in outcomes.items()},
         "agreement": {
             f"{one}, {other}": mean_agreement(outcomes[one], outcomes[other])

@@ -14,8 +14,8 @@ def write_report(report: dict, folder: Path):
 
     Args:
         report (`dict`):
-            `title`, `command`, and what [`evaluate`] gives: `ours`, `judges` (by name what [`summarise`] gives),
-            `agreement` (by pair of judges), `rewards` (by baseline, dimension and `mean` → mean normalised reward),
+            `title`, `command`, and what [`evaluate`] gives: `ours`, `base`, `judges` (by name what [`summarise`]
+            gives), `agreement` (by pair of judges), `rewards` (by baseline, dimension and `mean` → mean normalised reward),
             `quality` (by baseline, measure → mean), `cost` (what [`measure_cost`] gives), and `expert_weights`
             (`tokens`, `names`, `values`, `title`).
         folder (`Path`): made if it is not there.
@@ -44,7 +44,7 @@ def markdown(report: dict) -> str:
         "![by dimension](rewards.png)",
         _numbers(report["rewards"]),
     ]
-    parts += ["## Answers as text", _numbers(report["quality"])]
+    parts += ["## Answers as text", _numbers(report["quality"]), _worse_text(report)]
     cost = {
         name: {
             "tokens per second": 1 / entry["seconds_per_token"],
@@ -60,6 +60,25 @@ def markdown(report: dict) -> str:
     ]
     parts += ["## α over an answer", "![α](expert_weights.png)"]
     return "\n\n".join(parts) + "\n"
+
+
+def worse_by(ours: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+    """
+    How much worse answers are as text than the base model's: by what share their nats a token are more, or those that
+    the prompt saves less; and by how much the share of repeated word triples, itself near 0, is more.
+    """
+    return {
+        "nll": ours["nll"] / base["nll"] - 1,
+        "gain": 1 - ours["gain"] / base["gain"],
+        "repetition": ours["repetition"] - base["repetition"],
+    }
+
+
+def _worse_text(report: dict) -> str:
+    worse = worse_by(report["quality"][report["ours"]], report["quality"][report["base"]])
+    parts = [f"{name} {100 * value:+.1f} %" for name, value in worse.items()]
+    verdict = "none" if max(worse.values()) <= 0.05 else "some"
+    return f"{report['ours']} worse than {report['base']} by: {', '.join(parts)}; {verdict} of it above 5 %."
 
 
 def win_rate_table(baselines: dict[str, dict]) -> str:
