@@ -1,31 +1,35 @@
-"""Write the README's tables from the results, so that no number is typed by hand."""
+"""Write the tables in the documents from the results, so that no number is typed by hand."""
 
 import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "examples/artifacts/README.md")
 
 
 def add_arguments(parser):
-    parser.add_argument("--readme", default=str(ROOT / "README.md"))
+    """Nothing beside what all commands take."""
 
 
 def run(arguments):
-    readme = Path(arguments.readme)
-    readme.write_text(with_tables(readme.read_text(), Path(arguments.output)))
+    for name in DOCUMENTS:
+        document = ROOT / name
+        document.write_text(with_tables(document.read_text()))
 
 
-def with_tables(text: str, results: Path) -> str:
-    """`text` with the table behind each marker made anew from `results`."""
-    for name, make_table in TABLES.items():
-        table = make_table(json.loads((results / f"{name}.json").read_text())["rows"])
+def with_tables(text: str) -> str:
+    """`text` with the table behind each marker made anew from its results."""
+    for name, (path, make_table) in TABLES.items():
         before, marker, after = text.partition(f"<!-- {name} table -->\n")
-        text = before + marker + table + re.sub(r"\A(\|.*\n)*", "", after)
+        if marker:
+            table = make_table(json.loads((ROOT / path).read_text()))
+            text = before + marker + table + re.sub(r"\A(\|.*\n)*", "", after)
     return text
 
 
-def decode_table(rows: list[dict]) -> str:
+def decode_table(results: dict) -> str:
+    rows = results["rows"]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     ratios = {(row["name"], row["batch"]): row["ratio"] for row in rows}
     lines = ["| | " + " | ".join(f"batch {batch}" for batch in batches) + " |", "|---" * (len(batches) + 1) + "|"]
@@ -35,8 +39,9 @@ def decode_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def scaling_table(rows: list[dict]) -> str:
+def scaling_table(results: dict) -> str:
     """The part with one request and the shortest context."""
+    rows = results["rows"]
     shortest = min(row["context"] for row in rows)
     mine = [r for r in rows if r["name"] == "LoRA experts" and (r["batch"], r["context"]) == (1, shortest)]
     lines = [
@@ -46,16 +51,37 @@ def scaling_table(rows: list[dict]) -> str:
     return "\n".join([*lines, "| batch 1 | " + " | ".join(f"{row['ratio']:.2f}" for row in mine) + " |"]) + "\n"
 
 
-def serve_table(rows: list[dict]) -> str:
+def serve_table(results: dict) -> str:
     lines = ["| | seconds a request | throughput |", "|---|---|---|"]
-    for row in rows:
+    for row in results["rows"]:
         lines.append(f"| {row['name']} | {row['seconds']:.3f} | {row['throughput']:.2f}× |")
     return "\n".join(lines) + "\n"
 
 
-TABLES = {
-    "decode": decode_table,
-    "decode-llama-16x1280": decode_table,
-    "scaling": scaling_table,
-    "serve": serve_table,
+def experts_table(report: dict) -> str:
+    """Of every expert the reward on its own dimension, and its answers as text."""
+    lines = ["| | own dimension | nll | repetition | words |", "|---|---|---|---|---|"]
+    for name, entry in report.items():
+        own = entry.get(name, 0.5)  # the base model's is 0.5 on all
+        lines.append(f"| {name} | {own:.3f} | {entry['nll']:.2f} | {entry['repetition']:.3f} | {entry['words']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def pcm_table(report: dict) -> str:
+    """Rewards by preference, and by how much trained PCMs are above the others."""
+    lines = ["| preference | uniform | best static | PCM | PCM − uniform | PCM − static |", "|---" * 6 + "|"]
+    for name, entry in report["preferences"].items():
+        means = [f"{entry[arm][0]:.3f}" for arm in ("uniform", "static", "pcm")]
+        above = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry[f"pcm − {arm}"]) for arm in ("uniform", "static")]
+        lines.append("| " + " | ".join([name, *means, *above]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {  # by marker: the results, and the table of them
+    "decode": ("benchmarks/results/decode.json", decode_table),
+    "decode-llama-16x1280": ("benchmarks/results/decode-llama-16x1280.json", decode_table),
+    "scaling": ("benchmarks/results/scaling.json", scaling_table),
+    "serve": ("benchmarks/results/serve.json", serve_table),
+    "experts": ("examples/artifacts/report.json", experts_table),
+    "pcm": ("examples/artifacts/evaluation.json", pcm_table),
 }

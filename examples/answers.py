@@ -12,6 +12,7 @@ from modeling_pcm_ensemble.evaluation import KeptLines
 
 HERE = Path(__file__).parent
 ARTIFACTS = HERE / "artifacts"
+KOALA = HERE / "data" / "evaluation_only" / "koala_eval_50.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -21,9 +22,18 @@ def training_prompts(number: int | None = None) -> list[str]:
     return sorted((json.loads(line)["prompt"] for line in lines), key=len)[:number]
 
 
-def evaluation_prompts(number: int | None = None) -> list[str]:
-    """The shortest `number` prompts that nothing is trained on, or all."""
-    entries = json.loads((HERE / "data" / "evaluation_only" / "koala_eval_50.json").read_text())
+def evaluation_prompts(number: int | None = None, path: Path = KOALA) -> list[str]:
+    """
+    The shortest `number` prompts that nothing is trained on, or all; `path`: a JSON list of objects with `prompt`.
+
+    Raises:
+        ValueError: if it is no such list.
+    """
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("prompt"), str) for e in entries
+    ):
+        raise ValueError(f'{path} must be a JSON list of objects with a text as `prompt`: [{{"prompt": "…"}}, …].')
     return sorted((entry["prompt"] for entry in entries), key=len)[:number]
 
 

@@ -10,8 +10,8 @@ Does the trained PCM win? Compare it with what a user would do instead, and writ
    and, where they are given, a language model (--judge-url) and people's votes (--votes).
 4. The report: report.md, report.json and pictures in OUTPUT.
 
-Run again, it goes on where it stopped; other judges judge the same answers. --quick takes ten prompts, two
-preferences and three baselines.
+Run again, it goes on where it stopped; other judges judge the same answers. --model takes another ensemble of the
+paper's six experts, --prompts another set. --quick takes ten prompts, two preferences and three baselines.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from answers import ARTIFACTS, DEVICE, evaluation_prompts, training_prompts
+from answers import ARTIFACTS, DEVICE, KOALA, evaluation_prompts, training_prompts
 from rich.console import Console
 from rich.markdown import Markdown
 
-from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.evaluation import (
     ChatEndpoint,
     HumanVotes,
@@ -55,7 +55,7 @@ STATIC = [
 def make_baselines(model, arguments) -> list:
     """The trained PCM first, then whatever it is compared with."""
     base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
-    descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
+    descriptions = {expert["name"]: expert["description"] for expert in model.config.experts}
     baselines = [
         Mixture("trained PCM", model, tokens),
         PlainModel("vanilla", base, tokenizer, tokens),
@@ -64,22 +64,26 @@ def make_baselines(model, arguments) -> list:
     ]
     if arguments.quick:
         return baselines
+    return [
+        *baselines,
+        Mixture("Personalized Soup", model, tokens, use_pcm=False, merge="adapters"),
+        *([] if arguments.model else [average_of_adapters(base, tokenizer, tokens)]),
+        Mixture("best static weights", model, tokens, use_pcm=False, weights=best_static_weights(model, arguments)),
+        Mixture("logit merging", model, tokens, use_pcm=False, merge="logits"),
+        *(Mixture(f"{name} alone", model, tokens, use_pcm=False, only=name) for name in model.config.expert_names),
+        Mixture("PCM without description", model, tokens, use_description=False),
+        Mixture("PCM without context", model, tokens, use_context=False),
+        *(Mixture(f"PCM, experts' top {k}", model, tokens, expert_top_k=k) for k in (1, 5, 20, 100)),
+    ]
+
+
+def average_of_adapters(base, tokenizer, tokens: int) -> WeightAverage:
     adapters = {name: str(ARTIFACTS / name) for name in demo.PREFERENCES}
     average = WeightAverage(
         "weight average (PEFT)", demo.fetch_smollm2(), adapters, tokenizer, tokens, dtype=base.dtype
     )
     average.model.to(base.device)
-    return [
-        *baselines,
-        Mixture("Personalized Soup", model, tokens, use_pcm=False, merge="adapters"),
-        average,
-        Mixture("best static weights", model, tokens, use_pcm=False, weights=best_static_weights(model, arguments)),
-        Mixture("logit merging", model, tokens, use_pcm=False, merge="logits"),
-        *(Mixture(f"{name} alone", model, tokens, use_pcm=False, only=name) for name in demo.PREFERENCES),
-        Mixture("PCM without description", model, tokens, use_description=False),
-        Mixture("PCM without context", model, tokens, use_context=False),
-        *(Mixture(f"PCM, experts' top {k}", model, tokens, expert_top_k=k) for k in (1, 5, 20, 100)),
-    ]
+    return average
 
 
 def best_static_weights(model, arguments) -> dict[str, dict]:
@@ -128,7 +132,11 @@ def make_judges(rewards, arguments) -> list:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("evaluation"))
-    parser.add_argument("--prompts", type=int, help="the shortest evaluation prompts only; by default all")
+    parser.add_argument(
+        "--model", help="an ensemble's folder or repository; by default the trained one of this project"
+    )
+    parser.add_argument("--prompts", type=Path, default=KOALA, help='a JSON list of {"prompt": …}')
+    parser.add_argument("--number", type=int, help="the shortest prompts only; by default all")
     parser.add_argument("--static-prompts", type=int, default=32, help="training prompts that static weights are from")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -139,8 +147,15 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.output /= "quick"
-        arguments.prompts, arguments.tokens = 10, 24
+        arguments.number, arguments.tokens = 10, 24
     return arguments
+
+
+def load_model(source: str | None):
+    dtype = demo.fast_dtype(DEVICE)
+    if source is None:
+        return demo.trained_ensemble(ARTIFACTS, dtype=dtype)
+    return PCMEnsembleForCausalLM.from_pretrained(source, dtype=dtype)
 
 
 def chats(prompts: list[str]) -> list:
@@ -149,12 +164,12 @@ def chats(prompts: list[str]) -> list:
 
 def main():
     arguments = parse_arguments()
-    model = demo.trained_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE)).to(processes().device)
+    prompts = chats(evaluation_prompts(arguments.number, arguments.prompts))
+    model = load_model(arguments.model).to(processes().device)
     rewards = proxy_rewards(model.backbones[0], model.tokenizer)
     judges = make_judges(rewards, arguments)
     ours, *others = make_baselines(model, arguments)
     preferences = paper_preferences(model)
-    prompts = chats(evaluation_prompts(arguments.prompts))
     report = evaluate(
         ours,
         others,
@@ -168,7 +183,9 @@ def main():
     if report is None:  # another process writes it
         return
     command = " ".join(["python", "examples/evaluate.py", *sys.argv[1:]])
-    title = f"The trained PCM against what a user would do instead, on {len(prompts)} prompts"
+    title = (
+        f"The trained PCM against what a user would do instead, on {len(prompts)} prompts of {arguments.prompts.stem}"
+    )
     static = {baseline.name: baseline.weights for baseline in others if getattr(baseline, "weights", None)}
     write_report({"title": title, "command": command, "static weights": static} | report, arguments.output)
     console = Console()

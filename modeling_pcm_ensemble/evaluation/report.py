@@ -15,9 +15,9 @@ def write_report(report: dict, folder: Path):
     Args:
         report (`dict`):
             `title`, `command`, and what [`evaluate`] gives: `ours`, `base`, `judges` (by name what [`summarise`]
-            gives), `agreement` (by pair of judges), `rewards` (by baseline, dimension and `mean` → mean normalised reward),
-            `quality` (by baseline, measure → mean), `cost` (what [`measure_cost`] gives), and `expert_weights`
-            (`tokens`, `names`, `values`, `title`).
+            gives), `agreement` (by pair of judges), `rewards` (by baseline, dimension and `mean` → mean normalised
+            reward), `quality` (by baseline, measure → mean), `cost` (what [`measure_cost`] gives), and
+            `expert_weights` (`tokens`, `names`, `values`, `title`).
         folder (`Path`): made if it is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)
