@@ -1,5 +1,6 @@
 """What the training examples share: prompts, the base model, and answers kept in files."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -14,6 +15,11 @@ HERE = Path(__file__).parent
 ARTIFACTS = HERE / "artifacts"
 KOALA = HERE / "data" / "evaluation_only" / "koala_eval_50.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Static weights of a preference's three experts that are tried for the best
+STATIC = [
+    w for first in ((1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)) for w in sorted(set(itertools.permutations(first)))
+]
 
 
 def training_prompts(number: int | None = None) -> list[str]:

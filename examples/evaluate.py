@@ -15,12 +15,11 @@ paper's six experts, --prompts another set. --quick takes ten prompts, two prefe
 """
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
-from answers import ARTIFACTS, DEVICE, KOALA, evaluation_prompts, training_prompts
+from answers import ARTIFACTS, DEVICE, KOALA, STATIC, evaluation_prompts, training_prompts
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -45,11 +44,6 @@ from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.report import win_rate_table
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
-
-# Weights of a preference's three experts
-STATIC = [
-    w for first in ((1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)) for w in sorted(set(itertools.permutations(first)))
-]
 
 
 def make_baselines(model, arguments) -> list:

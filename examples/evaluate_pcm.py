@@ -24,7 +24,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from answers import ARTIFACTS, DEVICE, KeptLines, evaluation_prompts, training_prompts, with_references
+from answers import ARTIFACTS, DEVICE, STATIC, KeptLines, evaluation_prompts, training_prompts, with_references
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -38,10 +38,6 @@ from modeling_pcm_ensemble.training.rewards import proxy_rewards
 from modeling_pcm_ensemble.training.rollouts import RolloutSampler
 from modeling_pcm_ensemble.training.scoring import Scorer
 
-# Weights of a preference's three experts
-STATIC = [
-    w for first in ((1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)) for w in sorted(set(itertools.permutations(first)))
-]
 MEASURES = ("static", "mean", "words")
 WORDS = ("preference_text", "system")  # where the PCM finds a preference that is told in words
 

@@ -1,5 +1,5 @@
 """
-Six trained experts on one SmolLM2-135M, mixed token by token: one question, answered under several preferences.
+Six experts on one SmolLM2-135M, mixed token by token by their trained PCM: one question, under several preferences.
 
     python examples/quickstart.py
     python examples/quickstart.py --question "What is money?" --preference friendly --preference elementary=2,concise
@@ -148,7 +148,7 @@ def main():
         parser.error(str(error))
 
     console = Console()
-    model = demo.lora_ensemble(ARTIFACTS)
+    model = demo.trained_ensemble(ARTIFACTS)
     chat = [{"role": "user", "content": arguments.question}]
     inputs = model.tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
