@@ -13,6 +13,8 @@ def add_arguments(parser):
 
 
 def run(arguments):
+    if Path(arguments.output).resolve() != ROOT / "benchmarks" / "results":
+        raise SystemExit("The documents' tables are of benchmarks/results; `readme` takes no other --output.")
     for name in DOCUMENTS:
         document = ROOT / name
         document.write_text(with_tables(document.read_text()))
@@ -62,7 +64,7 @@ def experts_table(report: dict) -> str:
     """Of every expert the reward on its own dimension, and its answers as text."""
     lines = ["| | own dimension | nll | repetition | words |", "|---|---|---|---|---|"]
     for name, entry in report.items():
-        own = entry.get(name, 0.5)  # the base model's is 0.5 on all
+        own = 0.5 if name == "base" else entry[name]
         lines.append(f"| {name} | {own:.3f} | {entry['nll']:.2f} | {entry['repetition']:.3f} | {entry['words']:.0f} |")
     return "\n".join(lines) + "\n"
 

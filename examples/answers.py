@@ -30,17 +30,24 @@ def training_prompts(number: int | None = None) -> list[str]:
 
 def evaluation_prompts(number: int | None = None, path: Path = KOALA) -> list[str]:
     """
-    The shortest `number` prompts that nothing is trained on, or all; `path`: a JSON list of objects with `prompt`.
+    The shortest `number` prompts of a JSON list of objects with `prompt`, or all; by default Koala's, which nothing is
+    trained on.
 
     Raises:
-        ValueError: if it is no such list.
+        ValueError: if it is no such list, or an empty one.
     """
     entries = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and isinstance(e.get("prompt"), str) for e in entries
-    ):
+    texts = [entry.get("prompt") if isinstance(entry, dict) else None for entry in entries]
+    if not isinstance(entries, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{path} must be a JSON list of objects with a text as `prompt`: [{{"prompt": "…"}}, …].')
-    return sorted((entry["prompt"] for entry in entries), key=len)[:number]
+    return sorted(texts, key=len)[:number]
+
+
+def spread(prompts: list[str], number: int) -> list[str]:
+    """`number` prompts of all lengths, from the first to the last; all where there are no more."""
+    if number >= len(prompts):
+        return prompts
+    return [prompts[round(i * (len(prompts) - 1) / max(number - 1, 1))] for i in range(number)]
 
 
 def base_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -11,7 +11,8 @@ Does the trained PCM win? Compare it with what a user would do instead, and writ
 4. The report: report.md, report.json and pictures in OUTPUT.
 
 Run again, it goes on where it stopped; other judges judge the same answers. --model takes another ensemble of the
-paper's six experts, --prompts another set. --quick takes ten prompts, two preferences and three baselines.
+paper's six experts as adapters on one model (without the average by PEFT, which needs their files), --prompt-file
+another set. --quick takes ten prompts, two preferences and three baselines.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from answers import ARTIFACTS, DEVICE, KOALA, STATIC, evaluation_prompts, training_prompts
+from answers import ARTIFACTS, DEVICE, KOALA, STATIC, evaluation_prompts, spread, training_prompts
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -83,8 +84,7 @@ def average_of_adapters(base, tokenizer, tokens: int) -> WeightAverage:
 def best_static_weights(model, arguments) -> dict[str, dict]:
     """For each preference the weights whose answers to training prompts have the best mean reward."""
     judge = RewardJudge("training rewards", proxy_rewards(model.backbones[0], model.tokenizer))
-    prompts = training_prompts()
-    prompts = prompts[:: max(len(prompts) // arguments.static_prompts, 1)][: arguments.static_prompts]
+    prompts = spread(training_prompts(), arguments.static_prompts)
     preferences = paper_preferences(model)
     jobs = make_jobs(chats(prompts), preferences)
 
@@ -129,8 +129,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", help="an ensemble's folder or repository; by default the trained one of this project"
     )
-    parser.add_argument("--prompts", type=Path, default=KOALA, help='a JSON list of {"prompt": …}')
-    parser.add_argument("--number", type=int, help="the shortest prompts only; by default all")
+    parser.add_argument("--prompt-file", type=Path, default=KOALA, help='a JSON list of {"prompt": …}')
+    parser.add_argument("--prompts", type=int, help="the shortest of these only; by default all")
     parser.add_argument("--static-prompts", type=int, default=32, help="training prompts that static weights are from")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -141,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.output /= "quick"
-        arguments.number, arguments.tokens = 10, 24
+        arguments.prompts, arguments.tokens = 10, 24
     return arguments
 
 
@@ -149,7 +149,13 @@ def load_model(source: str | None):
     dtype = demo.fast_dtype(DEVICE)
     if source is None:
         return demo.trained_ensemble(ARTIFACTS, dtype=dtype)
-    return PCMEnsembleForCausalLM.from_pretrained(source, dtype=dtype)
+    model = PCMEnsembleForCausalLM.from_pretrained(source, dtype=dtype)
+    experts = model.config.experts
+    if {expert["name"] for expert in experts} != set(demo.PREFERENCES):
+        raise ValueError(f"{source} has the experts {', '.join(model.config.expert_names)}; the paper's are wanted.")
+    if len(model.backbones) > 1 or not all(e["adapter"] and e["description"] and not e["prompt"] for e in experts):
+        raise ValueError(f"The experts of {source} must be described adapters on one base model, without prompts.")
+    return model
 
 
 def chats(prompts: list[str]) -> list:
@@ -158,16 +164,17 @@ def chats(prompts: list[str]) -> list:
 
 def main():
     arguments = parse_arguments()
-    prompts = chats(evaluation_prompts(arguments.number, arguments.prompts))
+    prompts = chats(evaluation_prompts(arguments.prompts, arguments.prompt_file))
     model = load_model(arguments.model).to(processes().device)
+    preferences = paper_preferences(model)
+    jobs = make_jobs(prompts, preferences[:: len(preferences) - 1] if arguments.quick else preferences)
     rewards = proxy_rewards(model.backbones[0], model.tokenizer)
     judges = make_judges(rewards, arguments)
     ours, *others = make_baselines(model, arguments)
-    preferences = paper_preferences(model)
     report = evaluate(
         ours,
         others,
-        make_jobs(prompts, preferences[:: len(preferences) - 1] if arguments.quick else preferences),
+        jobs,
         judges,
         arguments.output,
         model=model,
@@ -177,9 +184,8 @@ def main():
     if report is None:  # another process writes it
         return
     command = " ".join(["python", "examples/evaluate.py", *sys.argv[1:]])
-    title = (
-        f"The trained PCM against what a user would do instead, on {len(prompts)} prompts of {arguments.prompts.stem}"
-    )
+    asked = f"{len(prompts)} prompts of {arguments.prompt_file.stem}"
+    title = f"The trained PCM against what a user would do instead, on {asked}"
     static = {baseline.name: baseline.weights for baseline in others if getattr(baseline, "weights", None)}
     write_report({"title": title, "command": command, "static weights": static} | report, arguments.output)
     console = Console()

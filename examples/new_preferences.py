@@ -1,12 +1,14 @@
 """
-Does the trained PCM still win under preferences that it was not trained on?
+Does the trained PCM still win under preferences that no reward has taught it?
 
     python examples/new_preferences.py --output evaluation/new
 
-Kinds of preferences: two experts of the six; three with weights between 0 and 2; five; all six; three of which one, a
-prompted expert, is added to the ensemble after training; and the paper's, told in words that the PCM has never read.
-Each is answered by the trained PCM, by the weights as given (or, for words, by equal weights of the experts that are
-meant) and by the base model told in its prompt. The table and its picture are in OUTPUT.
+Kinds of preferences, beside the paper's eight for comparison: two experts; the eight with other weights, between 0.1
+and 2; five experts; all six; three of which one, a prompted expert, is added to the ensemble after training; and the
+eight told in words that the PCM has never read. (From descriptions alone, without rewards, it has learnt to tell which
+two experts, or three, are meant.) Under five or six, rewards of opposite experts cancel, and what decides is mostly
+how sane the text is. Each is answered by the trained PCM, by the weights as given (or, for words, by equal weights of
+the experts that are meant) and by the base model told in its prompt. The table and its picture are in OUTPUT.
 
 Run again, it goes on where it stopped. --quick takes one prompt and one preference of each kind.
 """
@@ -17,7 +19,7 @@ import json
 import random
 from pathlib import Path
 
-from answers import ARTIFACTS, DEVICE, evaluation_prompts
+from answers import ARTIFACTS, DEVICE, evaluation_prompts, spread
 from evaluate import chats, paper_preferences
 from rich.console import Console
 from rich.markdown import Markdown
@@ -28,6 +30,7 @@ from modeling_pcm_ensemble.evaluation import (
     PlainModel,
     RewardJudge,
     collect_answers,
+    holm,
     judge_answers,
     label,
     make_jobs,
@@ -69,15 +72,13 @@ def compare(kind: str, ours, others: list, preferences: list[dict], judges: list
     """By judge, the win rates of `ours` against the others."""
     if arguments.quick:
         preferences = preferences[:1]
-    prompts = evaluation_prompts()
-    prompts = prompts[:: max(len(prompts) // arguments.prompts, 1)][: arguments.prompts]
-    jobs = make_jobs(chats(prompts), preferences)
+    jobs = make_jobs(chats(spread(evaluation_prompts(), arguments.prompts)), preferences)
     answers = {b.name: collect_answers(b, jobs, arguments.output, 0, arguments.batch_size) for b in [ours, *others]}
     found = {}
     for judge in judges:
         outcomes = {b.name: judge_answers(judge, jobs, answers[ours.name], answers[b.name]) for b in others}
-        rates = summarise(outcomes, jobs).items()
-        found[judge.name] = {f"{kind}: {name}": entry for name, entry in rates}
+        entries = [summarise({name: outcome}, jobs) for name, outcome in outcomes.items()]  # one by one: p as it is
+        found[judge.name] = {f"{kind}: {name}": value for entry in entries for name, value in entry.items()}
     return found
 
 
@@ -111,6 +112,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
     arguments = parser.parse_args()
+    if arguments.prompts < 1:
+        parser.error("--prompts must be at least 1")
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.tokens = 1, 16
@@ -125,6 +128,9 @@ def main():
     if not processes().is_main_process:
         return
     report = {judge.name: {k: v for kind in found for k, v in kind[judge.name].items()} for judge in judges}
+    for entries in report.values():
+        for entry, p in zip(entries.values(), holm([entry["p"] for entry in entries.values()])):
+            entry["p"] = p
     (arguments.output / "new_preferences.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     draw_win_rates(report, arguments.output / "new_preferences.png")
     console = Console()

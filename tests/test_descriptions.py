@@ -60,11 +60,13 @@ def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_pat
     ("paraphrases", "words"),
     [
         ({"e9": ["be big"]}, "`paraphrases` names e9, but the experts are e0, e1, e2"),
+        ({"e0": "be big"}, "`paraphrases` of 'e0' must be a list of texts"),
+        ({"e0": ["be big", " "]}, "`paraphrases` of 'e0' must be a list of texts"),
         ({"e0": ["be big" * 40]}, "Row 0 of `train_dataset` has a prompt of"),
     ],
 )
 def test_paraphrases_of_no_expert_or_too_long_are_refused(paraphrases, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         make_trainer(tmp_path, tiny_ensemble(), paraphrases=paraphrases)
 
 

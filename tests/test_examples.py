@@ -96,6 +96,34 @@ def test_training_and_evaluation_run_from_end_to_end(tmp_path):
         assert (tmp_path / "pcm" / "quick" / name).exists()
 
 
+def test_new_preferences_are_what_their_kind_says(example):
+    module = example("new_preferences")
+    paper = [dict.fromkeys(names, 1.0) for names in (("elementary", "concise", "friendly"), ("knowledgeable",))]
+    kinds = module.kinds_of_preferences(paper)
+    dimensions = {name: dimension for name, (dimension, _) in module.demo.PREFERENCES.items()}
+    assert len(kinds["two experts"]) == 12
+    assert all(len({dimensions[name] for name in pair}) == 2 for pair in kinds["two experts"])
+    weights = [weight for entry in kinds["weights between 0 and 2"] for weight in entry.values()]
+    assert len(weights) == 4
+    assert all(0 < weight <= 2 for weight in weights)
+    assert sorted(map(len, kinds["five experts"] + kinds["all six"])) == [5] * 6 + [6]
+    assert module.with_added(paper) == [{"elementary": 1.0, "concise": 1.0, "cheerful": 1.0}]
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a"}', '["a"]', "[]", '[{"prompt": 3}]'])
+def test_a_file_that_is_no_list_of_prompts_is_refused(text, tmp_path, example):
+    (tmp_path / "prompts.json").write_text(text)
+    with pytest.raises(ValueError, match="must be a JSON list of objects with a text"):
+        example("answers").evaluation_prompts(path=tmp_path / "prompts.json")
+
+
+def test_prompts_are_spread_over_all_lengths(example):
+    spread = example("answers").spread
+    assert spread(list("abcdefghi"), 3) == ["a", "e", "i"]
+    assert spread(list("abc"), 1) == ["a"]
+    assert spread(list("abc"), 5) == ["a", "b", "c"]
+
+
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_new_preferences_are_of_every_kind_and_judged(tmp_path):

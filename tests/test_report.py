@@ -54,8 +54,10 @@ def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, t
 def test_how_much_worse_a_text_is_counts_against_whatever_should_be_low_or_high():
     base = {"nll": 2.0, "gain": 0.5, "repetition": 0.01}
     assert worse_by(base, base) == {"nll": 0.0, "gain": 0.0, "repetition": 0.0}
-    assert worse_by({"nll": 2.5, "gain": 0.4, "repetition": 0.03}, base) == pytest.approx(
-        {"nll": 0.25, "gain": 0.2, "repetition": 0.02}
+    worse = worse_by({"nll": 2.5, "gain": 0.4, "repetition": 0.03}, base)
+    assert worse == pytest.approx({"nll": 25.0, "gain": 5.0, "repetition": 2.0})
+    assert worse_by({"nll": 2.0, "gain": -0.3, "repetition": 0.0}, base | {"gain": -0.1})["gain"] == pytest.approx(
+        10.0
     )
 
 
@@ -116,7 +118,7 @@ def test_a_report_says_what_was_counted(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| other | 100.0 % [29.2, 100.0] | 0.250 | +0.0 % |" in text
     assert "| length, people | 75% | 0.50 |" in text
-    assert "ours worse than other by: nll +25.0 %, gain +20.0 %, repetition +2.0 %; some of it above 5 %." in text
+    assert "worse than other the ours is: nll +25.0 %, gain +5.0 %, repetition +2.0 %" in text
     for name in ("win_rates.png", "rewards.png", "cost.png", "expert_weights.png"):
         assert (tmp_path / name).stat().st_size > 5000
         assert f"({name})" in text

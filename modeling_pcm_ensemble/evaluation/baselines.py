@@ -116,7 +116,9 @@ class Mixture(Baseline):
 
     def settings(self) -> str:
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
-        return json.dumps([options, digest(self.model if self.use_pcm else self.model.backbones)])
+        read = ("name", "backbone", "prompt_ids", *(("description_ids",) if self.use_pcm else ()))
+        experts = [[expert[field] for field in read] for expert in self.model.config.experts]
+        return json.dumps([options, experts, digest(self.model if self.use_pcm else self.model.backbones)])
 
     def applies(self, preference: Preference) -> bool:
         return self.only is None or self.only in preference

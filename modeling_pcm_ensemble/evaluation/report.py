@@ -64,21 +64,24 @@ def markdown(report: dict) -> str:
 
 def worse_by(ours: dict[str, float], base: dict[str, float]) -> dict[str, float]:
     """
-    How much worse answers are as text than the base model's: by what share their nats a token are more, or those that
-    the prompt saves less; and by how much the share of repeated word triples, itself near 0, is more.
+    How much worse answers are as text than the base model's, in %: their nats a token, and those that the prompt
+    saves, both of the base model's nats a token; and the share of repeated word triples, in points.
     """
-    return {
-        "nll": ours["nll"] / base["nll"] - 1,
-        "gain": 1 - ours["gain"] / base["gain"],
+    worse = {
+        "nll": (ours["nll"] - base["nll"]) / base["nll"],
+        "gain": (base["gain"] - ours["gain"]) / base["nll"],
         "repetition": ours["repetition"] - base["repetition"],
     }
+    return {name: 100 * value for name, value in worse.items()}
 
 
 def _worse_text(report: dict) -> str:
     worse = worse_by(report["quality"][report["ours"]], report["quality"][report["base"]])
-    parts = [f"{name} {100 * value:+.1f} %" for name, value in worse.items()]
-    verdict = "none" if max(worse.values()) <= 0.05 else "some"
-    return f"{report['ours']} worse than {report['base']} by: {', '.join(parts)}; {verdict} of it above 5 %."
+    parts = [f"{name} {value:+.1f} %" for name, value in worse.items()]
+    return (
+        f"How much worse than {report['base']} the {report['ours']} is: {', '.join(parts)} (of the nats a token of "
+        f"{report['base']}; repetition in points)."
+    )
 
 
 def win_rate_table(baselines: dict[str, dict]) -> str:

@@ -78,11 +78,7 @@ class DescriptionTrainer(PCMTrainer):
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
         self.preferences = PreferenceSampler(model.config, [*sets, model.config.expert_names], text_only_fraction=1.0)
         tokenizer = padding_tokenizer(model, processing_class)
-        if unknown := set(paraphrases or {}) - set(model.config.expert_names):
-            raise ValueError(
-                f"`paraphrases` names {', '.join(sorted(unknown))}, but the experts are "
-                f"{', '.join(model.config.expert_names)}."
-            )
+        _check_paraphrases(paraphrases or {}, model.config.expert_names)
         self.wordings = [  # of each expert, as tokens
             [expert["description_ids"]]
             + [encode_description(tokenizer, text) for text in (paraphrases or {}).get(expert["name"], ())]
@@ -96,12 +92,14 @@ class DescriptionTrainer(PCMTrainer):
     def _prepare_inputs(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
         """
         What [`completion_weight_logits`] takes, and `shares`, `(rows, experts)`; each row's preference is drawn, and
-        the batch's wording of each expert.
+        how it is worded.
         """
-        config = _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
-        tokenizer = self.processing_class
+        config, tokenizer, generator = self.ensemble.config, self.processing_class, self._generator
+        configs = [config] * len(inputs)
+        if any(len(ids) > 1 for ids in self.wordings):
+            configs = [_worded(config, [generator.choice(ids) for ids in self.wordings]) for _ in inputs]
         draws = [self.preferences.draw(self._generator) for _ in inputs]
-        prompts = [with_words(row["prompt"], draw, config, tokenizer) for row, draw in zip(inputs, draws)]
+        prompts = [with_words(row["prompt"], *how, tokenizer) for row, *how in zip(inputs, draws, configs)]
         prompt_ids = pad_left(tokenize(tokenizer, prompts))
         completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in inputs]
         completion_ids = pad_left([ids[::-1] for ids in completions]).flip(1)  # padded on the right
@@ -110,7 +108,7 @@ class DescriptionTrainer(PCMTrainer):
             "prompt_mask": (prompt_ids >= 0).long(),
             "completion_ids": completion_ids.clamp(min=0),
             "completion_mask": (completion_ids >= 0).long(),
-            "prefix_ids": describe(config, draws),
+            "prefix_ids": describe(configs, draws),
             "shares": reward_shares(draws),
         }
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
@@ -125,6 +123,14 @@ class DescriptionTrainer(PCMTrainer):
             share = log_described_share(expert_weight_logits, shares > 0).exp()
             self._note({"described_share": ((share * mask).sum() / mask.sum()).item()})
         return (loss, expert_weight_logits) if return_outputs else loss
+
+
+def _check_paraphrases(paraphrases: Mapping, names: list[str]):
+    if unknown := set(paraphrases) - set(names):
+        raise ValueError(f"`paraphrases` names {', '.join(sorted(unknown))}, but the experts are {', '.join(names)}.")
+    for name, texts in paraphrases.items():
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise TypeError(f"`paraphrases` of {name!r} must be a list of texts, none of them empty, got {texts!r}.")
 
 
 def _worded(config: PCMEnsembleConfig, description_ids: list[list[int]]) -> PCMEnsembleConfig:

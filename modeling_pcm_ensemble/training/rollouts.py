@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..merging import token_log_probs
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preferences import description_prefix
@@ -248,12 +249,15 @@ def written_tokens(completion_ids: torch.LongTensor, config: GenerationConfig) -
     return (ended.cumsum(dim=1) - ended == 0).long()
 
 
-def describe(config, draws: list[DrawnPreference]) -> torch.LongTensor:
+def describe(configs: list[PCMEnsembleConfig], draws: list[DrawnPreference]) -> torch.LongTensor:
     """
     What the PCM reads before each row's prompt, `(rows, tokens)`, padded on the left with -1: the descriptions of the
-    wanted experts, unless they stand in the prompt.
+    wanted experts, as the row's config has them, unless they stand in the prompt.
     """
-    rows = [[] if draw.words == "system" else description_prefix(config, list(draw.weights)) for draw in draws]
+    rows = [
+        [] if draw.words == "system" else description_prefix(config, list(draw.weights))
+        for config, draw in zip(configs, draws)
+    ]
     prefix_ids = pad_left(rows)
     return torch.full((len(rows), 1), -1) if prefix_ids is None else prefix_ids
 
@@ -331,7 +335,7 @@ class RolloutSampler:
             inputs["input_ids"],
             inputs["attention_mask"],
             weights,
-            describe(config, draws),
+            describe([config] * len(draws), draws),
             self.generation_config,
         )
 
