@@ -37,8 +37,9 @@ def evaluation_prompts(number: int | None = None, path: Path = KOALA) -> list[st
         ValueError: if it is no such list, or an empty one.
     """
     entries = json.loads(path.read_text(encoding="utf-8"))
+    entries = entries if isinstance(entries, list) else []
     texts = [entry.get("prompt") if isinstance(entry, dict) else None for entry in entries]
-    if not isinstance(entries, list) or not texts or not all(isinstance(text, str) for text in texts):
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{path} must be a JSON list of objects with a text as `prompt`: [{{"prompt": "…"}}, …].')
     return sorted(texts, key=len)[:number]
 

@@ -110,7 +110,7 @@ def test_new_preferences_are_what_their_kind_says(example):
     assert module.with_added(paper) == [{"elementary": 1.0, "concise": 1.0, "cheerful": 1.0}]
 
 
-@pytest.mark.parametrize("text", ['{"prompt": "a"}', '["a"]', "[]", '[{"prompt": 3}]'])
+@pytest.mark.parametrize("text", ['{"prompt": "a"}', '["a"]', "[]", "3", '[{"prompt": 3}]'])
 def test_a_file_that_is_no_list_of_prompts_is_refused(text, tmp_path, example):
     (tmp_path / "prompts.json").write_text(text)
     with pytest.raises(ValueError, match="must be a JSON list of objects with a text"):
