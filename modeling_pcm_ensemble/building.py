@@ -24,6 +24,7 @@ from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import run_rows
 from .peft_format import check_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
+from .thin import hub_source
 
 SPEC_FIELDS = ("model", "adapter", "prompt", "description", "dimension")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
@@ -189,6 +190,8 @@ class _Loader:
         options = {"ignore_mismatched_sizes": True} | self.model_kwargs  # refused below, by name
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
         check_loading(loading, f"the checkpoint of {label}, {str(source)!r}")
+        if (found := hub_source(str(source), **self._hub_options())) is not None:
+            model.config.source = found
         check_serves_rows(model, label)
         return model
 

@@ -28,7 +28,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
     Args:
         backbones (`list[PreTrainedConfig | dict]`, *optional*):
-            Configuration of each frozen causal LM. Experts on one backbone run as rows of one forward pass.
+            Configuration of each frozen causal LM. Experts on one backbone run as rows of one forward pass. A `source`
+            in it says which `repository` and `revision` it was loaded from.
         experts (`list[dict]`, *optional*):
             One entry per expert, in the order of the PCM head's outputs: `name`; `backbone`, an index into `backbones`
             (default 0); `prompt` and `prompt_ids`, the text and tokens that this expert reads before the context;
@@ -50,6 +51,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
         prefix_bos_token_id (`int`, *optional*):
             The token that the tokenizer puts before every text. A prefix begins with it, and a context's own is
             masked out behind a prefix. `None` where the tokenizer adds none.
+        thin (`dict`, *optional*):
+            Written by `save_pretrained(..., thin=True)`: where the backbones are that this checkpoint does not hold.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether forward returns a [`PCMEnsembleCache`] when not training.
     """
@@ -67,6 +70,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    thin: dict | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import cached_assets_path, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
@@ -130,7 +131,9 @@ def fetch_smollm2() -> str:
     try:
         return snapshot_download(REPOSITORY, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
     except (OSError, HfHubHTTPError):
-        _convert_wheel(converted)
+        with WeakFileLock(f"{converted}.lock"):  # all processes of a launch come here at once
+            if not (converted / "config.json").exists():
+                _convert_wheel(converted)
     return str(converted)
 
 

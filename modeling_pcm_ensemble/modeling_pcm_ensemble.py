@@ -15,10 +15,9 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .building import HUB_OPTIONS, all_end_tokens, build_expert, build_parts, check_loading, load_tokenizer
+from .building import all_end_tokens, build_expert, build_parts
 from .cache import PCMEnsembleCache
 from .checks import cached_length, check_cache, check_inputs, check_length, check_mask, check_no_sliding_windows
 from .configuration_pcm_ensemble import PCMEnsembleConfig
@@ -28,11 +27,7 @@ from .pcm import PreferenceControlModel
 from .peft_format import write_adapter
 from .preferences import Route, build_route, preference_weights
 from .prefixes import CachePart
-from .saving import staged_folder
-
-logger = logging.get_logger(__name__)
-
-PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "commit_description", "tags")
+from .pretrained import PCMEnsemblePreTrainedModel
 
 
 @dataclass
@@ -52,15 +47,6 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
 
     expert_weights: torch.FloatTensor | None = None
     expert_logits: list[ExpertLogits] | None = None
-
-
-class PCMEnsemblePreTrainedModel(PreTrainedModel):
-    config: PCMEnsembleConfig
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _skip_keys_device_placement = ("past_key_values",)
 
 
 class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
@@ -90,13 +76,11 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
-        self._tokenizer = None
-        self._tokenizer_options = {}
         parts = (self.pcm.body, *self.backbones)
         self._is_stateful = any(part._is_stateful for part in parts)
         self.post_init()
 
-    # Building, loading, saving
+    # Building
 
     @classmethod
     def from_experts(
@@ -231,48 +215,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             raise ValueError(f"Expert {name!r} has no adapter to export.")
         base_model = self.config.backbones[expert["backbone"]].name_or_path
         write_adapter(folder, expert["adapter"], self.backbones.bank_of(name).tensors(name), base_model)
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Load an ensemble as any model; a checkpoint whose configuration and weights disagree is refused."""
-        kwargs.setdefault("ignore_mismatched_sizes", True)
-        model, loading = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        check_loading(loading, f"the checkpoint {model.name_or_path!r}")
-        model._tokenizer_options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
-        return (model, loading) if output_loading_info else model
-
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
-        """
-        Save as any model, with the tokenizer if there is one.
-
-        An interrupted save leaves `save_directory` as it was, or, in its last moments, as a folder that does not load.
-        """
-        if not is_main_process:
-            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
-            return
-        push = kwargs.pop("push_to_hub", False)
-        hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
-        try:
-            tokenizer = self.tokenizer
-        except OSError as error:  # weights must not be lost because a repository cannot be reached
-            logger.warning(f"The ensemble is saved without its tokenizer, which could not be loaded: {error}")
-            tokenizer = None
-        for part in (self.pcm.body, *self.backbones):
-            part.config.dtype = part.dtype  # `to()` leaves it behind, and `dtype="auto"` reads it
-        with staged_folder(save_directory, kwargs.get("variant")) as staging:
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
-            super().save_pretrained(staging, **kwargs)
-        if push:
-            repo_id = hub_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, **hub_options)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer given to `from_experts`, else the checkpoint's own, loaded at first use; None without one."""
-        if self._tokenizer is None and self.name_or_path:
-            self._tokenizer = load_tokenizer(self.name_or_path, config=self.config, **self._tokenizer_options)
-        return self._tokenizer
 
     def get_input_embeddings(self):
         return self.pcm.body.get_input_embeddings()
@@ -550,4 +492,4 @@ def _kept(logits_to_keep: int | torch.LongTensor) -> slice | torch.LongTensor:
 PCMEnsembleConfig.register_for_auto_class()
 PCMEnsembleForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["PCMEnsembleForCausalLM", "PCMEnsembleOutput", "PCMEnsemblePreTrainedModel"]
+__all__ = ["PCMEnsembleForCausalLM", "PCMEnsembleOutput"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import settings
+from local_hub import LocalHub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -67,6 +68,12 @@ def make_ensemble(backbones, experts, seed: int = 0, **config_kwargs) -> PCMEnse
     torch.nn.init.normal_(model.pcm.head.weight)
     model.generation_config.eos_token_id = None  # answers of one length, unless a test sets it
     return model
+
+
+@pytest.fixture
+def hub():
+    with LocalHub() as hub:
+        yield hub
 
 
 @pytest.fixture

@@ -8,11 +8,15 @@ text are LFS objects, as safetensors are on the real Hub.
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -99,6 +103,13 @@ class LocalHub(ThreadingHTTPServer):
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         return found | ({"HF_TOKEN": token} if token else {})
+
+    def add(self, name: str, folder) -> str:
+        """Put a folder up as somebody else's public repository; give its commit."""
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        tree = {str(path.relative_to(folder)): (path.read_bytes(), not TEXT.match(path.name)) for path in files}
+        repository = self.repositories.setdefault(name, Repository(name.split("/")[0], private=False))
+        return repository.commit("main", tree)
 
     def fault_of(self, request: str) -> Fault | None:
         with self.lock:
@@ -390,3 +401,19 @@ ROUTES = [
     (("POST",), f"/lfs/{NAME}/(?P<oid>[0-9a-f]+)/verify", Handler.lfs_verify),
     (("GET", "HEAD"), f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 ]
+
+
+def run_client(
+    script: str, hub: LocalHub, home, token: str | None = "hf_owner", environment: dict | None = None, **values
+) -> subprocess.CompletedProcess:
+    """Run a script in a new process whose Hub is this one, with `values` as its variables."""
+    head = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = inherited | hub.environment(home, token) | (environment or {})
+    return subprocess.run([sys.executable, "-c", head + script], env=settings, capture_output=True, text=True)
+
+
+def output(result: subprocess.CompletedProcess) -> str:
+    """The last line that it printed."""
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]

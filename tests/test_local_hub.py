@@ -1,11 +1,7 @@
 """The Hub on this machine answers the real client as the real Hub does, and fails when told to."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from local_hub import Fault, LocalHub
+from local_hub import Fault, LocalHub, output, run_client
 
 PUSH = """
 from huggingface_hub import HfApi
@@ -21,12 +17,6 @@ LARGE = bytes(range(256)) * 4096  # 1 MB, uploaded as an LFS object
 
 
 @pytest.fixture
-def hub():
-    with LocalHub() as hub:
-        yield hub
-
-
-@pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
@@ -36,17 +26,9 @@ def folder(tmp_path):
     return folder
 
 
-def run(script: str, hub: LocalHub, home, token: str | None = "hf_owner", **values) -> subprocess.CompletedProcess:
+def run(script: str, hub: LocalHub, home, token: str | None = "hf_owner", **values):
     defaults = {"PRIVATE": False, "REVISION": None, "PR": False}
-    head = "".join(f"{name} = {value!r}\n" for name, value in (defaults | values).items())
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= hub.environment(home, token)
-    return subprocess.run([sys.executable, "-c", head + script], env=environment, capture_output=True, text=True)
-
-
-def output(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()[-1]
+    return run_client(script, hub, home, token, **(defaults | values))
 
 
 def test_what_is_pushed_can_be_pulled_at_any_of_its_commits(hub, folder, tmp_path):

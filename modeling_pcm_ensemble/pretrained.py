@@ -1,0 +1,136 @@
+"""Loading and saving an ensemble, whole or thin, as any transformers model."""
+
+import copy
+import os
+from functools import partial
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import PushToHubMixin, logging
+from transformers.utils.hub import resolve_revision
+
+from .building import HUB_OPTIONS, check_loading, load_tokenizer
+from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .saving import staged_folder
+from .thin import thin_checkpoint, whole_state
+
+logger = logging.get_logger(__name__)
+
+PUSH_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "revision", "commit_description", "tags")
+
+
+class PCMEnsemblePreTrainedModel(PreTrainedModel):
+    """What every transformers model has: loading, saving, pushing; and the tokenizer that goes with it."""
+
+    config: PCMEnsembleConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def __init__(self, config: PCMEnsembleConfig):
+        super().__init__(config)
+        self._tokenizer = None
+        self._tokenizer_options = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args, output_loading_info: bool = False, **kwargs
+    ):
+        """
+        Load an ensemble as any model.
+
+        Raises:
+            ValueError: if configuration and weights disagree, or a thin checkpoint's backbones are not those it names.
+            OSError: if files cannot be fetched, nor found in the cache.
+        """
+        source, config = pretrained_model_name_or_path, kwargs.get("config")
+        kwargs.setdefault("ignore_mismatched_sizes", True)
+        options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
+        if isinstance(config, PreTrainedConfig):
+            thin = config.thin
+        else:
+            thin = cls.config_class.get_config_dict(config or source, **options)[0].get("thin")
+        load = super().from_pretrained if thin is None else partial(cls._from_thin, thin)
+        model, loading = load(source, *args, output_loading_info=True, **kwargs)
+        check_loading(loading, f"the checkpoint {model.name_or_path!r}")
+        model._tokenizer_options = options
+        return (model, loading) if output_loading_info else model
+
+    @classmethod
+    def _from_thin(cls, thin: dict, source: str | os.PathLike, *args, config=None, variant=None, **kwargs):
+        """`from_pretrained` of a thin checkpoint."""
+        options = {name: kwargs.pop(name) for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
+        options.pop("trust_remote_code", None)  # trusts the ensemble's code, not the backbones'
+        revision_options = {key: options[key] for key in ("token", "local_files_only", "cache_dir") if key in options}
+        options["revision"] = resolve_revision(source, options.get("revision"), **revision_options)
+        if isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+        else:
+            config, kwargs = cls.config_class.from_pretrained(
+                config or source, return_unused_kwargs=True, **kwargs, **options
+            )
+        config.thin = None  # what is loaded is whole
+        state = whole_state(thin, source, variant, **options)
+        model, loading = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+        model.name_or_path = config._name_or_path = str(source)
+        model.generation_config = GenerationConfig.from_pretrained(source, **options)
+        return model, loading
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, thin: bool = False, **kwargs
+    ):
+        r"""
+        Save as any model, with the tokenizer if there is one.
+
+        An interrupted save leaves `save_directory` as it was, or, in its last moments, as a folder that does not load.
+
+        Args:
+            thin (`bool`): save only the PCM and the adapters, and name each backbone by its repository and commit on
+                the Hub, from where `from_pretrained` fetches it.
+
+        Raises:
+            ValueError: if `thin`, and a backbone is not what a repository holds.
+        """
+        if not is_main_process:
+            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+            return
+        push = kwargs.pop("push_to_hub", False)
+        hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        try:
+            tokenizer = self.tokenizer
+        except OSError as error:  # weights must not be lost because a repository cannot be reached
+            logger.warning(f"The ensemble is saved without its tokenizer, which could not be loaded: {error}")
+            tokenizer = None
+        for part in (self.pcm.body, *self.backbones):
+            part.config.dtype = part.dtype  # `to()` leaves it behind, and `dtype="auto"` reads it
+        if thin:
+            token = {"token": kwargs["token"]} if "token" in kwargs else {}
+            kwargs["state_dict"], self.config.thin = thin_checkpoint(self, **token)
+            kwargs.pop("max_shard_size", None)  # it is always one file
+        try:
+            with staged_folder(save_directory, kwargs.get("variant")) as staging:
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(staging)
+                super().save_pretrained(staging, **kwargs)
+        finally:
+            self.config.thin = None
+        if push:
+            repo_id = hub_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, thin=thin, token=kwargs.get("token"), **hub_options)
+
+    def push_to_hub(self, repo_id: str, *, thin: bool = False, **kwargs) -> str:
+        """Push as any model; `thin` as in [`save_pretrained`]."""
+        pushed = copy.copy(self)
+        pushed.save_pretrained = partial(self.save_pretrained, thin=thin)
+        return PushToHubMixin.push_to_hub(pushed, repo_id, **kwargs)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer given to `from_experts`, else the checkpoint's own, loaded at first use; None without one."""
+        if self._tokenizer is None and self.name_or_path:
+            self._tokenizer = load_tokenizer(self.name_or_path, config=self.config, **self._tokenizer_options)
+        return self._tokenizer
+
+
+__all__ = ["PCMEnsemblePreTrainedModel"]

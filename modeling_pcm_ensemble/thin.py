@@ -1,0 +1,144 @@
+"""Thin checkpoints: PCM and adapters alone, each backbone named by repository and commit instead of stored."""
+
+import hashlib
+import json
+import os
+import re
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import resolve_revision
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+def hub_source(name: str, **hub_options) -> dict | None:
+    """Repository and commit of what `from_pretrained(name)` loads; None for a folder."""
+    if not name or os.path.exists(name):
+        return None
+    options = {
+        key: hub_options[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in hub_options
+    }
+    revision = resolve_revision(name, **options)
+    return {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
+
+
+def thin_checkpoint(model: PreTrainedModel, **hub_options) -> tuple[dict[str, torch.Tensor], dict]:
+    r"""
+    What a thin checkpoint of an ensemble holds.
+
+    Returns:
+        The tensors, and `config.thin`: each backbone's `repository`, `revision` (a commit) and `digest`, see
+        [`weights_digest`]; and under `shared` the PCM's tensors that are not stored, because a backbone has them.
+
+    Raises:
+        ValueError: if a backbone is not what a Hub repository holds.
+        OSError: if that repository cannot be reached, nor found in the cache.
+    """
+    backbones, owned, embeddings = [], set(), {}
+    for index, backbone in enumerate(model.backbones):
+        source = getattr(backbone.config, "source", None) or hub_source(backbone.name_or_path, **hub_options)
+        if source is None or source["revision"] is None:
+            raise ValueError(
+                f"Backbone {index} ({backbone.name_or_path or type(backbone).__name__}) is not from a Hub repository, "
+                "which a thin checkpoint could name. Push it and build the ensemble from there, or save with "
+                "`thin=False`."
+            )
+        folder = _fetch(source, **hub_options)
+        original = AutoModelForCausalLM.from_pretrained(folder, dtype=backbone.dtype, use_safetensors=True)
+        _check_equal(backbone, original, f"Backbone {index} is not what {source['repository']} holds")
+        owned |= {f"backbones.{index}.{name}" for name in original.state_dict()}
+        embeddings |= {f"backbones.{index}.{name}": tensor for name, tensor in _embeddings(backbone).items()}
+        backbones.append(source | {"digest": weights_digest(folder)})
+    shared = {
+        f"pcm.body.{name}": other
+        for name, tensor in _embeddings(model.pcm.body).items()
+        for other, theirs in embeddings.items()
+        if torch.equal(tensor, theirs)
+    }
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in owned and name not in shared}
+    return state, {"backbones": backbones, "shared": shared}
+
+
+def whole_state(thin: dict, source: str, variant: str | None = None, **hub_options) -> dict[str, torch.Tensor]:
+    """
+    The tensors of the ensemble that a thin checkpoint stands for.
+
+    Args:
+        thin (`dict`): its `config.thin`.
+        source (`str`): its folder or repository.
+
+    Raises:
+        ValueError: if a repository's weights are not those that it was saved with.
+        OSError: if files cannot be fetched, nor found in the cache.
+    """
+    state = {}
+    for file in _own_files(source, variant, **hub_options):
+        state |= load_file(file)
+    for index, entry in enumerate(thin["backbones"]):
+        folder = _fetch(entry, **hub_options)
+        if (digest := weights_digest(folder)) != entry["digest"]:
+            raise ValueError(
+                f"The weights of {entry['repository']} at {entry['revision']} are not those that this ensemble was "
+                f"saved with: their digest is {digest}, not {entry['digest']}. Clear them from the cache if they were "
+                "changed there, or ask the ensemble's author."
+            )
+        backbone = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        state |= {f"backbones.{index}.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    return state | {name: state[other].clone() for name, other in thin["shared"].items()}
+
+
+def weights_digest(folder: str) -> str:
+    """SHA-256 over the name, size and header of each safetensors file of a checkpoint; tensors are not read."""
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        with open(path, "rb") as file:
+            length = file.read(8)
+            header = file.read(int.from_bytes(length, "little"))
+        digest.update(f"{os.path.basename(path)} {os.path.getsize(path)}\n".encode() + length + header)
+    return digest.hexdigest()
+
+
+def _fetch(entry: dict, **hub_options) -> str:
+    """The folder, in the cache, of a backbone's repository at its commit. Nothing else is ever read."""
+    if not COMMIT.fullmatch(str(entry.get("revision"))):
+        raise ValueError(
+            f"A thin checkpoint names its backbones by commit, 40 hexadecimal digits; {entry.get('repository')!r} has "
+            f"{entry.get('revision')!r}."
+        )
+    options = {name: hub_options[name] for name in DOWNLOAD_OPTIONS if name in hub_options}
+    return snapshot_download(entry["repository"], revision=entry["revision"], allow_patterns=WEIGHT_FILES, **options)
+
+
+def _weight_files(folder: str) -> list[str]:
+    single, index = (os.path.join(folder, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if not os.path.exists(index):
+        return [single]
+    with open(index, encoding="utf-8") as file:
+        names = sorted(set(json.load(file)["weight_map"].values()))
+    return [os.path.join(folder, os.path.basename(name)) for name in names]
+
+
+def _own_files(source: str, variant: str | None, **hub_options) -> list[str]:
+    name = SAFE_WEIGHTS_NAME if variant is None else SAFE_WEIGHTS_NAME.replace(".safe", f".{variant}.safe")
+    return [cached_file(source, name, **hub_options)]
+
+
+def _embeddings(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    weight = model.get_input_embeddings().weight
+    return {name: tensor for name, tensor in model.named_parameters() if tensor is weight}
+
+
+def _check_equal(backbone: PreTrainedModel, original: PreTrainedModel, message: str):
+    ours = backbone.state_dict()
+    for name, tensor in original.state_dict().items():
+        if name not in ours or not torch.equal(ours[name].cpu(), tensor):
+            raise ValueError(f"{message}: the tensor {name} differs. Save with `thin=False`.")
+
+
+__all__ = ["hub_source", "thin_checkpoint", "weights_digest", "whole_state"]

@@ -1,0 +1,231 @@
+"""Push and pull by standard calls, whole and thin, between clean processes and a real server."""
+
+import copy
+import json
+import textwrap
+
+import pytest
+from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
+from local_hub import Fault, LocalHub, output, run_client
+from safetensors.torch import load
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+
+# Builds an ensemble of two experts on one repository and a third on another, and pushes it.
+PUSH = """
+import torch
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+model = PCMEnsembleForCausalLM.from_experts(
+    {
+        "a": {"model": "someone/llama", "prompt": "Be brief."},
+        "b": {"model": "someone/llama", "adapter": {"r": 2, "target_modules": ["q_proj"], "tensors": {
+            f"model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.full(shape, 0.3)
+            for layer in range(2) for side, shape in (("A", (2, 32)), ("B", (32, 2)))
+        }}},
+        "c": "someone/gpt2",
+    },
+    pcm="someone/llama",
+    pcm_layers=1,
+)
+torch.manual_seed(5)
+torch.nn.init.normal_(model.pcm.head.weight)
+model.push_to_hub("owner/ensemble", **OPTIONS)
+with torch.no_grad():
+    print(model(torch.tensor([[21, 22, 23, 24, 25]])).logits.double().sum().item())
+"""
+# Somebody else, who has not got this package.
+PULL = """
+import sys
+sys.modules["modeling_pcm_ensemble"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("owner/ensemble", trust_remote_code=True, **OPTIONS)
+with torch.no_grad():
+    print(model(torch.tensor([[21, 22, 23, 24, 25]])).logits.double().sum().item())
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """What stands on a Hub after the author's pushes, by whether they were thin, and the logits' sum."""
+    folder, found = tmp_path_factory.mktemp("published"), {}
+    for name, model in (("llama", tiny_llama(1, tie_word_embeddings=True)), ("gpt2", tiny_gpt2(2))):
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    for thin in (False, True):
+        with LocalHub() as hub:
+            for name in ("llama", "gpt2"):
+                hub.add(f"someone/{name}", folder / name)
+            expected = output(run_client(PUSH, hub, folder / "author", OPTIONS={"thin": thin, "private": not thin}))
+        found[thin] = hub.repositories, expected
+    return found
+
+
+@pytest.fixture
+def whole(hub, published) -> str:
+    """The whole ensemble is on the Hub, private."""
+    return put(hub, *published[False])
+
+
+@pytest.fixture
+def thin(hub, published) -> str:
+    """The thin ensemble and its backbones are on the Hub."""
+    return put(hub, *published[True])
+
+
+def put(hub, repositories, expected: str) -> str:
+    hub.repositories = copy.deepcopy(repositories)
+    return expected
+
+
+def pull(hub, home, token=None, environment=None, **options):
+    return run_client(PULL, hub, home, token, environment, OPTIONS=options)
+
+
+def files_of(hub, name="owner/ensemble", revision="main") -> dict[str, bytes]:
+    repository = hub.repositories[name]
+    return {path: content for path, (content, _) in repository.commits[repository.resolve(revision)].items()}
+
+
+@pytest.mark.parametrize("is_thin", [False, True], ids=["whole", "thin"])
+def test_what_is_pushed_gives_the_same_logits_where_it_is_pulled(hub, published, tmp_path, is_thin):
+    expected = put(hub, *published[is_thin])
+    assert output(pull(hub, tmp_path, "hf_owner")) == expected
+    downloads = len(hub.requests)
+    assert output(pull(hub, tmp_path, environment={"HF_HUB_OFFLINE": "1"})) == expected
+    assert len(hub.requests) == downloads
+    stored = files_of(hub)
+    tensors = set(load(stored["model.safetensors"]))
+    assert ("backbones.0.model.norm.weight" in tensors) == (not is_thin)
+    assert ("pcm.body.embed_tokens.weight" in tensors) == (not is_thin)
+    assert "pcm.head.weight" in tensors
+    assert (json.loads(stored["config.json"])["thin"] is not None) == is_thin
+
+
+def test_a_thin_checkpoint_loads_as_a_whole_one_with_every_option(hub, thin, tmp_path):
+    script = """
+    import torch
+    from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+    model, loading = PCMEnsembleForCausalLM.from_pretrained(
+        "owner/ensemble", merge="logits", dtype=torch.bfloat16, attn_implementation="eager", device_map="cpu",
+        output_loading_info=True,
+    )
+    assert not any(loading[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")), loading
+    assert model.config.merge == "logits" and model.config.thin is None
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.backbones[1].config._attn_implementation == "eager"
+    assert not any(p.requires_grad for p in model.backbones.parameters())
+    assert model.pcm.head.weight.requires_grad
+    assert model.generation_config.eos_token_id == 2 and model.name_or_path == "owner/ensemble"
+    assert model.tokenizer.decode([7])
+    model.save_pretrained(FOLDER)
+    model.save_pretrained(FOLDER + "-thin", thin=True)
+    for folder in (FOLDER, FOLDER + "-thin"):
+        again = PCMEnsembleForCausalLM.from_pretrained(folder)
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    """
+    output(run_client(textwrap.dedent(script) + "\nprint()", hub, tmp_path / "user", None, FOLDER=str(tmp_path / "f")))
+    assert (tmp_path / "f-thin/model.safetensors").stat().st_size < (tmp_path / "f/model.safetensors").stat().st_size
+
+
+def test_a_backbone_that_changed_under_its_name_is_refused(hub, thin, tmp_path):
+    """Same commit, other weights: a Hub that rewrote history, or a cache that somebody touched."""
+    llama = hub.repositories["someone/llama"]
+    tree = llama.commits[llama.resolve("main")]
+    tiny_llama(1, intermediate_size=40).save_pretrained(tmp_path / "other")
+    tree["model.safetensors"] = ((tmp_path / "other/model.safetensors").read_bytes(), True)
+    refused = pull(hub, tmp_path / "user")
+    assert "ValueError: The weights of someone/llama at" in refused.stderr
+    assert "not those that this ensemble was saved with" in refused.stderr
+
+
+def test_backbones_that_moved_on_are_loaded_as_they_were(hub, thin, tmp_path):
+    tiny_llama(9).save_pretrained(tmp_path / "llama")
+    hub.add("someone/llama", tmp_path / "llama")
+    assert output(pull(hub, tmp_path / "user")) == thin
+
+
+def test_what_a_thin_checkpoint_cannot_name_is_refused(hub, thin, tmp_path):
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2))
+    with pytest.raises(ValueError, match=r"Backbone 0 \(LlamaForCausalLM\) is not from a Hub repository"):
+        model.save_pretrained(tmp_path / "thin", thin=True)
+    assert not (tmp_path / "thin").exists()
+    before = files_of(hub)
+    changed = PUSH.replace("model.push", "torch.nn.init.zeros_(model.backbones[1].lm_head.weight)\nmodel.push")
+    refused = run_client(changed, hub, tmp_path / "author", OPTIONS={"thin": True})
+    assert "Backbone 1 is not what someone/gpt2 holds: the tensor" in refused.stderr
+    assert files_of(hub) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"repository": "../../somewhere"}, "Repo id must"),
+        ({"repository": "/etc"}, "Repo id must"),
+        ({"repository": "https://example.org/model"}, "Repo id must"),
+        ({"revision": "main"}, "names its backbones by commit"),
+        ({"revision": "../../../etc"}, "names its backbones by commit"),
+    ],
+    ids=["parent", "absolute", "other-host", "branch", "path"],
+)
+def test_a_thin_checkpoint_cannot_point_outside_the_hub(hub, thin, tmp_path, change, message):
+    repository = hub.repositories["owner/ensemble"]
+    tree = repository.commits[repository.resolve("main")]
+    config = json.loads(tree["config.json"][0])
+    config["thin"]["backbones"][0] |= change
+    tree["config.json"] = (json.dumps(config).encode(), False)
+    for path, (content, _) in tree.items():
+        (tmp_path / path).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_local_folder_does_not_stand_in_for_a_backbones_repository(hub, thin, tmp_path, monkeypatch):
+    tiny_llama(9).save_pretrained(tmp_path / "work/someone/llama")
+    monkeypatch.chdir(tmp_path / "work")
+    assert output(pull(hub, tmp_path / "user")) == thin
+
+
+def test_standard_arguments_reach_the_hub(hub, whole, tmp_path):
+    """Private repositories, tokens, revisions, pull requests, pinned code, pipelines."""
+    assert "401" in pull(hub, tmp_path / "nobody").stderr
+    assert output(run_client(PULL, hub, tmp_path / "user", None, OPTIONS={"token": "hf_owner"})) == whole
+    first = hub.repositories["owner/ensemble"].resolve("main")
+    changed = PUSH.replace("manual_seed(5)", "manual_seed(6)")
+    other = output(run_client(changed, hub, tmp_path / "author", OPTIONS={"create_pr": True}))
+    assert other != whole
+    pulled = {
+        revision: output(pull(hub, tmp_path / "user", "hf_owner", revision=revision, code_revision=first))
+        for revision in ("main", first, "refs/pr/1")
+    }
+    assert pulled == {"main": whole, first: whole, "refs/pr/1": other}
+    generate = """
+    from transformers import AutoConfig, AutoTokenizer, pipeline
+    AutoConfig.from_pretrained("owner/ensemble", trust_remote_code=True).push_to_hub("owner/config")
+    tokenizer = AutoTokenizer.from_pretrained("owner/ensemble", trust_remote_code=True)
+    tokenizer.push_to_hub("owner/tokenizer")
+    pipe = pipeline("text-generation", "owner/ensemble", trust_remote_code=True)
+    print(pipe("abc", preference={"b": 1.0}, max_new_tokens=3, do_sample=False)[0]["generated_text"])
+    """
+    assert output(run_client(textwrap.dedent(generate), hub, tmp_path / "user")).startswith("abc")
+    assert "tokenizer.json" in files_of(hub, "owner/tokenizer")
+    assert json.loads(files_of(hub, "owner/config")["config.json"])["model_type"] == "pcm_ensemble"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("drop", "GET .*ensemble/resolve/.*safetensors"),
+        Fault("drop", "GET .*llama/resolve/.*safetensors"),
+        Fault("slow", "GET .*llama/resolve/.*safetensors", seconds=0.01),
+        Fault("status", "GET .*llama/resolve/.*safetensors", status=429, retry_after=1),
+        Fault("status", "GET .*llama/resolve/.*safetensors", status=500),
+    ],
+    ids=["dropped", "backbone-dropped", "slow", "429", "500"],
+)
+def test_a_faulty_pull_is_retried_or_says_so_and_can_be_run_again(hub, thin, tmp_path, fault):
+    hub.faults.append(fault)
+    first = pull(hub, tmp_path / "user")
+    assert fault.times == 0
+    assert first.returncode == 0 or str(fault.status) in first.stderr
+    assert output(pull(hub, tmp_path / "user")) == thin
