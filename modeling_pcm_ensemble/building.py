@@ -73,7 +73,7 @@ def build_parts(
         backbones=[backbone.config for backbone in backbones],
         pcm=body.config,
         experts=[
-            _expert_entry(name, spec, backbone, tokenizer, bos) | {"adapter": adapters.get(name, (None, None))[0]}
+            _expert_entry(name, spec, backbone, tokenizer, bos) | adapters.get(name, ({},))[0]
             for (name, spec), backbone in zip(specs.items(), backbone_of)
         ],
         prefix_bos_token_id=bos,
@@ -108,7 +108,8 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, Pa
     _check_dtypes([*loader.backbones, model.pcm.body], labels)
     entry, adapters = _expert_entry(name, spec, index, tokenizer, config.prefix_bos_token_id), {}
     if spec.get("adapter") is not None:
-        entry["adapter"], adapters[name] = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
+        of_adapter, adapters[name] = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
+        entry |= of_adapter
     if spec.get("prompt"):
         tokenizer = without_default_system_turn(tokenizer)
     return entry, Parts(config, loader.backbones, model.pcm.body, tokenizer, adapters)
@@ -196,10 +197,11 @@ class _Loader:
         return model
 
     def adapter(self, source, backbone: int, label: str) -> tuple[dict, dict[str, torch.Tensor]]:
-        """Configuration and tensors of a LoRA adapter that fits a backbone."""
+        """What a LoRA adapter that fits a backbone adds to its expert's entry, and its tensors."""
         config, tensors = read_adapter(source, label, self._hub_options())
         check_adapter(self.backbones[backbone], config, tensors, label)
-        return config, tensors
+        found = None if isinstance(source, Mapping) else hub_source(str(source), **self._hub_options())
+        return {"adapter": config, "source": found}, tensors
 
     def pcm_body(self, source, num_layers: int | None) -> PreTrainedModel:
         """The PCM's body: a causal LM's, cut to its first `num_layers`, with weights of its own."""
@@ -391,7 +393,6 @@ def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | No
         "description": description,
         "description_ids": encode_description(tokenizer, description) if tokenizer is not None else [],
         "dimension": spec.get("dimension"),
-        "adapter": None,
     }
 
 

@@ -18,6 +18,7 @@ EXPERT_FIELDS = {
     "description_ids": (),
     "dimension": None,
     "adapter": None,
+    "source": None,
 }
 
 
@@ -34,7 +35,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
             One entry per expert, in the order of the PCM head's outputs: `name`; `backbone`, an index into `backbones`
             (default 0); `prompt` and `prompt_ids`, the text and tokens that this expert reads before the context;
             `description` and `description_ids`, the text and tokens that tell the PCM that this expert is wanted;
-            `dimension`, the axis of preference it stands on; `adapter`, what PEFT's configuration says of its LoRA.
+            `dimension`, the axis of preference it stands on; `adapter`, what PEFT's configuration says of its LoRA,
+            and `source`, the `repository` and `revision` that it was loaded from.
         pcm (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the Preference Control Model's body.
         merge (`str`, *optional*, defaults to `"probabilities"`):

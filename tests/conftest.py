@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import settings
-from local_hub import LocalHub
+from local_hub import PUSH_ENSEMBLE, LocalHub, output, run_client
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -74,6 +74,37 @@ def make_ensemble(backbones, experts, seed: int = 0, **config_kwargs) -> PCMEnse
 def hub():
     with LocalHub() as hub:
         yield hub
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """What stands on a Hub after the author's pushes, by whether they were thin, and the logits' sum."""
+    folder, found = tmp_path_factory.mktemp("published"), {}
+    llama = tiny_llama(1, tie_word_embeddings=True, max_position_embeddings=256)
+    for name, model in (("llama", llama), ("gpt2", tiny_gpt2(2, n_positions=256))):
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    for thin in (False, True):
+        with LocalHub() as hub:
+            for name in ("llama", "gpt2"):
+                hub.add(f"someone/{name}", folder / name)
+            expected = output(
+                run_client(PUSH_ENSEMBLE, hub, folder / "author", OPTIONS={"thin": thin, "private": not thin})
+            )
+        found[thin] = hub.repositories, expected
+    return found
+
+
+@pytest.fixture
+def whole(hub, published) -> str:
+    """The whole ensemble is on the Hub, private."""
+    return hub.hold(published[False])
+
+
+@pytest.fixture
+def thin(hub, published) -> str:
+    """The thin ensemble and its backbones are on the Hub."""
+    return hub.hold(published[True])
 
 
 @pytest.fixture

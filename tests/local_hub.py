@@ -6,6 +6,7 @@ text are LFS objects, as safetensors are on the real Hub.
 """
 
 import base64
+import copy
 import hashlib
 import json
 import os
@@ -20,6 +21,29 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+# Builds an ensemble of two experts on one repository and a third on another, and pushes it.
+PUSH_ENSEMBLE = """
+import torch
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+model = PCMEnsembleForCausalLM.from_experts(
+    {
+        "a": {"model": "someone/llama", "prompt": "Be brief."},
+        "b": {"model": "someone/llama", "adapter": {"r": 2, "target_modules": ["q_proj"], "tensors": {
+            f"model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.full(shape, 0.3)
+            for layer in range(2) for side, shape in (("A", (2, 32)), ("B", (32, 2)))
+        }}},
+        "c": "someone/gpt2",
+    },
+    pcm="someone/llama",
+    pcm_layers=1,
+)
+torch.manual_seed(5)
+torch.nn.init.normal_(model.pcm.head.weight)
+model.push_to_hub("owner/ensemble", **OPTIONS)
+with torch.no_grad():
+    print(model(torch.tensor([[21, 22, 23, 24, 25]])).logits.double().sum().item())
+"""
 
 TOKENS = {"hf_owner": "owner", "hf_reader": "reader"}  # token → user
 TEXT = re.compile(r".*\.(json|md|txt|py|jinja|gitattributes)$|\.gitattributes$")
@@ -110,6 +134,16 @@ class LocalHub(ThreadingHTTPServer):
         tree = {str(path.relative_to(folder)): (path.read_bytes(), not TEXT.match(path.name)) for path in files}
         repository = self.repositories.setdefault(name, Repository(name.split("/")[0], private=False))
         return repository.commit("main", tree)
+
+    def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
+        """What a repository holds at a revision."""
+        repository = self.repositories[name]
+        return {path: content for path, (content, _) in repository.commits[repository.resolve(revision)].items()}
+
+    def hold(self, published: tuple[dict[str, Repository], str]) -> str:
+        """Put up what [`publish`] has made; give the sum of its logits."""
+        self.repositories = copy.deepcopy(published[0])
+        return published[1]
 
     def fault_of(self, request: str) -> Fault | None:
         with self.lock:
@@ -240,9 +274,8 @@ class Handler(BaseHTTPRequestHandler):
     def validate_yaml(self):
         """As the Hub does for a card's metadata, in the fields that matter here."""
         content, errors = json.loads(self.body)["content"], []
-        match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
         try:
-            data = yaml.safe_load(match[1]) if match else {}
+            data = front_matter(content)
         except yaml.YAMLError as error:
             return as_json({"errors": [{"message": str(error)}]}, 400)
         if "license" in data and not isinstance(data["license"], (str, list)):
@@ -319,7 +352,9 @@ class Handler(BaseHTTPRequestHandler):
         repository = self._repository(name)
         sha, tree = self._tree(repository, revision)
         siblings = [{"rfilename": path} for path in sorted(tree)]
-        return as_json({"id": name, "sha": sha, "private": repository.private, "tags": [], "siblings": siblings})
+        card = front_matter(tree.get("README.md", (b"", False))[0].decode())
+        answer = {"id": name, "sha": sha, "private": repository.private, "tags": [], "siblings": siblings}
+        return as_json(answer | {"cardData": card})
 
     def refs(self, name: str):
         branches = self._repository(name).branches.items()
@@ -382,6 +417,12 @@ def as_json(value, status: int = 200) -> tuple[bytes, dict[str, str], int]:
     return json.dumps(value).encode(), {}, status
 
 
+def front_matter(text: str) -> dict:
+    """A card's metadata."""
+    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return yaml.safe_load(match[1]) if match else {}
+
+
 NAME = r"(?P<name>[^/]+/[^/]+)"
 REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 ROUTES = [
@@ -408,9 +449,14 @@ def run_client(
 ) -> subprocess.CompletedProcess:
     """Run a script in a new process whose Hub is this one, with `values` as its variables."""
     head = "".join(f"{name} = {value!r}\n" for name, value in values.items())
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    settings = inherited | hub.environment(home, token) | (environment or {})
+    settings = client_environment(hub, home, token) | (environment or {})
     return subprocess.run([sys.executable, "-c", head + script], env=settings, capture_output=True, text=True)
+
+
+def client_environment(hub: LocalHub, home, token: str | None) -> dict[str, str]:
+    """This process's, but that the Hub is the local one."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return inherited | hub.environment(home, token)
 
 
 def output(result: subprocess.CompletedProcess) -> str:

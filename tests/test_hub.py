@@ -1,38 +1,15 @@
 """Push and pull by standard calls, whole and thin, between clean processes and a real server."""
 
-import copy
 import json
 import textwrap
 
 import pytest
-from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
-from local_hub import Fault, LocalHub, output, run_client
+from conftest import tiny_llama
+from local_hub import PUSH_ENSEMBLE, Fault, output, run_client
 from safetensors.torch import load
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
-# Builds an ensemble of two experts on one repository and a third on another, and pushes it.
-PUSH = """
-import torch
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-model = PCMEnsembleForCausalLM.from_experts(
-    {
-        "a": {"model": "someone/llama", "prompt": "Be brief."},
-        "b": {"model": "someone/llama", "adapter": {"r": 2, "target_modules": ["q_proj"], "tensors": {
-            f"model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.full(shape, 0.3)
-            for layer in range(2) for side, shape in (("A", (2, 32)), ("B", (32, 2)))
-        }}},
-        "c": "someone/gpt2",
-    },
-    pcm="someone/llama",
-    pcm_layers=1,
-)
-torch.manual_seed(5)
-torch.nn.init.normal_(model.pcm.head.weight)
-model.push_to_hub("owner/ensemble", **OPTIONS)
-with torch.no_grad():
-    print(model(torch.tensor([[21, 22, 23, 24, 25]])).logits.double().sum().item())
-"""
 # Somebody else, who has not got this package.
 PULL = """
 import sys
@@ -45,56 +22,18 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """What stands on a Hub after the author's pushes, by whether they were thin, and the logits' sum."""
-    folder, found = tmp_path_factory.mktemp("published"), {}
-    for name, model in (("llama", tiny_llama(1, tie_word_embeddings=True)), ("gpt2", tiny_gpt2(2))):
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
-    for thin in (False, True):
-        with LocalHub() as hub:
-            for name in ("llama", "gpt2"):
-                hub.add(f"someone/{name}", folder / name)
-            expected = output(run_client(PUSH, hub, folder / "author", OPTIONS={"thin": thin, "private": not thin}))
-        found[thin] = hub.repositories, expected
-    return found
-
-
-@pytest.fixture
-def whole(hub, published) -> str:
-    """The whole ensemble is on the Hub, private."""
-    return put(hub, *published[False])
-
-
-@pytest.fixture
-def thin(hub, published) -> str:
-    """The thin ensemble and its backbones are on the Hub."""
-    return put(hub, *published[True])
-
-
-def put(hub, repositories, expected: str) -> str:
-    hub.repositories = copy.deepcopy(repositories)
-    return expected
-
-
 def pull(hub, home, token=None, environment=None, **options):
     return run_client(PULL, hub, home, token, environment, OPTIONS=options)
 
 
-def files_of(hub, name="owner/ensemble", revision="main") -> dict[str, bytes]:
-    repository = hub.repositories[name]
-    return {path: content for path, (content, _) in repository.commits[repository.resolve(revision)].items()}
-
-
 @pytest.mark.parametrize("is_thin", [False, True], ids=["whole", "thin"])
 def test_what_is_pushed_gives_the_same_logits_where_it_is_pulled(hub, published, tmp_path, is_thin):
-    expected = put(hub, *published[is_thin])
+    expected = hub.hold(published[is_thin])
     assert output(pull(hub, tmp_path, "hf_owner")) == expected
     downloads = len(hub.requests)
     assert output(pull(hub, tmp_path, environment={"HF_HUB_OFFLINE": "1"})) == expected
     assert len(hub.requests) == downloads
-    stored = files_of(hub)
+    stored = hub.files("owner/ensemble")
     tensors = set(load(stored["model.safetensors"]))
     assert ("backbones.0.model.norm.weight" in tensors) == (not is_thin)
     assert ("pcm.body.embed_tokens.weight" in tensors) == (not is_thin)
@@ -150,11 +89,13 @@ def test_what_a_thin_checkpoint_cannot_name_is_refused(hub, thin, tmp_path):
     with pytest.raises(ValueError, match=r"Backbone 0 \(LlamaForCausalLM\) is not from a Hub repository"):
         model.save_pretrained(tmp_path / "thin", thin=True)
     assert not (tmp_path / "thin").exists()
-    before = files_of(hub)
-    changed = PUSH.replace("model.push", "torch.nn.init.zeros_(model.backbones[1].lm_head.weight)\nmodel.push")
+    before = hub.files("owner/ensemble")
+    changed = PUSH_ENSEMBLE.replace(
+        "model.push", "torch.nn.init.zeros_(model.backbones[1].lm_head.weight)\nmodel.push"
+    )
     refused = run_client(changed, hub, tmp_path / "author", OPTIONS={"thin": True})
     assert "Backbone 1 is not what someone/gpt2 holds: the tensor" in refused.stderr
-    assert files_of(hub) == before
+    assert hub.files("owner/ensemble") == before
 
 
 @pytest.mark.parametrize(
@@ -191,7 +132,7 @@ def test_standard_arguments_reach_the_hub(hub, whole, tmp_path):
     assert "401" in pull(hub, tmp_path / "nobody").stderr
     assert output(run_client(PULL, hub, tmp_path / "user", None, OPTIONS={"token": "hf_owner"})) == whole
     first = hub.repositories["owner/ensemble"].resolve("main")
-    changed = PUSH.replace("manual_seed(5)", "manual_seed(6)")
+    changed = PUSH_ENSEMBLE.replace("manual_seed(5)", "manual_seed(6)")
     other = output(run_client(changed, hub, tmp_path / "author", OPTIONS={"create_pr": True}))
     assert other != whole
     pulled = {
@@ -208,8 +149,8 @@ def test_standard_arguments_reach_the_hub(hub, whole, tmp_path):
     print(pipe("abc", preference={"b": 1.0}, max_new_tokens=3, do_sample=False)[0]["generated_text"])
     """
     assert output(run_client(textwrap.dedent(generate), hub, tmp_path / "user")).startswith("abc")
-    assert "tokenizer.json" in files_of(hub, "owner/tokenizer")
-    assert json.loads(files_of(hub, "owner/config")["config.json"])["model_type"] == "pcm_ensemble"
+    assert "tokenizer.json" in hub.files("owner/tokenizer")
+    assert json.loads(hub.files("owner/config")["config.json"])["model_type"] == "pcm_ensemble"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """What trainers of a Preference Control Model have in common."""
 
 import copy
+import json
+import os
 from collections import defaultdict
+from dataclasses import fields
 
 import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+
+COMMON_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 
 
 def padding_tokenizer(
@@ -67,6 +72,16 @@ class PCMTrainer(Trainer):
                 self.ensemble.save_pretrained(output_dir or self.args.output_dir)
             finally:
                 self.ensemble.pcm = pcm
+            path = os.path.join(output_dir or self.args.output_dir, "pcm_training.json")
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(self._training_facts(), file, indent=1)
+
+    def _training_facts(self) -> dict:
+        """What a model card says of the training."""
+        ours = {field.name for field in fields(self.args)} - {field.name for field in fields(TrainingArguments)}
+        values = {name: getattr(self.args, name) for name in (*COMMON_SETTINGS, *sorted(ours))}
+        settings = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
+        return {"trainer": type(self).__name__, "steps": self.state.global_step, "settings": settings}
 
     def _note(self, metrics: dict[str, float]):
         for name, value in metrics.items():

@@ -1,0 +1,35 @@
+"""
+Check an ensemble's folder, write its model card, upload both, and check what can then be pulled.
+
+    python -m hub_upload FOLDER owner/name [--private] [--thin] [--revision BRANCH] [--results report.json] [--dry-run]
+
+A failed check uploads nothing. An interrupted upload can be run again: what has arrived is not sent twice.
+"""
+
+import argparse
+import sys
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from .upload import hub_upload
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m hub_upload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="what `save_pretrained` wrote")
+    parser.add_argument("repo_id", metavar="owner/name")
+    parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    parser.add_argument("--thin", action="store_true", help="name the backbones by repository and commit")
+    parser.add_argument("--revision", help="the branch to push to; made if it is not there")
+    parser.add_argument("--results", help="report.json of an evaluation, for the card")
+    parser.add_argument("--dry-run", action="store_true", help="check and show, but upload nothing")
+    try:
+        hub_upload(**vars(parser.parse_args()))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

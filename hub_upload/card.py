@@ -1,0 +1,192 @@
+"""The model card of an ensemble, from its configuration and its evaluation."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import logging
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+
+logger = logging.get_logger(__name__)
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+GENERATED = "<!-- Written by hub_upload, which replaces it each time as long as this line stands here. -->"
+CHAT_CODE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{revision})
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{revision})
+chat = [{{"role": "user", "content": "What is gravity?"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, preference={preference}, max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+TEXT_CODE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{revision})
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{revision})
+inputs = tokenizer("What is gravity?", return_tensors="pt")
+output = model.generate(inputs["input_ids"], preference={preference}, max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+TOKEN_CODE = """\
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{revision})
+print(model.generate(torch.tensor([[3, 4, 5]]), preference={preference}, max_new_tokens=8, do_sample=False))"""
+
+
+def model_card(
+    model: PCMEnsembleForCausalLM,
+    repo_id: str,
+    *,
+    thin: bool = False,
+    revision: str | None = None,
+    results: str | os.PathLike | None = None,
+    training: dict | None = None,
+    api: HfApi | None = None,
+) -> ModelCard:
+    r"""
+    Describe an ensemble. `PRINTED` stands where the output of its code belongs.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): the ensemble.
+        repo_id (`str`), revision (`str`, *optional*): where it will be.
+        thin (`bool`): whether its backbones are fetched from elsewhere.
+        results (`str`, *optional*): an evaluation's report.json: win rates for the metadata and the text.
+        training (`dict`, *optional*): what a trainer wrote into `pcm_training.json`.
+        api (`HfApi`, *optional*): asks the experts' repositories for their licences.
+
+    Raises:
+        OSError, ValueError: if `results` is no report.
+    """
+    config = model.config
+    sources = _sources(model)
+    licences = {source: _licence(source, api or HfApi()) for source in sources}
+    licence, note = _common_licence(licences)
+    report = _read_report(results) if results is not None else None
+    data = ModelCardData(
+        base_model=[source for source in sources if not os.path.isdir(source)] or None,
+        base_model_relation="merge",
+        license=licence,
+        license_name="see-experts" if licence == "other" else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pcm-ensemble", "ensemble", "personalization", "custom_code"],
+        model_name=repo_id.split("/")[-1],
+        eval_results=_eval_results(report),
+        datasets=(training or {}).get("datasets"),
+    )
+    names = config.expert_names
+    preference = repr({names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0]).replace("'", '"')
+    tokenizer = model.tokenizer
+    code = TOKEN_CODE if tokenizer is None else CHAT_CODE if tokenizer.chat_template else TEXT_CODE
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        generated=GENERATED,
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        experts=[expert | {"made_of": _made_of(model, expert)} for expert in config.experts],
+        code=code.format(
+            repo_id=repo_id, preference=preference, revision=f', revision="{revision}"' if revision else ""
+        ),
+        default="all experts count equally" if config.default_preference is None else f"`{config.default_preference}`",
+        pcm_layers=config.pcm.num_hidden_layers,
+        pcm_type=config.pcm.model_type,
+        training=_training_facts(model, training),
+        evaluation=report and _evaluation_facts(report),
+        max_length=config.max_position_embeddings,
+        thin=thin and ", ".join(sorted({entry["repository"] for entry in _backbone_sources(model) if entry})),
+        licence_note=note,
+    )
+
+
+def code_blocks(text: str) -> list[str]:
+    """The Python in a card."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def _backbone_sources(model) -> list[dict | None]:
+    return [getattr(backbone, "source", None) for backbone in model.config.backbones]
+
+
+def _sources(model) -> list[str]:
+    """Repositories or folders of backbones and adapters, each once."""
+    found = [
+        entry["repository"] if entry else backbone.name_or_path
+        for entry, backbone in zip(_backbone_sources(model), model.config.backbones)
+    ]
+    found += [expert["source"]["repository"] for expert in model.config.experts if expert["source"]]
+    return [name for name in dict.fromkeys(found) if name]
+
+
+def _made_of(model, expert: dict) -> str:
+    source = _backbone_sources(model)[expert["backbone"]]
+    backbone = source["repository"] if source else f"backbone {expert['backbone']}"
+    adapter = expert["adapter"] and f"a LoRA adapter of rank {expert['adapter']['r']}"
+    return " with ".join([backbone, *filter(None, [adapter, "a prompt of its own" if expert["prompt"] else None])])
+
+
+def _licence(source: str, api: HfApi) -> str | None:
+    """What the card of a repository or folder says."""
+    try:
+        if os.path.isdir(source):
+            return ModelCard.load(os.path.join(source, "README.md")).data.license
+        data = api.model_info(source).card_data
+        return data.license if data is not None else None
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+
+
+def _common_licence(licences: dict[str, str | None]) -> tuple[str | None, str | None]:
+    """The licence that all parts have, or `other`; and what a reader has to know, of which the author is warned."""
+    known = set(licences.values()) - {None}
+    unknown = [source for source, licence in licences.items() if licence is None]
+    notes = []
+    if len(known) > 1:
+        parts = ", ".join(f"{source}: {licence}" for source, licence in licences.items() if licence)
+        notes.append(f"The parts have different licences, and all of them apply: {parts}.")
+    if unknown or not licences:
+        notes.append(f"The licence of {', '.join(unknown) or 'the parts'} is not known.")
+    for note in notes:
+        logger.warning(f"{note} Check that you may share the ensemble, and complete its model card.")
+    return (known.pop() if len(known) == 1 else "other" if known else None), " ".join(notes) or None
+
+
+def _read_report(path: str | os.PathLike) -> dict:
+    with open(path, encoding="utf-8") as file:
+        report = json.load(file)
+    if missing := {"judges", "ours", "title", "command"} - set(report):
+        raise ValueError(f"{path} is no report of an evaluation: it lacks {', '.join(sorted(missing))}.")
+    return report
+
+
+def _eval_results(report: dict | None):
+    if report is None:
+        return None
+    from modeling_pcm_ensemble.evaluation.report import eval_results  # brings matplotlib
+
+    return eval_results(report, report.get("dataset", "prompts"), report["title"])
+
+
+def _evaluation_facts(report: dict) -> str:
+    from modeling_pcm_ensemble.evaluation.report import win_rate_table
+
+    parts = [f"{report['title']}. Made by `{report['command']}`."]
+    for judge, baselines in report["judges"].items():
+        parts += [f"Win rate of the {report['ours']}, judge: {judge}", win_rate_table(baselines)]
+    return "\n\n".join(parts)
+
+
+def _training_facts(model, training: dict | None) -> str:
+    if training is not None:
+        settings = ", ".join(f"{name} {value}" for name, value in training["settings"].items())
+        return f"It was trained by `{training['trainer']}` for {training['steps']} updates ({settings})."
+    if not model.pcm.head.weight.any():
+        return "It is not trained: its head is zero, so that α is the weights that a request gives."
+    return "It was trained; how is not recorded in this repository."

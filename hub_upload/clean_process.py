@@ -1,0 +1,37 @@
+"""
+What somebody does who has not got this package. Run as a script:
+
+    python clean_process.py logits SOURCE REVISION INPUT OUTPUT   # safetensors: input_ids in, logits and tokens out
+    python clean_process.py code FILE                             # the code blocks of a model card, one after another
+"""
+
+import sys
+
+MODULE = "modeling_pcm_ensemble"
+
+
+def logits(source: str, revision: str, inputs: str, outputs: str):
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, revision=revision or None, trust_remote_code=True)
+    save_file(run(model, load_file(inputs)["input_ids"], torch), outputs)
+
+
+def run(model, input_ids, torch) -> dict:
+    """Logits of a text, and the tokens that greedy decoding adds to it."""
+    with torch.no_grad():
+        found = {"logits": model(input_ids).logits.float().contiguous()}
+    return found | {"tokens": model.generate(input_ids, max_new_tokens=8, do_sample=False).contiguous()}
+
+
+def code(path: str):
+    with open(path, encoding="utf-8") as file:
+        exec(compile(file.read(), path, "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # this folder's files are not what the card's code may import
+    sys.modules[MODULE] = None
+    {"logits": logits, "code": code}[sys.argv[1]](*sys.argv[2:])

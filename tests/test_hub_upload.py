@@ -1,0 +1,179 @@
+"""`python -m hub_upload`: what is checked, described, uploaded, and checked again."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from local_hub import Fault, client_environment
+from safetensors.torch import load
+
+from hub_upload.card import code_blocks
+
+ROOT = Path(__file__).parent.parent
+RESULTS = {
+    "title": "Win rates on ten prompts",
+    "command": "python examples/evaluate.py --quick",
+    "dataset": "koala",
+    "ours": "trained PCM",
+    "judges": {"rewards": {"vanilla": {"win_rate": [0.75, 0.5, 0.9], "p": 0.01, "position_bias": 0.0}}},
+}
+
+
+@pytest.fixture
+def folder(hub, whole, tmp_path) -> Path:
+    """The ensemble as its author has it; it is not on the Hub yet."""
+    folder = tmp_path / "ensemble"
+    folder.mkdir()
+    for path, content in hub.files("owner/ensemble").items():
+        (folder / path).write_bytes(content)
+    (folder / "README.md").unlink()
+    del hub.repositories["owner/ensemble"]
+    return folder
+
+
+def upload(hub, folder, *options, token="hf_owner", repo_id="owner/ensemble") -> subprocess.CompletedProcess:
+    environment = client_environment(hub, folder.parent / "home", token)
+    command = [sys.executable, "-m", "hub_upload", str(folder), repo_id, *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def commits(hub) -> int:
+    """Those after the repository was made."""
+    return len(hub.repositories["owner/ensemble"].commits) - 1 if "owner/ensemble" in hub.repositories else 0
+
+
+def test_what_was_checked_and_described_is_uploaded(hub, folder, tmp_path):
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    (tmp_path / "report.json").write_text(json.dumps(RESULTS))
+    for name, licence in (("llama", "apache-2.0"), ("gpt2", "mit")):
+        models = hub.repositories[f"someone/{name}"]
+        models.commits[models.resolve("main")]["README.md"] = (f"---\nlicense: {licence}\n---\n".encode(), False)
+    result = upload(hub, folder, "--private", "--results", str(tmp_path / "report.json"))
+    assert result.returncode == 0, result.stderr
+    assert "gives this model's logits in a clean process" in result.stdout
+    assert re.search(r"model.safetensors\s+│\s+0.\d+", result.stdout)
+    assert re.search(r"Left out \(hidden files and pickles\): .*training_args.bin", result.stdout)
+    assert "Pulled into an empty cache, it gives this model's logits." in result.stdout
+    assert "different licences" in result.stderr
+    stored = hub.files("owner/ensemble")
+    assert hub.repositories["owner/ensemble"].private
+    assert "training_args.bin" not in stored
+    (tmp_path / "README.md").write_bytes(stored["README.md"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == ["someone/llama", "someone/gpt2"]
+    assert card.data.license == "other"
+    (win_rate,) = card.data.eval_results
+    assert (win_rate.metric_value, win_rate.dataset_type) == (0.75, "koala")
+    assert win_rate.metric_name == "win rate against vanilla, judge: rewards"
+    data = card.data.to_dict()
+    assert (data["base_model_relation"], data["library_name"], data["pipeline_tag"]) == (
+        "merge",
+        "transformers",
+        "text-generation",
+    )
+    text = card.content
+    assert "| b |" in text
+    assert "someone/llama with a LoRA adapter of rank 2" in text
+    assert "someone/llama: apache-2.0, someone/gpt2: mit" in text
+    assert "75.0 % [50.0, 90.0]" in text
+    assert "It was trained; how is not recorded" in text
+    (code,) = code_blocks(text)
+    assert 'preference={"a": 1.0, "b": 0.5}' in code
+    assert re.search(r"```text\n.+\n```", text)  # what the code printed
+    assert "PRINTED" not in text
+
+
+def test_a_thin_upload_names_its_backbones(hub, folder):
+    (folder / "pcm_training.json").write_text(
+        json.dumps({"trainer": "RebelTrainer", "steps": 24, "settings": {"eta": 16.0}})
+    )
+    result = upload(hub, folder, "--thin", "--revision", "small")
+    assert result.returncode == 0, result.stderr
+    stored = hub.files("owner/ensemble", "small")
+    assert json.loads(stored["config.json"])["thin"]["backbones"][1]["repository"] == "someone/gpt2"
+    assert "backbones.0.model.norm.weight" not in load(stored["model.safetensors"])
+    card = stored["README.md"].decode()
+    assert "loading it fetches someone/gpt2, someone/llama too" in card
+    assert 'revision="small"' in card
+    assert "trained by `RebelTrainer` for 24 updates (eta 16.0)" in card
+    assert "model.safetensors" not in hub.files("owner/ensemble")  # the main branch is left alone
+    assert not (folder / "README.md").exists()
+
+
+def test_a_dry_run_uploads_nothing_and_keeps_a_readme_that_a_person_wrote(hub, folder):
+    (folder / "README.md").write_text("# Mine\n")
+    result = upload(hub, folder, "--dry-run", token=None)
+    assert result.returncode == 0, result.stderr
+    assert "To be uploaded" in result.stdout
+    assert "is kept" in result.stdout
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    assert "owner/ensemble" not in hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("import torch\n", "import torch, no_such_module\n"), "does not run in a clean process: .*no_such_module"),
+        (("return PCMEnsembleOutput(\n", "logits = logits * 2\n        return PCMEnsembleOutput(\n"), "other results"),
+    ],
+    ids=["broken", "different"],
+)
+def test_code_that_gives_others_something_else_is_not_uploaded(hub, folder, change, message):
+    path = folder / "modeling_pcm_ensemble.py"
+    text = path.read_text()
+    assert text.count(change[0]) == 1
+    path.write_text(text.replace(*change))
+    result = upload(hub, folder)
+    assert result.returncode == 1
+    assert re.search(message, result.stderr)
+    assert "Traceback" not in result.stderr
+    assert "owner/ensemble" not in hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"token": "hf_wrong"}, "Invalid user token"),
+        ({"repo_id": "owner/../x"}, "Repo id must"),
+        ({"repo_id": "someone/theirs"}, "403"),
+    ],
+    ids=["token", "name", "owner"],
+)
+def test_what_the_hub_would_refuse_is_said(hub, folder, arguments, message):
+    result = upload(hub, folder, **arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert set(hub.repositories) == {"someone/llama", "someone/gpt2"}
+
+
+def test_no_ensembles_folder_is_refused(hub, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = upload(hub, tmp_path / "empty")
+    assert "has no config.json. Give a folder that `save_pretrained` wrote" in result.stderr
+
+
+def test_an_upload_that_broke_off_can_be_run_again(hub, folder):
+    fault = Fault("status", "POST .*/commit/", times=100, status=500)
+    hub.faults.append(fault)
+    result = upload(hub, folder)
+    assert result.returncode == 1
+    assert "500" in result.stderr
+    assert commits(hub) == 0
+    hub.faults.clear()
+    sent = sum(request.startswith("PUT") for request in hub.requests)
+    result = upload(hub, folder)
+    assert result.returncode == 0, result.stderr
+    assert sum(request.startswith("PUT") for request in hub.requests) == sent  # what had arrived is not sent again
+    assert commits(hub) == 1
+
+
+def test_a_pull_that_brings_other_bytes_is_noticed(hub, folder):
+    hub.faults.append(Fault("corrupt", "GET .*ensemble/resolve/.*safetensors", times=100))
+    result = upload(hub, folder)
+    assert result.returncode == 1
+    assert re.search(r"Commit \w+ of owner/ensemble (gives other results|does not run)", result.stderr)
