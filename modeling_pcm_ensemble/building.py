@@ -25,6 +25,7 @@ from .experts import run_rows
 from .peft_format import check_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
 from .thin import hub_source
+from .trust import check_shard_names, check_trust
 
 SPEC_FIELDS = ("model", "adapter", "prompt", "description", "dimension")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
@@ -54,6 +55,7 @@ def build_parts(
 ) -> Parts:
     """Do the work of [`PCMEnsembleForCausalLM.from_experts`], which documents the arguments."""
     specs = expert_specs(experts)
+    check_trust(model_kwargs or {})
     loader = _Loader(model_kwargs or {})
     backbone_of = [loader.backbone(spec["model"], f"expert {name!r}") for name, spec in specs.items()]
     body = loader.pcm_body(pcm, pcm_layers)
@@ -98,6 +100,7 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, Pa
     ((name, spec),) = expert_specs({name: expert}).items()
     if name in config.expert_names:
         raise ValueError(f"The ensemble already has an expert {name!r}. Choose another name, or remove it first.")
+    check_trust(model_kwargs)
     loader = _Loader(model_kwargs, list(model.backbones))
     for index, backbone in enumerate(model.backbones):
         loader.indexes |= {id(backbone): index} | ({_source_key(n): index} if (n := backbone.name_or_path) else {})
@@ -188,7 +191,11 @@ class _Loader:
             check_serves_rows(source, label)
             return source
         _check_is_causal_lm(AutoConfig.from_pretrained(source, **self._hub_options()), label)
+        if os.path.isdir(source):
+            check_shard_names(source)
         options = {"ignore_mismatched_sizes": True} | self.model_kwargs  # refused below, by name
+        if "gguf_file" not in options:
+            options["use_safetensors"] = True
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
         check_loading(loading, f"the checkpoint of {label}, {str(source)!r}")
         if (found := hub_source(str(source), **self._hub_options())) is not None:

@@ -154,6 +154,10 @@ class PCMEnsembleConfig(PreTrainedConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"`experts` must have a name of its own each, got {names}.")
 
+    def validate_weights(self):
+        if getattr(self, "transformers_weights", None) is not None:
+            raise ValueError("`transformers_weights` is not for ensembles, whose weights are in model.safetensors.")
+
     def validate_merge(self):
         if self.merge not in MERGES:
             raise ValueError(f"`merge` must be one of {', '.join(map(repr, MERGES))}, got {self.merge!r}.")

@@ -12,6 +12,7 @@ from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .saving import staged_folder
 from .thin import thin_checkpoint, whole_state
+from .trust import check_shard_names
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +46,9 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             OSError: if files cannot be fetched, nor found in the cache.
         """
         source, config = pretrained_model_name_or_path, kwargs.get("config")
-        kwargs.setdefault("ignore_mismatched_sizes", True)
+        kwargs |= {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", True), "use_safetensors": True}
+        if os.path.isdir(source):
+            check_shard_names(source)
         options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         if isinstance(config, PreTrainedConfig):
             thin = config.thin

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import resolve_revision
 
+from .trust import check_shard_names
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -112,7 +114,9 @@ def _fetch(entry: dict, **hub_options) -> str:
             f"{entry.get('revision')!r}."
         )
     options = {name: hub_options[name] for name in DOWNLOAD_OPTIONS if name in hub_options}
-    return snapshot_download(entry["repository"], revision=entry["revision"], allow_patterns=WEIGHT_FILES, **options)
+    folder = snapshot_download(entry["repository"], revision=entry["revision"], allow_patterns=WEIGHT_FILES, **options)
+    check_shard_names(folder)
+    return folder
 
 
 def _weight_files(folder: str) -> list[str]:
@@ -121,7 +125,7 @@ def _weight_files(folder: str) -> list[str]:
         return [single]
     with open(index, encoding="utf-8") as file:
         names = sorted(set(json.load(file)["weight_map"].values()))
-    return [os.path.join(folder, os.path.basename(name)) for name in names]
+    return [os.path.join(folder, name) for name in names]
 
 
 def _own_files(source: str, variant: str | None, **hub_options) -> list[str]:

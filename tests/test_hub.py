@@ -2,13 +2,14 @@
 
 import json
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import tiny_llama
 from local_hub import PUSH_ENSEMBLE, Fault, output, run_client
 from safetensors.torch import load
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 
 # Somebody else, who has not got this package.
 PULL = """
@@ -170,3 +171,43 @@ def test_a_faulty_pull_is_retried_or_says_so_and_can_be_run_again(hub, thin, tmp
     assert fault.times == 0
     assert first.returncode == 0 or str(fault.status) in first.stderr
     assert output(pull(hub, tmp_path / "user")) == thin
+
+
+SMOLLM2 = """
+import torch
+from safetensors.torch import load_file
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+experts = {
+    name: {"model": demo.REPOSITORY, "adapter": f"{ARTIFACTS}/{name}", "description": text, "dimension": dimension}
+    for name, (dimension, text) in demo.PREFERENCES.items()
+}
+model = PCMEnsembleForCausalLM.from_experts(experts, pcm=demo.REPOSITORY, pcm_layers=4, dtype=torch.bfloat16)
+model.pcm.load_state_dict(model.pcm.state_dict() | load_file(f"{ARTIFACTS}/pcm.safetensors"))
+model.push_to_hub("owner/whole")
+model.push_to_hub("owner/thin", thin=True)
+"""
+BOTH = """
+import sys
+sys.modules["modeling_pcm_ensemble"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+logits = []
+for name in ("owner/whole", "owner/thin"):
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    inputs = AutoTokenizer.from_pretrained(name, trust_remote_code=True)(["What is gravity?"], return_tensors="pt")
+    with torch.no_grad():
+        logits.append(model(**inputs, preference={"elementary": 1.0, "friendly": 0.5}).logits)
+assert model.dtype == torch.bfloat16
+print(torch.equal(*logits))
+"""
+
+
+@pytest.mark.real_model
+def test_six_adapters_and_the_trained_pcm_are_small_when_thin_and_the_same(hub, tmp_path):
+    hub.add(demo.REPOSITORY, demo.fetch_smollm2())
+    artifacts = str(Path(__file__).parent.parent / "examples" / "artifacts")
+    author = run_client(SMOLLM2, hub, tmp_path / "author", ARTIFACTS=artifacts)
+    assert author.returncode == 0, author.stderr
+    sizes = {name: sum(map(len, hub.files(f"owner/{name}").values())) / 1e6 for name in ("whole", "thin")}
+    assert sizes["thin"] < 64 < 256 < sizes["whole"]
+    assert output(run_client(BOTH, hub, tmp_path / "user", None)) == "True"

@@ -278,3 +278,48 @@ def test_loading_does_not_change_what_the_weights_say(ensemble, tmp_path):
     """The zero head of a new PCM must not overwrite a trained one."""
     ensemble.save_pretrained(tmp_path)
     assert_close(PCMEnsembleForCausalLM.from_pretrained(tmp_path).pcm.head.weight, ensemble.pcm.head.weight)
+
+
+def test_a_config_that_names_its_own_weights_is_refused(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
+    with pytest.raises(Exception, match="`transformers_weights` is not for ensembles"):
+        PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{tmp_path}/outside.safetensors", "pytorch_model.bin"])
+def test_an_index_that_names_weights_elsewhere_is_refused(ensemble, tmp_path, name):
+    """Of an ensemble, and of an expert's model."""
+    ensemble.save_pretrained(tmp_path / "ensemble", max_shard_size="50KB")
+    ensemble.backbones[0].save_pretrained(tmp_path / "expert", max_shard_size="50KB")
+    for folder in (tmp_path / "ensemble", tmp_path / "expert"):
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        first = min(index["weight_map"].values())
+        (folder / first).rename(tmp_path / "outside.safetensors")
+        moved = {key: name.format(tmp_path=tmp_path) if v == first else v for key, v in index["weight_map"].items()}
+        path.write_text(json.dumps(index | {"weight_map": moved}))
+    with pytest.raises(ValueError, match="They must be safetensors beside it"):
+        PCMEnsembleForCausalLM.from_pretrained(tmp_path / "ensemble")
+    with pytest.raises(ValueError, match="They must be safetensors beside it"):
+        PCMEnsembleForCausalLM.from_experts({"a": str(tmp_path / "expert")}, pcm=tiny_llama(4))
+
+
+def test_pickles_are_never_loaded(ensemble, tmp_path):
+    ensemble.save_pretrained(tmp_path / "ensemble")
+    ensemble.backbones[0].save_pretrained(tmp_path / "expert")
+    for folder in ("ensemble", "expert"):
+        weights = load_file(tmp_path / folder / "model.safetensors")
+        torch.save(weights, tmp_path / folder / "pytorch_model.bin")
+        (tmp_path / folder / "model.safetensors").unlink()
+    for options in ({}, {"use_safetensors": False}):
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            PCMEnsembleForCausalLM.from_pretrained(tmp_path / "ensemble", **options)
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            PCMEnsembleForCausalLM.from_experts({"a": str(tmp_path / "expert")}, pcm=tiny_llama(4), **options)
+
+
+def test_trust_in_remote_code_is_not_passed_on_to_experts(tmp_path):
+    with pytest.raises(ValueError, match="`trust_remote_code` is not passed on to experts"):
+        PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(4), trust_remote_code=True)
