@@ -229,7 +229,7 @@ def build_route(
     config: PCMEnsembleConfig,
     batch_size: int,
     preference=None,
-    preference_text: str | list[str] | None = None,
+    preference_text: str | list[str | None] | None = None,
     preference_ids: torch.LongTensor | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Route:
@@ -242,8 +242,8 @@ def build_route(
         preference (*optional*):
             Weights in any form of [`preference_weights`]. None is `config.default_preference`, or every expert at
             weight 1 where there is none or the PCM is given another description below.
-        preference_text (`str` or `list[str]`, *optional*): replaces the active experts' descriptions, for all rows or
-            one for each.
+        preference_text (`str` or `list[str | None]`, *optional*): replaces the active experts' descriptions, for all
+            rows or one for each; None leaves a row its own.
         preference_ids (`torch.LongTensor` of shape `(tokens,)` or `(batch, tokens)`, *optional*): the same as tokens;
             negative numbers, and `config.pad_token_id` at the ends, are padding.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`.
@@ -260,7 +260,7 @@ def build_route(
     if preference_text is not None:
         if preference_ids is not None:
             raise ValueError("`preference_text` and `preference_ids` say the same thing. Pass one of them.")
-        prefix_ids = pad_left(_text_prefixes(config, preference_text, batch_size, tokenizer))
+        prefix_ids = pad_left(_text_prefixes(config, preference_text, weights.tolist(), tokenizer))
     elif preference_ids is not None:
         prefix_ids = _given_prefixes(config, preference_ids, batch_size)
     else:
@@ -291,18 +291,21 @@ def description_prefix(config: PCMEnsembleConfig, weights: list[float]) -> list[
     return _after_bos(config, [token for ids in active for token in ids])
 
 
-def _text_prefixes(config: PCMEnsembleConfig, text, batch_size: int, tokenizer) -> list[list[int]]:
-    texts = [text] * batch_size if isinstance(text, str) else text
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(entry, str) for entry in texts):
+def _text_prefixes(config: PCMEnsembleConfig, text, weights: list[list[float]], tokenizer) -> list[list[int]]:
+    texts = [text] * len(weights) if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(entry, str | None) for entry in texts):
         raise TypeError(f"`preference_text` must be a string or one string for each row, got {text!r}.")
-    if len(texts) != batch_size:
-        raise ValueError(f"`preference_text` has {len(texts)} entries, but the batch has {batch_size} rows.")
+    if len(texts) != len(weights):
+        raise ValueError(f"`preference_text` has {len(texts)} entries, but the batch has {len(weights)} rows.")
     if tokenizer is None:
         raise ValueError(
             "`preference_text` needs a tokenizer, and this ensemble was built and saved without one. Pass "
             "`tokenizer=`, or `preference_ids` in its place."
         )
-    return [_after_bos(config, encode_description(tokenizer, entry)) for entry in texts]
+    return [
+        description_prefix(config, row) if entry is None else _after_bos(config, encode_description(tokenizer, entry))
+        for entry, row in zip(texts, weights)
+    ]
 
 
 def _after_bos(config: PCMEnsembleConfig, ids: list[int]) -> list[int]:

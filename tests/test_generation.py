@@ -78,8 +78,16 @@ def test_preference_ids_and_text_reach_the_pcm(mixed):
         from_text = new_tokens(mixed, inputs, preference_text=texts, tokenizer=tokenizer, use_cache=use_cache)
         assert from_text.tolist() == expected
     assert new_tokens(mixed, inputs, preference_ids=left_pad(ids)["input_ids"]).tolist() == expected
-    one_for_all = new_tokens(mixed, inputs, preference_ids=torch.tensor(ids[0]))
-    assert one_for_all[0].tolist() == expected[0]
+
+
+def test_rows_without_words_of_their_own_keep_their_experts_descriptions(mixed):
+    def alphas(texts):
+        given = {"preference": torch.tensor([[1.0, 0.5, 0.0, 0.0, 0.0, 0.0]] * 2), "tokenizer": tiny_tokenizer()}
+        return mixed(**left_pad(ROWS[:2]), preference_text=texts, **given).expert_weights
+
+    own, words, some = alphas([None, None]), alphas(["Be brief."] * 2), alphas([None, "Be brief."])
+    torch.testing.assert_close(some, torch.stack([own[0], words[1]]))
+    assert (own - words).abs().max() > 0.01
 
 
 def test_beam_search_over_routed_rows_equals_each_row_alone(prompted):

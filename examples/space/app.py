@@ -1,0 +1,258 @@
+"""
+One question under two preferences, side by side: which expert carries each token, and how α moves over the answer.
+
+    pip install -r requirements.txt && python app.py FOLDER_OR_REPOSITORY
+
+As a Space of the Hugging Face Hub, the ensemble is what the variable ENSEMBLE names. Votes go into votes.csv (VOTES
+names another file), which `HumanVotes` of the evaluation reads.
+"""
+
+import csv
+import itertools
+import os
+import queue
+import sys
+import threading
+
+import gradio as gr
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoModelForCausalLM, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+COLUMNS = ("prompt", "preference", "first", "second", "choice")
+CHOICES = {"Left": "first", "Neither": "tie", "Right": "second"}
+SIDES = ("left", "right")
+
+
+class TokenQueue(BaseStreamer):
+    """Tokens of all rows as they come, `(batch,)` each; then None, or the exception that ended them."""
+
+    def __init__(self):
+        self.steps, self.prompt_seen = queue.Queue(), False
+
+    def put(self, value):
+        if self.prompt_seen:
+            self.steps.put(value)
+        self.prompt_seen = True
+
+    def end(self):
+        self.steps.put(None)
+
+
+class Stopped(StoppingCriteria):
+    """Ends generation whose reader has gone away."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
+
+
+def load_ensemble(source: str | None):
+    if not source:
+        raise ValueError("Name an ensemble: as argument, or, in a Space, by the variable ENSEMBLE.")
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+    if model.tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer. Save the ensemble with one.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def encode(model, question: str) -> torch.Tensor:
+    tokenizer = model.tokenizer
+    if tokenizer.chat_template is None:
+        return tokenizer(question, return_tensors="pt")["input_ids"].to(model.device)
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ].to(model.device)
+
+
+def preferences_of(model, values: list) -> tuple[list[dict[str, float]], list[str | None]]:
+    """Weights and words of both sides from the controls' values; words alone may choose among all experts."""
+    names = model.config.expert_names
+    sides = [values[: len(names) + 1], values[len(names) + 1 :]]
+    words = [side[-1].strip() or None for side in sides]
+    weights = [{name: float(w) for name, w in zip(names, side) if w} for side in sides]
+    return [w or (dict.fromkeys(names, 1.0) if text else {}) for w, text in zip(weights, words)], words
+
+
+def stream_tokens(model, input_ids, weights, words, max_new_tokens: int, temperature: float):
+    """Yield the tokens of both answers so far, `(2, tokens)`, as generation goes on beside."""
+    streamer, gone = TokenQueue(), threading.Event()
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+
+    def generate():
+        try:
+            model.generate(
+                input_ids.repeat(2, 1),
+                preference=weights,
+                preference_text=words if any(words) else None,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                stopping_criteria=[Stopped(gone)],
+                **sampling,
+            )
+        except Exception as error:  # belongs to whoever reads
+            streamer.steps.put(error)
+
+    threading.Thread(target=generate, daemon=True).start()
+    steps = []
+    try:
+        while (step := streamer.steps.get()) is not None:
+            if isinstance(step, Exception):
+                raise step
+            steps.append(step)
+            yield torch.stack(steps, dim=1)
+    finally:
+        gone.set()
+
+
+def cut_at_end(model, tokens: torch.Tensor) -> list[int]:
+    """An answer's tokens before the first that ends it."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    ids = tokens.tolist()
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds; a character of several tokens comes with its last one."""
+    texts = [""] + [tokenizer.decode(ids[:end]).rstrip("�") for end in range(1, len(ids) + 1)]
+    return [after[len(before) :] for before, after in itertools.pairwise(texts)]
+
+
+def explain(model, input_ids, answer: list[int], weights: dict[str, float], words: str | None):
+    """Tokens with the expert that contributed most to each, and α at each: `(tokens, experts)`."""
+    ids = torch.cat([input_ids, torch.tensor([answer], device=input_ids.device)], dim=1)
+    given = {"preference": weights, "preference_text": words}
+    start = input_ids.shape[1] - 1
+    with torch.no_grad():
+        shares = model.attribute(ids, **given)[0, start:]
+        alphas = model.compute_expert_weights(ids, **given)[0, start:-1].cpu()
+    carriers = [model.config.expert_names[index] for index in shares.argmax(dim=-1).tolist()]
+    return list(zip(pieces(model.tokenizer, answer), carriers)), alphas
+
+
+def draw(alphas: torch.Tensor, names: list[str], colors: dict[str, str]) -> Figure:
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axis = figure.subplots()
+    wanted = [index for index in range(len(names)) if alphas[:, index].any()]
+    values = alphas[:, wanted].T.tolist()
+    labels = [names[i] for i in wanted]
+    axis.stackplot(range(len(alphas)), values, labels=labels, colors=[colors[name] for name in labels])
+    axis.set(xlabel="token", ylabel="α", title="α over the answer", ylim=(0, 1), xlim=(0, max(len(alphas) - 1, 1)))
+    axis.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def label(weights: dict[str, float], words: str | None) -> str:
+    """A preference in the votes: `elementary=2 + concise=0.5`, as the evaluation writes it."""
+    equal = set(weights.values()) == {1.0}
+    named = " + ".join(name if equal else f"{name}={weight:g}" for name, weight in weights.items())
+    return named if words is None else f"{named}: {words}"
+
+
+def add_vote(path: str, row: tuple[str, ...]):
+    new = not os.path.exists(path)
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow(row)
+
+
+def build_app(model, votes: str) -> gr.Blocks:
+    names = model.config.expert_names
+    palette = matplotlib.colormaps["tab10"].colors
+    colors = {name: matplotlib.colors.to_hex(palette[index % 10]) for index, name in enumerate(names)}
+
+    def answer(question, max_new_tokens, temperature, *values):
+        """Text as it comes; at the end tokens by expert, α, and what a vote is about."""
+        weights, words = preferences_of(model, list(values))
+        if not question.strip():
+            raise gr.Error("Ask something.")
+        if not all(weights):
+            raise gr.Error("Give each side an expert with a weight above 0, or words.")
+        input_ids = encode(model, question)
+        answers = [[], []]
+        try:
+            for tokens in stream_tokens(model, input_ids, weights, words, int(max_new_tokens), temperature):
+                answers = [cut_at_end(model, row) for row in tokens]
+                texts = [model.tokenizer.decode(ids) for ids in answers]
+                yield *([(text, None)] for text in texts), None, None, None
+        except ValueError as error:  # such as a question that is too long
+            raise gr.Error(str(error)) from error
+        sides = zip(answers, weights, words)
+        parts = [
+            explain(model, input_ids, ids, w, t) if ids else ([], torch.zeros(0, len(names))) for ids, w, t in sides
+        ]
+        charts = [draw(alphas, names, colors) for _, alphas in parts]
+        yield *(tokens for tokens, _ in parts), *charts, (question, label(weights[0], words[0]), *texts)
+
+    def vote(shown, button):
+        if shown is None:
+            raise gr.Error("Let both sides answer first.")
+        add_vote(votes, (*shown, CHOICES[button]))
+        return None, "Thank you."
+
+    with gr.Blocks(title="PCM Ensemble") as app:
+        gr.Markdown("# PCM Ensemble\nOne question, two preferences. Colours: the expert that carried each token.")
+        question = gr.Textbox(label="Question", value="What is gravity?", elem_id="question")
+        with gr.Row():
+            max_new_tokens = gr.Slider(8, 256, 64, step=8, label="Most tokens")
+            temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0: the most probable token)")
+        controls, texts, charts = [], [], []
+        with gr.Row():
+            for number, side in enumerate(SIDES):
+                with gr.Column():
+                    gr.Markdown(f"### {side.capitalize()}")
+                    for index, expert in enumerate(model.config.experts):
+                        controls.append(
+                            gr.Slider(
+                                0,
+                                2,
+                                float(index == number),
+                                step=0.1,
+                                label=expert["name"],
+                                info=expert["description"],
+                                elem_id=f"{side}-{expert['name']}",
+                            )
+                        )
+                    words = "Words instead of the descriptions; with all sliders at 0 they choose among all experts"
+                    controls.append(gr.Textbox(label=words, elem_id=f"{side}-words"))
+        run = gr.Button("Answer", variant="primary", elem_id="answer")
+        with gr.Row():
+            for side in SIDES:
+                with gr.Column():
+                    texts.append(
+                        gr.HighlightedText(
+                            label=f"Answer, {side}",
+                            color_map=colors,
+                            combine_adjacent=True,
+                            show_legend=True,
+                            show_inline_category=False,
+                            elem_id=f"{side}-answer",
+                        )
+                    )
+                    charts.append(gr.Plot(show_label=False, elem_id=f"{side}-chart"))
+        shown = gr.State()
+        gr.Markdown("Which answer fits the **left** preference better?")
+        with gr.Row():
+            buttons = [gr.Button(name, elem_id=f"vote-{CHOICES[name]}") for name in CHOICES]
+        thanks = gr.Markdown(elem_id="thanks")
+        run.click(answer, [question, max_new_tokens, temperature, *controls], [*texts, *charts, shown])
+        for button in buttons:
+            button.click(vote, [shown, button], [shown, thanks])
+    return app
+
+
+def main():
+    source = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("ENSEMBLE")
+    build_app(load_ensemble(source), os.environ.get("VOTES", "votes.csv")).launch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The Space in a real browser: sliders, two streamed answers, colours, charts, a vote."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import RepoCard
+from playwright.sync_api import expect, sync_playwright
+
+from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble.evaluation import HumanVotes
+from modeling_pcm_ensemble.evaluation.judges import Comparison
+
+ROOT = Path(__file__).parent.parent
+SPACE = ROOT / "examples" / "space"
+PICTURE = ROOT / "docs" / "space.png"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """Address of the running app, and its file of votes."""
+    folder = tmp_path_factory.mktemp("space")
+    demo.trained_ensemble(ROOT / "examples" / "artifacts").save_pretrained(folder / "ensemble")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | settings | {"VOTES": str(folder / "votes.csv")}
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, "app.py", str(folder / "ensemble")]
+        app = subprocess.Popen(command, cwd=SPACE, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(port, app, folder / "log")
+        yield f"http://127.0.0.1:{port}", folder / "votes.csv"
+    finally:
+        app.terminate()
+        app.wait()
+
+
+def wait_for(port: int, app: subprocess.Popen, log: Path):
+    deadline = time.monotonic() + 180
+    while app.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture
+def page(space):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1500})
+        page.set_default_timeout(120_000)
+        page.goto(space[0])
+        yield page
+        browser.close()
+
+
+def move(page, slider: str, value: float):
+    number = page.locator(f"#{slider} input[type=number]")
+    number.fill(str(value))
+    number.press("Tab")
+
+
+@pytest.mark.real_model
+def test_two_preferences_answer_side_by_side_and_are_voted_on(space, page, tmp_path):
+    move(page, "left-friendly", 1.2)
+    move(page, "right-knowledgeable", 0)
+    page.locator("#right-words textarea").fill(demo.PREFERENCES["knowledgeable"][1])
+    page.locator("#question textarea").fill("What is gravity?")
+    page.locator("#answer").click()
+    for side in ("left", "right"):
+        expect(page.locator(f"#{side}-chart img")).to_be_visible(timeout=120_000)
+    answers = {side: page.locator(f"#{side}-answer .textfield").inner_text() for side in ("left", "right")}
+    assert all(len(answer) > 50 for answer in answers.values())
+    assert answers["left"] != answers["right"]
+    legend = page.locator("#left-answer").inner_text()
+    assert "friendly" in legend
+    colours = page.locator("#left-answer .textfield span[style*=background]").evaluate_all(
+        "spans => spans.map(span => span.style.backgroundColor)"
+    )
+    assert len({colour for colour in colours if colour}) >= 2  # both wanted experts carried tokens
+    page.screenshot(path=PICTURE if os.environ.get("WRITE_PICTURES") else tmp_path / "space.png", full_page=True)
+
+    page.locator("#vote-first").click()
+    expect(page.locator("#thanks")).to_contain_text("Thank you.")
+    votes = HumanVotes(space[1])
+    ((prompt, preference, first, second),) = votes.votes
+    assert (prompt, preference) == ("What is gravity?", "elementary=1 + friendly=1.2")
+    wanted = {"elementary": 1.0, "friendly": 1.2}
+    (verdict,) = votes.judge([Comparison([{"role": "user", "content": prompt}], wanted, first, second)])
+    assert verdict.winner == 1.0
+
+
+@pytest.mark.real_model
+def test_what_cannot_be_answered_is_said(page):
+    page.locator("#question textarea").fill(" ")
+    page.locator("#answer").click()
+    expect(page.get_by_text("Ask something.")).to_be_visible()
+    page.locator("#question textarea").fill("Why?")
+    move(page, "left-elementary", 0)
+    page.locator("#answer").click()
+    expect(page.get_by_text("Give each side an expert with a weight above 0")).to_be_visible()
+    page.locator("#vote-tie").click()
+    expect(page.get_by_text("Let both sides answer first.")).to_be_visible()
+    move(page, "left-elementary", 1)
+    page.locator("#question textarea").fill("why " * 9000)
+    page.locator("#answer").click()
+    expect(page.get_by_text("too long")).to_be_visible()
+
+
+def test_the_spaces_card_names_what_the_tests_ran_with():
+    card = RepoCard.load(SPACE / "README.md")
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert card.data.sdk_version == pinned["gradio"]
+    assert (SPACE / card.data.app_file).exists()
+    assert len(card.data.short_description) <= 60  # the Hub's limit
+
+
+def test_an_app_without_an_ensemble_says_what_to_do():
+    environment = {name: value for name, value in os.environ.items() if name != "ENSEMBLE"}
+    result = subprocess.run([sys.executable, "app.py"], cwd=SPACE, env=environment, capture_output=True, text=True)
+    assert "Name an ensemble: as argument, or, in a Space, by the variable ENSEMBLE." in result.stderr
