@@ -59,6 +59,7 @@ def test_what_was_checked_and_described_is_uploaded(hub, folder, tmp_path):
     assert re.search(r"Left out \(hidden files and pickles\): .*training_args.bin", result.stdout)
     assert "Pulled into an empty cache, it gives this model's logits." in result.stdout
     assert "different licences" in result.stderr
+    assert hub.requests.index("POST /api/validate-yaml") < hub.requests.index("POST /api/repos/create")
     stored = hub.files("owner/ensemble")
     assert hub.repositories["owner/ensemble"].private
     assert "training_args.bin" not in stored

@@ -82,8 +82,10 @@ def test_nobody_writes_into_another_users_repository(hub, folder, tmp_path):
         Fault("status", "POST .*/objects/batch", status=500),
         Fault("status", "POST .*/preupload/", status=429, retry_after=1),
         Fault("status", "PUT /lfs/", status=503),
+        Fault("drop", "PUT /lfs/"),
+        Fault("slow", "PUT /lfs/"),
     ],
-    ids=["500", "429", "503-from-storage"],
+    ids=["500", "429", "503-from-storage", "dropped", "slow"],
 )
 def test_a_push_survives_a_passing_fault(hub, folder, tmp_path, fault):
     hub.faults.append(fault)
