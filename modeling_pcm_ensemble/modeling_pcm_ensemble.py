@@ -216,9 +216,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         base_model = self.config.backbones[expert["backbone"]].name_or_path
         write_adapter(folder, expert["adapter"], self.backbones.bank_of(name).tensors(name), base_model)
 
-    def get_input_embeddings(self):
-        return self.pcm.body.get_input_embeddings()
-
     # Forward
 
     @can_return_tuple

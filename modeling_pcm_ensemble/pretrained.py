@@ -4,6 +4,7 @@ import copy
 import os
 from functools import partial
 
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import resolve_revision
@@ -134,6 +135,21 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         if self._tokenizer is None and self.name_or_path:
             self._tokenizer = load_tokenizer(self.name_or_path, config=self.config, **self._tokenizer_options)
         return self._tokenizer
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The PCM's, which is the part that learns."""
+        return self.pcm.body.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.pcm.body.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """Resize every part's, experts' output layers too; arguments and result (the PCM's) as for any model."""
+        for part in (self.pcm.body, *self.backbones):
+            part.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.backbones.train()  # what is new is frozen too
+        self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())
+        return self.get_input_embeddings()
 
 
 __all__ = ["PCMEnsemblePreTrainedModel"]
