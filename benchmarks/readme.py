@@ -79,6 +79,20 @@ def pcm_table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def win_rates_table(report: dict) -> str:
+    """Of every baseline the win rate against it, by each judge, and its mean reward."""
+    judges = list(report["judges"])
+    lines = ["| against | " + " | ".join(judges) + " | its mean reward |", "|---" * (len(judges) + 2) + "|"]
+    for name in report["judges"][judges[0]]:
+        rates = ["{:.1f} % [{:.1f}, {:.1f}]".format(*_percent(report["judges"][j][name]["win_rate"])) for j in judges]
+        lines.append(f"| {name} | " + " | ".join(rates) + f" | {report['rewards'][name]['mean']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(values: list[float]) -> list[float]:
+    return [100 * value for value in values]
+
+
 TABLES = {  # by marker: the results, and the table of them
     "decode": ("benchmarks/results/decode.json", decode_table),
     "decode-llama-16x1280": ("benchmarks/results/decode-llama-16x1280.json", decode_table),
@@ -86,4 +100,5 @@ TABLES = {  # by marker: the results, and the table of them
     "serve": ("benchmarks/results/serve.json", serve_table),
     "experts": ("examples/artifacts/report.json", experts_table),
     "pcm": ("examples/artifacts/evaluation.json", pcm_table),
+    "win rates": ("docs/results/report.json", win_rates_table),
 }

@@ -187,7 +187,8 @@ def main():
     asked = f"{len(prompts)} prompts of {arguments.prompt_file.stem}"
     title = f"The trained PCM against what a user would do instead, on {asked}"
     static = {baseline.name: baseline.weights for baseline in others if getattr(baseline, "weights", None)}
-    write_report({"title": title, "command": command, "static weights": static} | report, arguments.output)
+    facts = {"title": title, "command": command, "dataset": arguments.prompt_file.stem, "static weights": static}
+    write_report(facts | report, arguments.output)
     console = Console()
     for judge, entry in report["judges"].items():
         console.print(f"\nWin rate of the {ours.name}, judge: {judge}")

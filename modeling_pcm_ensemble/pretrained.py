@@ -6,8 +6,10 @@ from functools import partial
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import resolve_revision
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
@@ -18,6 +20,7 @@ from .trust import check_shard_names
 logger = logging.get_logger(__name__)
 
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "revision", "commit_description", "tags")
+FULL_PRECISION = ("pcm", r"backbones\.\d+\.(lm_head|embed_out)")  # regular expressions
 
 
 class PCMEnsemblePreTrainedModel(PreTrainedModel):
@@ -55,6 +58,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             thin = config.thin
         else:
             thin = cls.config_class.get_config_dict(config or source, **options)[0].get("thin")
+        if (quantization := kwargs.get("quantization_config")) is not None:
+            kwargs["quantization_config"] = _of_backbones(quantization)
         load = super().from_pretrained if thin is None else partial(cls._from_thin, thin)
         model, loading = load(source, *args, output_loading_info=True, **kwargs)
         check_loading(loading, f"the checkpoint {model.name_or_path!r}")
@@ -150,6 +155,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         self.backbones.train()  # what is new is frozen too
         self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())
         return self.get_input_embeddings()
+
+
+def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
+    """The same, but that the PCM and, as in any model, the output layers keep full precision."""
+    if isinstance(quantization, dict):
+        quantization = AutoQuantizationConfig.from_dict(quantization)
+    quantization = copy.deepcopy(quantization)
+    name = next(n for n in ("llm_int8_skip_modules", "modules_to_not_convert") if hasattr(quantization, n))
+    setattr(quantization, name, [*(getattr(quantization, name) or ()), *FULL_PRECISION])
+    return quantization
 
 
 __all__ = ["PCMEnsemblePreTrainedModel"]
