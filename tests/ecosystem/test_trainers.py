@@ -105,8 +105,8 @@ def test_group_relative_policy_optimisation_by_trl(ensemble, tmp_path):
 
 def test_direct_preference_optimisation_by_trl(ensemble, tmp_path):
     before = parameters(ensemble)
-    data = Dataset.from_dict({"prompt": ["say"] * 4, "chosen": TEXTS[:4], "rejected": TEXTS[1:5]})
-    arguments = DPOConfig(**of_trl(tmp_path, max_steps=3))
+    data = Dataset.from_dict({"prompt": ["say"] * 4, "chosen": TEXTS[:2] * 2, "rejected": TEXTS[2:4] * 2})
+    arguments = DPOConfig(**of_trl(tmp_path))
     reference = copy.deepcopy(ensemble)
     trainer = DPOTrainer(ensemble, reference, args=arguments, train_dataset=data, processing_class=ensemble.tokenizer)
     add_mixture_head(trainer)
