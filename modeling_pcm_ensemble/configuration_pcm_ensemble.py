@@ -139,6 +139,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         output = super().to_dict()
         output["backbones"] = [backbone.to_dict() for backbone in self.backbones]
         output["auto_map"] = dict(AUTO_MAP)
+        output["architectures"] = ["AutoModelForCausalLM"]  # `transformers serve` takes the name from the library
         return output
 
     def validate_experts(self):

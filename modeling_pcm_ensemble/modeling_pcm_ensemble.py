@@ -425,8 +425,14 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
     ):
         """
         Generate as any model, under a preference. `preference`, `preference_text` and `preference_ids` are those of
-        [`~preferences.build_route`]; `tokenizer` reads the text and defaults to the ensemble's own.
+        [`~preferences.build_route`]; `tokenizer` reads the text and defaults to the ensemble's own. A
+        `generation_config` may hold the first two, which is how they pass through servers.
         """
+        config = copy.deepcopy(kwargs.pop("generation_config", args[0] if args else None))
+        held = {} if config is None else vars(config)  # what stays in it would be taken from the arguments
+        of_config = held.pop("preference", None), held.pop("preference_text", None)
+        if preference is None and preference_text is None:
+            preference, preference_text = of_config
         if preference is not None or preference_text is not None or preference_ids is not None:
             input_ids = inputs if inputs is not None else kwargs.get("input_ids")
             batch_size = 1 if input_ids is None else len(input_ids)
@@ -435,7 +441,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             kwargs["preference"] = route.weights
             if preference_text is not None or preference_ids is not None:
                 kwargs["preference_ids"] = route.prefix_ids
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, config, *args[1:], **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
