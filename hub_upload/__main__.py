@@ -1,7 +1,8 @@
 """
 Check an ensemble's folder, write its model card, upload both, and check what can then be pulled.
 
-    python -m hub_upload FOLDER owner/name [--private] [--thin] [--revision BRANCH] [--results report.json] [--dry-run]
+    python -m hub_upload FOLDER owner/name [--private] [--thin] [--revision BRANCH] [--results report.json]
+        [--datasets owner/data] [--dry-run]
 
 A failed check uploads nothing. An interrupted upload can be run again: what has arrived is not sent twice.
 """
@@ -20,10 +21,11 @@ def main():
     )
     parser.add_argument("folder", help="what `save_pretrained` wrote")
     parser.add_argument("repo_id", metavar="owner/name")
-    parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    parser.add_argument("--private", action="store_true", default=None, help="for a new repository")
     parser.add_argument("--thin", action="store_true", help="name the backbones by repository and commit")
     parser.add_argument("--revision", help="the branch to push to; made if it is not there")
     parser.add_argument("--results", help="report.json of an evaluation, for the card")
+    parser.add_argument("--datasets", nargs="+", help="what the PCM was trained on, for the card")
     parser.add_argument("--dry-run", action="store_true", help="check and show, but upload nothing")
     try:
         hub_upload(**vars(parser.parse_args()))

@@ -48,10 +48,11 @@ def model_card(
     revision: str | None = None,
     results: str | os.PathLike | None = None,
     training: dict | None = None,
+    datasets: list[str] | None = None,
     api: HfApi | None = None,
 ) -> ModelCard:
     r"""
-    Describe an ensemble. `PRINTED` stands where the output of its code belongs.
+    Describe an ensemble. `PRINTED` stands in a block of its own where the output of its code belongs.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble.
@@ -59,18 +60,20 @@ def model_card(
         thin (`bool`): whether its backbones are fetched from elsewhere.
         results (`str`, *optional*): an evaluation's report.json: win rates for the metadata and the text.
         training (`dict`, *optional*): what a trainer wrote into `pcm_training.json`.
+        datasets (`list[str]`, *optional*): what the PCM was trained on, for the metadata.
         api (`HfApi`, *optional*): asks the experts' repositories for their licences.
 
     Raises:
         OSError, ValueError: if `results` is no report.
     """
     config = model.config
-    sources = _sources(model)
+    sources = _sources(config)
     licences = {source: _licence(source, api or HfApi()) for source in sources}
-    licence, note = _common_licence(licences)
+    unnamed = sum(source is None for source in _backbone_sources(config))
+    licence, note = _common_licence(licences, unnamed)
     report = _read_report(results) if results is not None else None
     data = ModelCardData(
-        base_model=[source for source in sources if not os.path.isdir(source)] or None,
+        base_model=sources or None,
         base_model_relation="merge",
         license=licence,
         license_name="see-experts" if licence == "other" else None,
@@ -79,10 +82,10 @@ def model_card(
         tags=["pcm-ensemble", "ensemble", "personalization", "custom_code"],
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(report),
-        datasets=(training or {}).get("datasets"),
+        datasets=datasets or None,
     )
     names = config.expert_names
-    preference = repr({names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0]).replace("'", '"')
+    preference = json.dumps({names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0], ensure_ascii=False)
     tokenizer = model.tokenizer
     code = TOKEN_CODE if tokenizer is None else CHAT_CODE if tokenizer.chat_template else TEXT_CODE
     return ModelCard.from_template(
@@ -91,7 +94,7 @@ def model_card(
         generated=GENERATED,
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
-        experts=[expert | {"made_of": _made_of(model, expert)} for expert in config.experts],
+        experts=[_row(config, expert) for expert in config.experts],
         code=code.format(
             repo_id=repo_id, preference=preference, revision=f', revision="{revision}"' if revision else ""
         ),
@@ -101,7 +104,7 @@ def model_card(
         training=_training_facts(model, training),
         evaluation=report and _evaluation_facts(report),
         max_length=config.max_position_embeddings,
-        thin=thin and ", ".join(sorted({entry["repository"] for entry in _backbone_sources(model) if entry})),
+        thin=thin and ", ".join(sorted({entry["repository"] for entry in _backbone_sources(config) if entry})),
         licence_note=note,
     )
 
@@ -111,51 +114,55 @@ def code_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def _backbone_sources(model) -> list[dict | None]:
-    return [getattr(backbone, "source", None) for backbone in model.config.backbones]
+def _backbone_sources(config) -> list[dict | None]:
+    return [getattr(backbone, "source", None) for backbone in config.backbones]
 
 
-def _sources(model) -> list[str]:
-    """Repositories or folders of backbones and adapters, each once."""
-    found = [
-        entry["repository"] if entry else backbone.name_or_path
-        for entry, backbone in zip(_backbone_sources(model), model.config.backbones)
-    ]
-    found += [expert["source"]["repository"] for expert in model.config.experts if expert["source"]]
-    return [name for name in dict.fromkeys(found) if name]
+def _sources(config) -> list[str]:
+    """Repositories of backbones, PCM and adapters, each once."""
+    entries = [*_backbone_sources(config), getattr(config.pcm, "source", None)]
+    entries += [expert["source"] for expert in config.experts]
+    return list(dict.fromkeys(entry["repository"] for entry in entries if entry))
 
 
-def _made_of(model, expert: dict) -> str:
-    source = _backbone_sources(model)[expert["backbone"]]
-    backbone = source["repository"] if source else f"backbone {expert['backbone']}"
-    adapter = expert["adapter"] and f"a LoRA adapter of rank {expert['adapter']['r']}"
-    return " with ".join([backbone, *filter(None, [adapter, "a prompt of its own" if expert["prompt"] else None])])
+def _row(config, expert: dict) -> dict[str, str]:
+    """The cells of an expert's line in the table."""
+    source = _backbone_sources(config)[expert["backbone"]]
+    parts = [source["repository"] if source else f"backbone {expert['backbone']}"]
+    if expert["adapter"]:
+        parts.append(f"a LoRA adapter of rank {expert['adapter']['r']}")
+    if expert["prompt"]:
+        parts.append("a prompt of its own")
+    cells = {"name": expert["name"], "dimension": expert["dimension"] or "", "description": expert["description"]}
+    cells["made_of"] = " with ".join(parts)
+    return {name: " ".join(text.split()).replace("|", "\\|") for name, text in cells.items()}
 
 
 def _licence(source: str, api: HfApi) -> str | None:
-    """What the card of a repository or folder says."""
+    """What the card of a repository says."""
     try:
-        if os.path.isdir(source):
-            return ModelCard.load(os.path.join(source, "README.md")).data.license
         data = api.model_info(source).card_data
-        return data.license if data is not None else None
     except (OSError, ValueError, HfHubHTTPError):
         return None
+    found = data.license if data is not None else None
+    return ", ".join(found) if isinstance(found, list) else found
 
 
-def _common_licence(licences: dict[str, str | None]) -> tuple[str | None, str | None]:
+def _common_licence(licences: dict[str, str | None], unnamed: int) -> tuple[str | None, str | None]:
     """The licence that all parts have, or `other`; and what a reader has to know, of which the author is warned."""
     known = set(licences.values()) - {None}
     unknown = [source for source, licence in licences.items() if licence is None]
+    unknown += [f"{unnamed} backbones that are not from the Hub"] if unnamed else []
     notes = []
     if len(known) > 1:
         parts = ", ".join(f"{source}: {licence}" for source, licence in licences.items() if licence)
         notes.append(f"The parts have different licences, and all of them apply: {parts}.")
-    if unknown or not licences:
-        notes.append(f"The licence of {', '.join(unknown) or 'the parts'} is not known.")
+    if unknown:
+        notes.append(f"The licence of {', '.join(unknown)} is not known.")
     for note in notes:
         logger.warning(f"{note} Check that you may share the ensemble, and complete its model card.")
-    return (known.pop() if len(known) == 1 else "other" if known else None), " ".join(notes) or None
+    licence = known.pop() if len(known) == 1 and not unknown else None
+    return ("other" if known or (licence and "," in licence) else licence), " ".join(notes) or None
 
 
 def _read_report(path: str | os.PathLike) -> dict:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from rich.console import Console
 from rich.table import Table
@@ -23,9 +23,10 @@ from .clean_process import run
 
 TRAINING = "pcm_training.json"  # what a trainer's `save_model` leaves beside the ensemble
 SCRIPT = Path(__file__).with_name("clean_process.py")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-LEFT_OUT = (".*", "*/.*", "__pycache__/*", *PICKLES)
-STALE = ("*.safetensors", "*.safetensors.index.json")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npz", "*.npy")
+LEFT_OUT = (".*", "*/.*", "*__pycache__/*", "checkpoint-*", *PICKLES)
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+PRINTED = "```text\nPRINTED\n```"
 
 
 def hub_upload(
@@ -36,6 +37,7 @@ def hub_upload(
     thin: bool = False,
     revision: str | None = None,
     results: str | os.PathLike | None = None,
+    datasets: list[str] | None = None,
     dry_run: bool = False,
     token: str | None = None,
 ) -> CommitInfo | None:
@@ -43,17 +45,18 @@ def hub_upload(
     Upload an ensemble that `save_pretrained` wrote, if it works for somebody without this package.
 
     1. It is loaded in a clean process by `trust_remote_code=True`, generates, and is compared with the model here.
-    2. Its model card is written, and the card's code is run. A README.md that was not written here is kept.
-    3. What will be uploaded is shown, and uploaded.
+    2. Its model card is written into the folder, and the card's code is run. A README.md of a person's is kept.
+    3. What will be uploaded, and what is deleted there, is shown; then it is uploaded.
     4. The commit is pulled into an empty cache by a clean process, and compared once more.
 
     Args:
         folder (`str`): the ensemble's.
-        repo_id (`str`): `owner/name`.
-        private (`bool`, *optional*): if the repository is new.
+        repo_id (`str`): `owner/name`; a repository that holds another kind of model is refused.
+        private (`bool`, *optional*): for a new repository; one that is public is then refused.
         thin (`bool`): upload PCM and adapters alone, see `save_pretrained`.
         revision (`str`, *optional*): the branch; made if it is not there.
         results (`str`, *optional*): an evaluation's report.json, for the card.
+        datasets (`list[str]`, *optional*): what the PCM was trained on, for the card.
         dry_run (`bool`): do 1 to 3, but upload nothing.
         token (`str`, *optional*): defaults to the one of `hf auth login`.
 
@@ -61,48 +64,80 @@ def hub_upload(
         `CommitInfo`, or None if nothing was uploaded.
 
     Raises:
-        ValueError: if the folder is no ensemble, or a check fails.
+        ValueError: if the folder is no ensemble, the repository is not for it, or a check fails.
         HfHubHTTPError: if the Hub refuses.
     """
     validate_repo_id(repo_id)
-    api, console, token = HfApi(token=token), Console(soft_wrap=True), token or get_token()
+    if repo_id.count("/") != 1:
+        raise ValueError(f"The repository must be given as owner/name, got {repo_id!r}.")
+    token = token or get_token()
+    api, console = HfApi(token=token), Console(soft_wrap=True)
+    folder, environment = Path(folder), {"HF_TOKEN": token} if token else {}
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{str(folder)!r} has no config.json. Give a folder that `save_pretrained` wrote.")
     if not dry_run:
         api.whoami()  # refused now rather than after the checks
-    if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{str(folder)!r} has no config.json. Give a folder that `save_pretrained` wrote.")
-    model = PCMEnsembleForCausalLM.from_pretrained(folder)
+    check_repository(api, repo_id, private)
+    model = PCMEnsembleForCausalLM.from_pretrained(folder, token=token)
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        staged = Path(folder)
-        if thin:
-            staged = work / "thin"
-            model.save_pretrained(staged, thin=True, token=token)
-            for name in ("README.md", TRAINING):
-                if (Path(folder) / name).exists():
-                    shutil.copy(Path(folder) / name, staged)
-        check_same(model, str(staged), work, "The folder")
+        staged = stage_thin(model, folder, work / "thin", token) if thin else folder
+        check_same(model, os.path.abspath(staged), work, "The folder", environment=environment)
         console.print("The folder loads, generates and gives this model's logits in a clean process.")
-        write_card(model, staged, repo_id, work, thin=thin, revision=revision, results=results, api=api)
-        show_files(api, staged, console)
+        write_card(model, staged, repo_id, work, environment, revision=revision, results=results, datasets=datasets,
+                   api=api)  # fmt: skip
+        kept = show_files(staged, console)
         if dry_run:
             console.print("A dry run: nothing was uploaded.")
             return None
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        stale = [name for name in api.list_repo_files(repo_id, revision=revision) if WEIGHTS.fullmatch(name)]
+        stale = [name for name in stale if name not in kept]
+        if stale:
+            console.print(f"Deleted there, being of an earlier checkpoint: {', '.join(stale)}")
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=staged,
             revision=revision,
             commit_message="Upload a PCM ensemble",
-            ignore_patterns=list(LEFT_OUT),
-            delete_patterns=list(STALE),
+            allow_patterns=[glob_of(name) for name in kept],
+            delete_patterns=[glob_of(name) for name in stale],
         )
         console.print(f"Uploaded: {commit.commit_url}")
-        environment = {"HF_HOME": str(work / "empty cache")} | ({"HF_TOKEN": token} if token else {})
-        check_same(model, repo_id, work, f"Commit {commit.oid} of {repo_id}", commit.oid, environment)
+        check_same(
+            model,
+            repo_id,
+            work,
+            f"What was uploaded (commit {commit.oid} of {repo_id}, which stays there)",
+            revision=commit.oid,
+            environment=environment | empty_cache(work),
+        )
         console.print("Pulled into an empty cache, it gives this model's logits.")
         return commit
+
+
+def check_repository(api: HfApi, repo_id: str, private: bool | None):
+    """Refuse a repository that is there and holds something else, or is public where a private one is wanted."""
+    if not api.repo_exists(repo_id):
+        return
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(f"{repo_id} is there already, and public. Make it private, or leave `private` out.")
+    if api.file_exists(repo_id, "config.json"):
+        with open(api.hf_hub_download(repo_id, "config.json"), encoding="utf-8") as file:
+            kind = json.load(file).get("model_type")
+        if kind != PCMEnsembleForCausalLM.config_class.model_type:
+            raise ValueError(f"{repo_id} holds a model of another kind ({kind}). Give another name.")
+
+
+def stage_thin(model: PCMEnsembleForCausalLM, folder: Path, target: Path, token: str | None) -> Path:
+    """The thin form of a folder, with what its author put beside the checkpoint."""
+    model.save_pretrained(target, thin=True, token=token)
+    for path in folder.iterdir():
+        if path.is_file() and not (target / path.name).exists() and not WEIGHTS.fullmatch(path.name):
+            shutil.copy(path, target)
+    return target
 
 
 def check_same(
@@ -117,35 +152,47 @@ def check_same(
     input_ids = torch.arange(3, 11)[None] % model.config.vocab_size
     save_file({"input_ids": input_ids}, work / "inputs.safetensors")
     files = (str(work / "inputs.safetensors"), str(work / "outputs.safetensors"))
-    source = source if revision else os.path.abspath(source)
     clean_process("logits", source, revision, *files, cwd=work, label=label, environment=environment)
     found, expected = load_file(files[1]), run(model, input_ids, torch)
-    difference = (found["logits"] - expected["logits"]).nan_to_num(neginf=0, posinf=0).abs().max().item()
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
-    if difference > tolerance or not torch.equal(found["tokens"], expected["tokens"]):
-        raise ValueError(
-            f"{label} gives other results in a clean process than here: log-probabilities differ by up to "
-            f"{difference:.3g}. Save the ensemble again."
-        )
+    try:
+        torch.testing.assert_close(found["logits"], expected["logits"], atol=tolerance, rtol=0)  # NaN equals nothing
+        torch.testing.assert_close(found["tokens"], expected["tokens"])
+    except AssertionError as error:
+        raise ValueError(f"{label} gives other results in a clean process than here. {error}") from error
 
 
-def write_card(model: PCMEnsembleForCausalLM, folder: Path, repo_id: str, work: Path, **facts):
+def empty_cache(work: Path) -> dict[str, str]:
+    """Settings of a process that has nothing of the Hub's yet, whatever those of this one are."""
+    cache = work / "empty cache"
+    places = {"HF_HOME": cache, "HF_HUB_CACHE": cache / "hub", "HF_MODULES_CACHE": cache / "modules"}
+    offline = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    return offline | {name: str(place) for name, place in places.items()}
+
+
+def write_card(
+    model: PCMEnsembleForCausalLM, folder: Path, repo_id: str, work: Path, environment: dict[str, str], **facts
+):
     """Write README.md, unless a person did, and run its code with `folder` in the repository's place."""
     path = folder / "README.md"
     if path.exists() and GENERATED not in path.read_text(encoding="utf-8"):
-        Console().print("README.md was not written here, and is kept.")
+        Console().print("README.md was not written here, and is kept; its code is not run.")
+        ModelCard.load(path).validate()
         return
-    training = folder / TRAINING
+    training, config = folder / TRAINING, json.loads((folder / "config.json").read_text(encoding="utf-8"))
     known = json.loads(training.read_text(encoding="utf-8")) if training.exists() else None
-    card = model_card(model, repo_id, training=known, **facts)
+    card = model_card(model, repo_id, training=known, thin=config.get("thin") is not None, **facts)
     stand_in = work / "code" / repo_id
     stand_in.parent.mkdir(parents=True)
     stand_in.symlink_to(folder.resolve(), target_is_directory=True)
     (work / "card.py").write_text("\n".join(code_blocks(card.content)), encoding="utf-8")
-    printed = clean_process("code", str(work / "card.py"), cwd=work / "code", label="The card's code")
-    card.content = card.content.replace("PRINTED", printed.strip())
+    printed = clean_process(
+        "code", str(work / "card.py"), cwd=work / "code", label="The card's code", environment=environment
+    )
+    card.content = card.content.replace(PRINTED, PRINTED.replace("PRINTED", printed.strip()), 1)
     card.validate()
     card.save(path)
+    Console().print("Wrote README.md, the model card; its code runs.")
 
 
 def clean_process(*arguments: str, cwd: Path, label: str, environment: dict[str, str] | None = None) -> str:
@@ -158,9 +205,9 @@ def clean_process(*arguments: str, cwd: Path, label: str, environment: dict[str,
     return result.stdout
 
 
-def show_files(api: HfApi, folder: Path, console: Console):
-    """A table of what will be uploaded, and what is left out."""
-    every = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def show_files(folder: Path, console: Console) -> list[str]:
+    """A table of what will be uploaded, and what is left out; the names of the first."""
+    every = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     kept = list(filter_repo_objects(every, ignore_patterns=list(LEFT_OUT)))
     table = Table(title="To be uploaded")
     table.add_column("file")
@@ -172,4 +219,10 @@ def show_files(api: HfApi, folder: Path, console: Console):
     table.add_row(f"{len(kept)} files", f"{sum(sizes.values()):.2f}")
     console.print(table)
     if left_out := [name for name in every if name not in kept]:
-        console.print(f"Left out (hidden files and pickles): {', '.join(left_out)}")
+        console.print(f"Left out (hidden files, checkpoints of training, pickles): {', '.join(left_out)}")
+    return kept
+
+
+def glob_of(name: str) -> str:
+    """A pattern that matches this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)

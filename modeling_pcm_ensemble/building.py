@@ -25,7 +25,7 @@ from .experts import run_rows
 from .peft_format import check_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
 from .thin import hub_source
-from .trust import check_shard_names, check_trust
+from .trust import check_trust, check_weight_names
 
 SPEC_FIELDS = ("model", "adapter", "prompt", "description", "dimension")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
@@ -190,15 +190,21 @@ class _Loader:
                 )
             check_serves_rows(source, label)
             return source
-        _check_is_causal_lm(AutoConfig.from_pretrained(source, **self._hub_options()), label)
-        if os.path.isdir(source):
-            check_shard_names(source)
-        options = {"ignore_mismatched_sizes": True} | self.model_kwargs  # refused below, by name
+        options = self._hub_options() | {"trust_remote_code": False}
+        found = hub_source(source, **options)
+        if found is not None:
+            options["revision"] = found["revision"]  # what is named is what is loaded
+        config = AutoConfig.from_pretrained(source, **options)
+        _check_is_causal_lm(config, label)
+        check_weight_names(source, vars(config), self.model_kwargs.get("variant"), **self._hub_options())
+        options = (
+            {"ignore_mismatched_sizes": True} | self.model_kwargs | options
+        )  # mismatches are refused by name below
         if "gguf_file" not in options:
             options["use_safetensors"] = True
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
         check_loading(loading, f"the checkpoint of {label}, {str(source)!r}")
-        if (found := hub_source(str(source), **self._hub_options())) is not None:
+        if found is not None:
             model.config.source = found
         check_serves_rows(model, label)
         return model
@@ -207,7 +213,7 @@ class _Loader:
         """What a LoRA adapter that fits a backbone adds to its expert's entry, and its tensors."""
         config, tensors = read_adapter(source, label, self._hub_options())
         check_adapter(self.backbones[backbone], config, tensors, label)
-        found = None if isinstance(source, Mapping) else hub_source(str(source), **self._hub_options())
+        found = None if isinstance(source, Mapping) else hub_source(source, **self._hub_options())
         return {"adapter": config, "source": found}, tensors
 
     def pcm_body(self, source, num_layers: int | None) -> PreTrainedModel:

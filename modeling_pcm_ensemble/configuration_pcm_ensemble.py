@@ -155,9 +155,19 @@ class PCMEnsembleConfig(PreTrainedConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"`experts` must have a name of its own each, got {names}.")
 
-    def validate_weights(self):
-        if getattr(self, "transformers_weights", None) is not None:
-            raise ValueError("`transformers_weights` is not for ensembles, whose weights are in model.safetensors.")
+    def validate_thin(self):
+        if self.thin is None:
+            return
+        entries, shared = self.thin.get("backbones"), self.thin.get("shared")
+        fields = ("repository", "revision", "digest")
+        named = isinstance(entries, list) and all(
+            isinstance(entry, dict) and all(isinstance(entry.get(field), str) for field in fields) for entry in entries
+        )
+        if not named or len(entries) != len(self.backbones) or not isinstance(shared, dict):
+            raise ValueError(
+                f"`thin` must give {', '.join(fields)} for each of the {len(self.backbones)} `backbones`, and the "
+                f"tensors `shared` with them; got {self.thin}."
+            )
 
     def validate_merge(self):
         if self.merge not in MERGES:

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import shutil
+import tempfile
 from functools import partial
 
 from torch import nn
@@ -15,7 +17,7 @@ from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .saving import staged_folder
 from .thin import thin_checkpoint, whole_state
-from .trust import check_shard_names
+from .trust import check_weight_names
 
 logger = logging.get_logger(__name__)
 
@@ -51,13 +53,15 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         """
         source, config = pretrained_model_name_or_path, kwargs.get("config")
         kwargs |= {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", True), "use_safetensors": True}
-        if os.path.isdir(source):
-            check_shard_names(source)
         options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         if isinstance(config, PreTrainedConfig):
-            thin = config.thin
+            thin, found = config.thin, vars(config)
         else:
-            thin = cls.config_class.get_config_dict(config or source, **options)[0].get("thin")
+            found = cls.config_class.get_config_dict(config or source, **options)[0]
+            thin = found.get("thin")
+        code_options = {name: value for name, value in options.items() if name != "trust_remote_code"}
+        if source is not None:
+            check_weight_names(source, found, kwargs.get("variant"), **code_options)
         if (quantization := kwargs.get("quantization_config")) is not None:
             kwargs["quantization_config"] = _of_backbones(quantization)
         load = super().from_pretrained if thin is None else partial(cls._from_thin, thin)
@@ -113,6 +117,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             tokenizer = None
         for part in (self.pcm.body, *self.backbones):
             part.config.dtype = part.dtype  # `to()` leaves it behind, and `dtype="auto"` reads it
+        if thin and "state_dict" in kwargs:
+            raise ValueError("`thin=True` chooses what is saved itself. Leave `state_dict` out.")
         if thin:
             token = {"token": kwargs["token"]} if "token" in kwargs else {}
             kwargs["state_dict"], self.config.thin = thin_checkpoint(self, **token)
@@ -130,9 +136,13 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, *, thin: bool = False, **kwargs) -> str:
         """Push as any model; `thin` as in [`save_pretrained`]."""
-        pushed = copy.copy(self)
-        pushed.save_pretrained = partial(self.save_pretrained, thin=thin)
-        return PushToHubMixin.push_to_hub(pushed, repo_id, **kwargs)
+        if not thin:
+            return super().push_to_hub(repo_id, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:  # before the repository is made, so that what fails leaves none
+            self.save_pretrained(folder, thin=True, token=kwargs.get("token"))
+            pushed = copy.copy(self)
+            pushed.save_pretrained = lambda target, **_: shutil.copytree(folder, target, dirs_exist_ok=True)
+            return PushToHubMixin.push_to_hub(pushed, repo_id, **kwargs)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -12,21 +12,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import resolve_revision
 
-from .trust import check_shard_names
+from .trust import check_weight_names
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
-def hub_source(name: str, **hub_options) -> dict | None:
+def hub_source(name: str | os.PathLike, **hub_options) -> dict | None:
     """Repository and commit of what `from_pretrained(name)` loads; None for a folder."""
     if not name or os.path.exists(name):
         return None
-    options = {
-        key: hub_options[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in hub_options
-    }
-    revision = resolve_revision(name, **options)
+    known = ("revision", "token", "local_files_only", "cache_dir")
+    revision = resolve_revision(name, **{key: hub_options[key] for key in known if key in hub_options})
     return {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
 
 
@@ -45,15 +43,22 @@ def thin_checkpoint(model: PreTrainedModel, **hub_options) -> tuple[dict[str, to
     backbones, owned, embeddings = [], set(), {}
     for index, backbone in enumerate(model.backbones):
         source = getattr(backbone.config, "source", None) or hub_source(backbone.name_or_path, **hub_options)
-        if source is None or source["revision"] is None:
+        if source is None:
             raise ValueError(
                 f"Backbone {index} ({backbone.name_or_path or type(backbone).__name__}) is not from a Hub repository, "
                 "which a thin checkpoint could name. Push it and build the ensemble from there, or save with "
                 "`thin=False`."
             )
+        if source["revision"] is None:
+            raise OSError(
+                f"The commit of {source['repository']}, which a thin checkpoint names, could not be found out. Is the "
+                "Hub within reach, and may you read that repository?"
+            )
         folder = _fetch(source, **hub_options)
-        original = AutoModelForCausalLM.from_pretrained(folder, dtype=backbone.dtype, use_safetensors=True)
-        _check_equal(backbone, original, f"Backbone {index} is not what {source['repository']} holds")
+        original = _load(folder, backbone.dtype)
+        _check_equal(
+            backbone, original, f"Backbone {index} is not what {source['repository']} holds at {source['revision']}"
+        )
         owned |= {f"backbones.{index}.{name}" for name in original.state_dict()}
         embeddings |= {f"backbones.{index}.{name}": tensor for name, tensor in _embeddings(backbone).items()}
         backbones.append(source | {"digest": weights_digest(folder)})
@@ -79,9 +84,8 @@ def whole_state(thin: dict, source: str, variant: str | None = None, **hub_optio
         ValueError: if a repository's weights are not those that it was saved with.
         OSError: if files cannot be fetched, nor found in the cache.
     """
-    state = {}
-    for file in _own_files(source, variant, **hub_options):
-        state |= load_file(file)
+    name = SAFE_WEIGHTS_NAME if variant is None else SAFE_WEIGHTS_NAME.replace(".safe", f".{variant}.safe")
+    state = load_file(cached_file(source, name, **hub_options))
     for index, entry in enumerate(thin["backbones"]):
         folder = _fetch(entry, **hub_options)
         if (digest := weights_digest(folder)) != entry["digest"]:
@@ -90,7 +94,7 @@ def whole_state(thin: dict, source: str, variant: str | None = None, **hub_optio
                 f"saved with: their digest is {digest}, not {entry['digest']}. Clear them from the cache if they were "
                 "changed there, or ask the ensemble's author."
             )
-        backbone = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        backbone = _load(folder, "auto")
         state |= {f"backbones.{index}.{name}": tensor for name, tensor in backbone.state_dict().items()}
     return state | {name: state[other].clone() for name, other in thin["shared"].items()}
 
@@ -115,22 +119,24 @@ def _fetch(entry: dict, **hub_options) -> str:
         )
     options = {name: hub_options[name] for name in DOWNLOAD_OPTIONS if name in hub_options}
     folder = snapshot_download(entry["repository"], revision=entry["revision"], allow_patterns=WEIGHT_FILES, **options)
-    check_shard_names(folder)
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        check_weight_names(folder, json.load(file))
     return folder
 
 
+def _load(folder: str, dtype) -> PreTrainedModel:
+    """The model of the files that [`weights_digest`] has read."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+
+
 def _weight_files(folder: str) -> list[str]:
+    """What `from_pretrained` loads: one file where there is one, else all that the index names."""
     single, index = (os.path.join(folder, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if not os.path.exists(index):
+    if os.path.exists(single):
         return [single]
     with open(index, encoding="utf-8") as file:
         names = sorted(set(json.load(file)["weight_map"].values()))
     return [os.path.join(folder, name) for name in names]
-
-
-def _own_files(source: str, variant: str | None, **hub_options) -> list[str]:
-    name = SAFE_WEIGHTS_NAME if variant is None else SAFE_WEIGHTS_NAME.replace(".safe", f".{variant}.safe")
-    return [cached_file(source, name, **hub_options)]
 
 
 def _embeddings(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -142,7 +148,9 @@ def _check_equal(backbone: PreTrainedModel, original: PreTrainedModel, message: 
     ours = backbone.state_dict()
     for name, tensor in original.state_dict().items():
         if name not in ours or not torch.equal(ours[name].cpu(), tensor):
-            raise ValueError(f"{message}: the tensor {name} differs. Save with `thin=False`.")
+            raise ValueError(
+                f"{message}: the tensor {name} differs. Load it from there by name, or save with `thin=False`."
+            )
 
 
 __all__ = ["hub_source", "thin_checkpoint", "weights_digest", "whole_state"]

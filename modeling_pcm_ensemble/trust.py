@@ -1,24 +1,37 @@
 """What the files of a checkpoint may ask for. Together with SECURITY.md."""
 
-import glob
 import json
 import os
 
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-def check_shard_names(folder: str | os.PathLike):
+
+def check_weight_names(source: str | os.PathLike, config: dict, variant: str | None = None, **hub_options):
     """
-    Refuse a local checkpoint whose index names weights outside its folder, or none that are safetensors. In one from
-    the Hub, huggingface_hub refuses such names itself.
+    Refuse a checkpoint, of a folder or of the Hub, that names weights which are not safetensors beside its index.
+
+    Args:
+        source (`str`): the folder or repository.
+        config (`dict`): what its config.json says.
+        variant (`str`, *optional*): of the weights.
 
     Raises:
         ValueError: naming the file and what it names.
     """
-    for index in glob.glob(os.path.join(glob.escape(os.fspath(folder)), "*.index*.json")):
-        with open(index, encoding="utf-8") as file:
-            names = set(json.load(file)["weight_map"].values())
-        for name in sorted(names):
-            if os.path.basename(name) != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index} names the weights {name!r}. They must be safetensors beside it.")
+    if config.get("transformers_weights") is not None:
+        raise ValueError(
+            f"The configuration of {str(source)!r} names its weights itself, by `transformers_weights` "
+            f"{config['transformers_weights']!r}. Rename that file to model.safetensors."
+        )
+    name = SAFE_WEIGHTS_INDEX_NAME if variant is None else SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json")
+    index = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_options)
+    if index is None:
+        return
+    with open(index, encoding="utf-8") as file:
+        names = set(json.load(file)["weight_map"].values())
+    for name in sorted(names):
+        if os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names the weights {name!r}. They must be safetensors beside it.")
 
 
 def check_trust(model_kwargs: dict):
@@ -35,4 +48,4 @@ def check_trust(model_kwargs: dict):
         )
 
 
-__all__ = ["check_shard_names", "check_trust"]
+__all__ = ["check_trust", "check_weight_names"]

@@ -75,7 +75,8 @@ class Fault:
     r"""
     Args:
         kind (`str`): `"drop"` (close in the middle of a body), `"status"` (an error in place of the answer),
-            `"corrupt"` (other bytes of the same length) or `"slow"` (wait before each block).
+            `"corrupt"` (other bytes at the end of a body), `"mangle"` (the same to what was sent) or `"slow"` (wait
+            before each block).
         path (`str`): a regular expression that the request's method and path match.
         times (`int`): how many requests it hits.
         status (`int`), retry_after (`int`, *optional*): of `"status"`.
@@ -175,6 +176,8 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         self.fault = self.server.fault_of(f"{self.command} {path}")
+        if self.fault and self.fault.kind == "mangle":
+            self.body = self.body[:-64] + bytes(byte ^ 64 for byte in self.body[-64:])
         try:
             if self.fault and self.fault.kind == "status":
                 raise RefusedError(self.fault.status, "told to fail")
@@ -205,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"Content-Type": "application/json"} | (headers or {})
         fault = self.fault.kind if self.fault and self.command != "HEAD" else None
         if fault == "corrupt":
-            body = bytes(byte ^ 1 for byte in body)
+            body = body[:-64] + bytes(byte ^ 64 for byte in body[-64:])  # numbers, not the header before them
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
 from huggingface_hub import ModelCard
 from local_hub import Fault, client_environment
 from safetensors.torch import load
 
 from hub_upload.card import code_blocks
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 ROOT = Path(__file__).parent.parent
 RESULTS = {
@@ -48,15 +50,17 @@ def commits(hub) -> int:
 
 def test_what_was_checked_and_described_is_uploaded(hub, folder, tmp_path):
     (folder / "training_args.bin").write_bytes(b"pickle")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"of training")
     (tmp_path / "report.json").write_text(json.dumps(RESULTS))
     for name, licence in (("llama", "apache-2.0"), ("gpt2", "mit")):
         models = hub.repositories[f"someone/{name}"]
         models.commits[models.resolve("main")]["README.md"] = (f"---\nlicense: {licence}\n---\n".encode(), False)
-    result = upload(hub, folder, "--private", "--results", str(tmp_path / "report.json"))
+    result = upload(hub, folder, "--private", "--results", str(tmp_path / "report.json"), "--datasets", "a/b")
     assert result.returncode == 0, result.stderr
     assert "gives this model's logits in a clean process" in result.stdout
     assert re.search(r"model.safetensors\s+│\s+0.\d+", result.stdout)
-    assert re.search(r"Left out \(hidden files and pickles\): .*training_args.bin", result.stdout)
+    assert re.search(r"Left out .*checkpoint-5/model.safetensors, training_args.bin", result.stdout)
     assert "Pulled into an empty cache, it gives this model's logits." in result.stdout
     assert "different licences" in result.stderr
     assert hub.requests.index("POST /api/validate-yaml") < hub.requests.index("POST /api/repos/create")
@@ -67,6 +71,7 @@ def test_what_was_checked_and_described_is_uploaded(hub, folder, tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == ["someone/llama", "someone/gpt2"]
     assert card.data.license == "other"
+    assert card.data.datasets == ["a/b"]
     (win_rate,) = card.data.eval_results
     assert (win_rate.metric_value, win_rate.dataset_type) == (0.75, "koala")
     assert win_rate.metric_name == "win rate against vanilla, judge: rewards"
@@ -120,8 +125,12 @@ def test_a_dry_run_uploads_nothing_and_keeps_a_readme_that_a_person_wrote(hub, f
     [
         (("import torch\n", "import torch, no_such_module\n"), "does not run in a clean process: .*no_such_module"),
         (("return PCMEnsembleOutput(\n", "logits = logits * 2\n        return PCMEnsembleOutput(\n"), "other results"),
+        (
+            ("return PCMEnsembleOutput(\n", "logits[0, 0, 0] = float('nan')\n        return PCMEnsembleOutput(\n"),
+            "other results",
+        ),
     ],
-    ids=["broken", "different"],
+    ids=["broken", "different", "nan"],
 )
 def test_code_that_gives_others_something_else_is_not_uploaded(hub, folder, change, message):
     path = folder / "modeling_pcm_ensemble.py"
@@ -140,9 +149,11 @@ def test_code_that_gives_others_something_else_is_not_uploaded(hub, folder, chan
     [
         ({"token": "hf_wrong"}, "Invalid user token"),
         ({"repo_id": "owner/../x"}, "Repo id must"),
+        ({"repo_id": "ensemble"}, "must be given as owner/name, got 'ensemble'"),
         ({"repo_id": "someone/theirs"}, "403"),
+        ({"repo_id": "someone/llama"}, "holds a model of another kind (llama)"),
     ],
-    ids=["token", "name", "owner"],
+    ids=["token", "name", "no-owner", "owner", "another-model"],
 )
 def test_what_the_hub_would_refuse_is_said(hub, folder, arguments, message):
     result = upload(hub, folder, **arguments)
@@ -156,6 +167,31 @@ def test_no_ensembles_folder_is_refused(hub, tmp_path):
     (tmp_path / "empty").mkdir()
     result = upload(hub, tmp_path / "empty")
     assert "has no config.json. Give a folder that `save_pretrained` wrote" in result.stderr
+
+
+def test_a_public_repository_does_not_take_what_should_be_private(hub, folder, whole):
+    hub.add("owner/ensemble", folder)
+    result = upload(hub, folder, "--private")
+    assert "owner/ensemble is there already, and public" in result.stderr
+    assert commits(hub) == 0
+
+
+@pytest.mark.parametrize("kind", ["no chat template", "no tokenizer"])
+def test_the_cards_code_runs_without_a_chat_template_or_a_tokenizer(hub, kind, tmp_path):
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"it's": tiny_llama(1), "a|b": tiny_gpt2(2)},
+        pcm=tiny_llama(3),
+        tokenizer=None if kind == "no tokenizer" else tiny_tokenizer(chat_template=None),
+    )
+    model.save_pretrained(tmp_path / "ensemble")
+    result = upload(hub, tmp_path / "ensemble")
+    assert result.returncode == 0, result.stderr
+    card = hub.files("owner/ensemble")["README.md"].decode()
+    assert "The licence of 2 backbones that are not from the Hub is not known." in card
+    assert "| a\\|b |" in card
+    assert """preference={"it's": 1.0, "a|b": 0.5}""" in card
+    assert ("tensor(" in card) == (kind == "no tokenizer")
+    assert "It is not trained" in card
 
 
 def test_an_upload_that_broke_off_can_be_run_again(hub, folder):
@@ -173,8 +209,33 @@ def test_an_upload_that_broke_off_can_be_run_again(hub, folder):
     assert commits(hub) == 1
 
 
-def test_a_pull_that_brings_other_bytes_is_noticed(hub, folder):
+def test_what_arrives_damaged_is_not_committed(hub, folder):
+    hub.faults.append(Fault("mangle", "PUT /lfs/"))
+    result = upload(hub, folder)
+    assert result.returncode == 1
+    assert "400" in result.stderr
+    assert commits(hub) == 0
+    assert upload(hub, folder).returncode == 0
+
+
+def test_a_pull_that_brings_other_numbers_is_noticed(hub, folder):
     hub.faults.append(Fault("corrupt", "GET .*ensemble/resolve/.*safetensors", times=100))
     result = upload(hub, folder)
     assert result.returncode == 1
-    assert re.search(r"Commit \w+ of owner/ensemble (gives other results|does not run)", result.stderr)
+    assert re.search(
+        r"What was uploaded \(commit \w+ of owner/ensemble, which stays there\) gives other", result.stderr
+    )
+
+
+def test_weights_of_an_earlier_checkpoint_are_deleted_and_other_files_stay(hub, folder):
+    shards = {f"model-0000{i}-of-00002.safetensors": b"old" for i in (1, 2)} | {"notes/model.safetensors": b"other"}
+    (folder.parent / "old" / "notes").mkdir(parents=True)
+    for name, content in (shards | {"config.json": b'{"model_type": "pcm_ensemble"}'}).items():
+        (folder.parent / "old" / name).write_bytes(content)
+    hub.add("owner/ensemble", folder.parent / "old")
+    result = upload(hub, folder)
+    assert result.returncode == 0, result.stderr
+    assert "Deleted there, being of an earlier checkpoint: model-00001-of-00002.safetensors" in result.stdout
+    stored = hub.files("owner/ensemble")
+    assert "notes/model.safetensors" in stored
+    assert not any("of-00002" in name for name in stored)

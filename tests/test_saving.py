@@ -284,8 +284,11 @@ def test_a_config_that_names_its_own_weights_is_refused(ensemble, tmp_path):
     ensemble.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
-    with pytest.raises(Exception, match="`transformers_weights` is not for ensembles"):
+    with pytest.raises(ValueError, match="names its weights itself, by `transformers_weights`"):
         PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+    tiny_llama(1, transformers_weights="adapter_model.bin").save_pretrained(tmp_path / "expert")
+    with pytest.raises(ValueError, match="names its weights itself, by `transformers_weights`"):
+        PCMEnsembleForCausalLM.from_experts({"a": str(tmp_path / "expert")}, pcm=tiny_llama(4))
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "{tmp_path}/outside.safetensors", "pytorch_model.bin"])

@@ -22,8 +22,6 @@ SPACE = ROOT / "examples" / "space"
 PICTURE = ROOT / "docs" / "space.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
@@ -57,7 +55,10 @@ def wait_for(port: int, app: subprocess.Popen, log: Path):
 
 
 @pytest.fixture
-def page(space):
+def page(request):
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    space = request.getfixturevalue("space")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1500})

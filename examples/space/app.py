@@ -4,7 +4,7 @@ One question under two preferences, side by side: which expert carries each toke
     pip install -r requirements.txt && python app.py FOLDER_OR_REPOSITORY
 
 As a Space of the Hugging Face Hub, the ensemble is what the variable ENSEMBLE names. Votes go into votes.csv (VOTES
-names another file), which `HumanVotes` of the evaluation reads.
+names another file), in the form that `HumanVotes` of the evaluation reads.
 """
 
 import csv
@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 COLUMNS = ("prompt", "preference", "first", "second", "choice")
 CHOICES = {"Left": "first", "Neither": "tie", "Right": "second"}
 SIDES = ("left", "right")
+WRITING = threading.Lock()
 
 
 class TokenQueue(BaseStreamer):
@@ -156,8 +157,8 @@ def label(weights: dict[str, float], words: str | None) -> str:
 
 
 def add_vote(path: str, row: tuple[str, ...]):
-    new = not os.path.exists(path)
-    with open(path, "a", newline="", encoding="utf-8") as file:
+    with WRITING, open(path, "a", newline="", encoding="utf-8") as file:
+        new = file.tell() == 0
         writer = csv.writer(file)
         if new:
             writer.writerow(COLUMNS)
