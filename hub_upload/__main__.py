@@ -26,10 +26,10 @@ def main():
     parser.add_argument("--revision", help="the branch to push to; made if it is not there")
     parser.add_argument("--results", help="report.json of an evaluation, for the card")
     parser.add_argument("--datasets", nargs="+", help="what the PCM was trained on, for the card")
-    parser.add_argument("--dry-run", action="store_true", help="check and show, but upload nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check, write the card and show, but upload nothing")
     try:
         hub_upload(**vars(parser.parse_args()))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (ImportError, OSError, ValueError, HfHubHTTPError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -46,7 +46,7 @@ def model_card(
     *,
     thin: bool = False,
     revision: str | None = None,
-    results: str | os.PathLike | None = None,
+    report: dict | None = None,
     training: dict | None = None,
     datasets: list[str] | None = None,
     api: HfApi | None = None,
@@ -58,20 +58,16 @@ def model_card(
         model (`PCMEnsembleForCausalLM`): the ensemble.
         repo_id (`str`), revision (`str`, *optional*): where it will be.
         thin (`bool`): whether its backbones are fetched from elsewhere.
-        results (`str`, *optional*): an evaluation's report.json: win rates for the metadata and the text.
+        report (`dict`, *optional*): an evaluation's, see [`read_report`]: win rates for the metadata and the text.
         training (`dict`, *optional*): what a trainer wrote into `pcm_training.json`.
         datasets (`list[str]`, *optional*): what the PCM was trained on, for the metadata.
         api (`HfApi`, *optional*): asks the experts' repositories for their licences.
-
-    Raises:
-        OSError, ValueError: if `results` is no report.
     """
     config = model.config
     sources = _sources(config)
     licences = {source: _licence(source, api or HfApi()) for source in sources}
     unnamed = sum(source is None for source in _backbone_sources(config))
     licence, note = _common_licence(licences, unnamed)
-    report = _read_report(results) if results is not None else None
     data = ModelCardData(
         base_model=sources or None,
         base_model_relation="merge",
@@ -165,7 +161,13 @@ def _common_licence(licences: dict[str, str | None], unnamed: int) -> tuple[str 
     return ("other" if known or (licence and "," in licence) else licence), " ".join(notes) or None
 
 
-def _read_report(path: str | os.PathLike) -> dict:
+def read_report(path: str | os.PathLike) -> dict:
+    """
+    An evaluation's report.json.
+
+    Raises:
+        OSError, ValueError: if it is none.
+    """
     with open(path, encoding="utf-8") as file:
         report = json.load(file)
     if missing := {"judges", "ours", "title", "command"} - set(report):

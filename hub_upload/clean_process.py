@@ -20,9 +20,13 @@ def logits(source: str, revision: str, inputs: str, outputs: str):
 
 
 def run(model, input_ids, torch) -> dict:
-    """Logits of a text, and the tokens that greedy decoding adds to it."""
+    """Log-probabilities of a text, under two preferences, and the tokens that greedy decoding adds to it."""
+    preferences = {"default": None, "preferred": dict(zip(model.config.expert_names, (1.0, 0.5)))}
     with torch.no_grad():
-        found = {"logits": model(input_ids).logits.float().contiguous()}
+        found = {
+            name: model(input_ids, preference=preference).logits.float().contiguous()
+            for name, preference in preferences.items()
+        }
     return found | {"tokens": model.generate(input_ids, max_new_tokens=8, do_sample=False).contiguous()}
 
 

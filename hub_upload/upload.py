@@ -11,14 +11,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
-from .card import GENERATED, code_blocks, model_card
+from .card import GENERATED, code_blocks, model_card, read_report
 from .clean_process import run
 
 TRAINING = "pcm_training.json"  # what a trainer's `save_model` leaves beside the ensemble
@@ -26,6 +28,8 @@ SCRIPT = Path(__file__).with_name("clean_process.py")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npz", "*.npy")
 LEFT_OUT = (".*", "*/.*", "*__pycache__/*", "checkpoint-*", *PICKLES)
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+MODEL_TYPE = PCMEnsembleForCausalLM.config_class.model_type
+OF_TRANSFORMERS = "This model card has been automatically generated"  # by `push_to_hub`
 PRINTED = "```text\nPRINTED\n```"
 
 
@@ -73,18 +77,18 @@ def hub_upload(
     token = token or get_token()
     api, console = HfApi(token=token), Console(soft_wrap=True)
     folder, environment = Path(folder), {"HF_TOKEN": token} if token else {}
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{str(folder)!r} has no config.json. Give a folder that `save_pretrained` wrote.")
+    check_folder(folder)
+    report = None if results is None else read_report(results)
     if not dry_run:
-        api.whoami()  # refused now rather than after the checks
+        check_owner(api.whoami(), repo_id)
     check_repository(api, repo_id, private)
-    model = PCMEnsembleForCausalLM.from_pretrained(folder, token=token)
+    model = load(folder, token)
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         staged = stage_thin(model, folder, work / "thin", token) if thin else folder
         check_same(model, os.path.abspath(staged), work, "The folder", environment=environment)
         console.print("The folder loads, generates and gives this model's logits in a clean process.")
-        write_card(model, staged, repo_id, work, environment, revision=revision, results=results, datasets=datasets,
+        write_card(model, staged, repo_id, work, environment, revision=revision, report=report, datasets=datasets,
                    api=api)  # fmt: skip
         kept = show_files(staged, console)
         if dry_run:
@@ -97,6 +101,9 @@ def hub_upload(
         stale = [name for name in stale if name not in kept]
         if stale:
             console.print(f"Deleted there, being of an earlier checkpoint: {', '.join(stale)}")
+        if "README.md" in kept and keeps_its_card(api, repo_id, staged, revision):
+            kept.remove("README.md")
+            console.print("The repository's README.md was written by a person, and stays.")
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=staged,
@@ -118,6 +125,42 @@ def hub_upload(
         return commit
 
 
+def check_folder(folder: Path):
+    """Refuse what is no ensemble's folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{str(folder)!r} has no config.json. Give a folder that `save_pretrained` wrote.")
+    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if kind != MODEL_TYPE:
+        raise ValueError(f"{str(folder)!r} holds a model of another kind ({kind}), not an ensemble.")
+
+
+def check_owner(user: dict, repo_id: str):
+    """Refuse a namespace that is neither the user's nor of one of the user's organisations."""
+    names = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
+    if (owner := repo_id.split("/")[0]) not in names:
+        raise ValueError(
+            f"You are {user['name']} on the Hub, who may write to {', '.join(names)}, but not to {owner}."
+        )
+
+
+def load(folder: Path, token: str | None) -> PCMEnsembleForCausalLM:
+    try:
+        return PCMEnsembleForCausalLM.from_pretrained(folder, token=token)
+    except (SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{str(folder)!r} cannot be loaded: {error}") from error
+
+
+def keeps_its_card(api: HfApi, repo_id: str, folder: Path, revision: str | None) -> bool:
+    """Whether the repository has a card of a person's, in place of which there is only a generated one."""
+    if GENERATED not in (folder / "README.md").read_text(encoding="utf-8"):
+        return False
+    if not api.file_exists(repo_id, "README.md", revision=revision):
+        return False
+    text = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+    return GENERATED not in text and OF_TRANSFORMERS not in text
+
+
 def check_repository(api: HfApi, repo_id: str, private: bool | None):
     """Refuse a repository that is there and holds something else, or is public where a private one is wanted."""
     if not api.repo_exists(repo_id):
@@ -127,7 +170,7 @@ def check_repository(api: HfApi, repo_id: str, private: bool | None):
     if api.file_exists(repo_id, "config.json"):
         with open(api.hf_hub_download(repo_id, "config.json"), encoding="utf-8") as file:
             kind = json.load(file).get("model_type")
-        if kind != PCMEnsembleForCausalLM.config_class.model_type:
+        if kind != MODEL_TYPE:
             raise ValueError(f"{repo_id} holds a model of another kind ({kind}). Give another name.")
 
 
@@ -156,8 +199,7 @@ def check_same(
     found, expected = load_file(files[1]), run(model, input_ids, torch)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     try:
-        torch.testing.assert_close(found["logits"], expected["logits"], atol=tolerance, rtol=0)  # NaN equals nothing
-        torch.testing.assert_close(found["tokens"], expected["tokens"])
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)  # NaN equals nothing
     except AssertionError as error:
         raise ValueError(f"{label} gives other results in a clean process than here. {error}") from error
 
@@ -207,8 +249,10 @@ def clean_process(*arguments: str, cwd: Path, label: str, environment: dict[str,
 
 def show_files(folder: Path, console: Console) -> list[str]:
     """A table of what will be uploaded, and what is left out; the names of the first."""
-    every = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kept = list(filter_repo_objects(every, ignore_patterns=list(LEFT_OUT)))
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    every = sorted(path.relative_to(folder).as_posix() for path in paths)
+    inside = [name for name in every if (folder / name).resolve().is_relative_to(folder.resolve())]
+    kept = list(filter_repo_objects(inside, ignore_patterns=list(LEFT_OUT)))
     table = Table(title="To be uploaded")
     table.add_column("file")
     table.add_column("MB", justify="right")
@@ -219,7 +263,9 @@ def show_files(folder: Path, console: Console) -> list[str]:
     table.add_row(f"{len(kept)} files", f"{sum(sizes.values()):.2f}")
     console.print(table)
     if left_out := [name for name in every if name not in kept]:
-        console.print(f"Left out (hidden files, checkpoints of training, pickles): {', '.join(left_out)}")
+        console.print(
+            f"Left out (hidden files, checkpoints of training, pickles, links to elsewhere): {', '.join(left_out)}"
+        )
     return kept
 
 

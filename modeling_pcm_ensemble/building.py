@@ -268,7 +268,7 @@ def load_tokenizer(source: str, **options) -> PreTrainedTokenizerBase | None:
     hub_options.pop("trust_remote_code", None)
     hub_options["_raise_exceptions_for_missing_entries"] = False
     files = (cached_file(source, name, **hub_options) for name in ("tokenizer_config.json", "tokenizer.json"))
-    return AutoTokenizer.from_pretrained(source, **options) if any(files) else None
+    return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False} | options) if any(files) else None
 
 
 def _source_key(source):

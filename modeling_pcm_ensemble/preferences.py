@@ -252,11 +252,16 @@ def build_route(
         TypeError, ValueError: as [`preference_weights`], or if text and tokens are both given, do not fit the batch,
             or there is no tokenizer for the text.
     """
-    if preference is None and preference_text is None and preference_ids is None:
-        preference = config.default_preference
-    if preference is None:
-        preference = config.expert_names
-    weights = preference_weights(preference, config.expert_names, batch_size).cpu()
+    weights = preference_weights(
+        config.expert_names if preference is None else preference, config.expert_names, batch_size
+    )
+    if preference is None and preference_ids is None and config.default_preference is not None:
+        default = preference_weights(config.default_preference, config.expert_names, batch_size)
+        texts = preference_text if isinstance(preference_text, (list, tuple)) else [preference_text] * batch_size
+        untold = [entry is None for entry in texts]
+        if len(untold) == batch_size:  # else refused below
+            weights = torch.where(torch.tensor(untold)[:, None], default, weights)
+    weights = weights.cpu()
     if preference_text is not None:
         if preference_ids is not None:
             raise ValueError("`preference_text` and `preference_ids` say the same thing. Pass one of them.")

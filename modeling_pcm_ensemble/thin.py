@@ -104,9 +104,11 @@ def weights_digest(folder: str) -> str:
     digest = hashlib.sha256()
     for path in _weight_files(folder):
         with open(path, "rb") as file:
-            length = file.read(8)
+            length, size = file.read(8), os.path.getsize(path)
+            if int.from_bytes(length, "little") > size:
+                raise ValueError(f"{path} is no safetensors file. Fetch it again: `force_download=True`.")
             header = file.read(int.from_bytes(length, "little"))
-        digest.update(f"{os.path.basename(path)} {os.path.getsize(path)}\n".encode() + length + header)
+        digest.update(f"{os.path.basename(path)} {size}\n".encode() + length + header)
     return digest.hexdigest()
 
 

@@ -8,7 +8,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 def check_weight_names(source: str | os.PathLike, config: dict, variant: str | None = None, **hub_options):
     """
-    Refuse a checkpoint, of a folder or of the Hub, that names weights which are not safetensors beside its index.
+    Refuse a checkpoint, of a folder or of the Hub, whose weights would not be the safetensors beside its config.json:
+    named elsewhere, or, where PEFT is installed, those of another model and an adapter on it.
 
     Args:
         source (`str`): the folder or repository.
@@ -23,8 +24,14 @@ def check_weight_names(source: str | os.PathLike, config: dict, variant: str | N
             f"The configuration of {str(source)!r} names its weights itself, by `transformers_weights` "
             f"{config['transformers_weights']!r}. Rename that file to model.safetensors."
         )
-    name = SAFE_WEIGHTS_INDEX_NAME if variant is None else SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json")
-    index = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_options)
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    if cached_file(source, "adapter_config.json", **missing, **hub_options) is not None:
+        raise ValueError(
+            f"{str(source)!r} holds a PEFT adapter. Give an expert its base as `model`, and it as `adapter`."
+        )
+    suffix = ".json" if variant is None else f".{variant}.json"
+    name = SAFE_WEIGHTS_INDEX_NAME.replace(".json", suffix)
+    index = cached_file(source, name, **missing, **hub_options)
     if index is None:
         return
     with open(index, encoding="utf-8") as file:

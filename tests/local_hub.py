@@ -76,7 +76,7 @@ class Fault:
     Args:
         kind (`str`): `"drop"` (close in the middle of a body), `"status"` (an error in place of the answer),
             `"corrupt"` (other bytes at the end of a body), `"mangle"` (the same to what was sent) or `"slow"` (wait
-            before each block).
+            before each block). Files that are sent (`PUT`) are dropped, mangled and slowed as they arrive.
         path (`str`): a regular expression that the request's method and path match.
         times (`int`): how many requests it hits.
         status (`int`), retry_after (`int`, *optional*): of `"status"`.
@@ -173,11 +173,10 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path, self.query = unquote(parts.path), parse_qs(parts.query)
         self.server.requests.append(f"{self.command} {path}")
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         self.fault = self.server.fault_of(f"{self.command} {path}")
-        if self.fault and self.fault.kind == "mangle":
-            self.body = self.body[:-64] + bytes(byte ^ 64 for byte in self.body[-64:])
+        if (body := self._receive()) is None:
+            return None
+        self.body = body
         try:
             if self.fault and self.fault.kind == "status":
                 raise RefusedError(self.fault.status, "told to fail")
@@ -196,19 +195,35 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
 
-    def _chunked(self) -> bytes:
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
+    def _receive(self) -> bytes | None:
+        """What was sent, through the request's fault; None where the connection is dropped in the middle."""
+        kind, blocks = self.fault.kind if self.fault and self.command == "PUT" else None, []
+        for block in self._blocks():
+            if kind == "slow":
+                time.sleep(self.fault.seconds)
+            if kind == "drop" and blocks:
+                self.connection.close()
+                self.close_connection = True
+                return None
+            blocks.append(block)
+        return damaged(b"".join(blocks)) if kind == "mangle" else b"".join(blocks)
+
+    def _blocks(self):
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                yield self.rfile.read(size)
+                self.rfile.readline()
             self.rfile.readline()
-        self.rfile.readline()
-        return body
+        left = int(self.headers.get("Content-Length") or 0)
+        while left > 0:
+            yield self.rfile.read(min(65536, left))
+            left -= 65536
 
     def _answer(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200):
         headers = {"Content-Type": "application/json"} | (headers or {})
         fault = self.fault.kind if self.fault and self.command != "HEAD" else None
         if fault == "corrupt":
-            body = body[:-64] + bytes(byte ^ 64 for byte in body[-64:])  # numbers, not the header before them
+            body = damaged(body)
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
@@ -420,6 +435,11 @@ def as_json(value, status: int = 200) -> tuple[bytes, dict[str, str], int]:
     return json.dumps(value).encode(), {}, status
 
 
+def damaged(body: bytes) -> bytes:
+    """Other numbers at the end, behind the header of safetensors."""
+    return body[:-64] + bytes(byte ^ 64 for byte in body[-64:])
+
+
 def front_matter(text: str) -> dict:
     """A card's metadata."""
     match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -451,9 +471,18 @@ def run_client(
     script: str, hub: LocalHub, home, token: str | None = "hf_owner", environment: dict | None = None, **values
 ) -> subprocess.CompletedProcess:
     """Run a script in a new process whose Hub is this one, with `values` as its variables."""
+    client = start_client(script, hub, home, token, environment, **values)
+    stdout, stderr = client.communicate()
+    return subprocess.CompletedProcess(client.args, client.returncode, stdout, stderr)
+
+
+def start_client(
+    script: str, hub: LocalHub, home, token: str | None = "hf_owner", environment: dict | None = None, **values
+) -> subprocess.Popen:
     head = "".join(f"{name} = {value!r}\n" for name, value in values.items())
     settings = client_environment(hub, home, token) | (environment or {})
-    return subprocess.run([sys.executable, "-c", head + script], env=settings, capture_output=True, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", head + script], env=settings, **pipes)
 
 
 def client_environment(hub: LocalHub, home, token: str | None) -> dict[str, str]:

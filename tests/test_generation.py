@@ -90,6 +90,13 @@ def test_rows_without_words_of_their_own_keep_their_experts_descriptions(mixed):
     assert (own - words).abs().max() > 0.01
 
 
+def test_a_row_without_words_has_the_default_preference(mixed):
+    mixed.config.default_preference = {"e0": 1.0, "e1": 0.5}
+    output = mixed(**left_pad(ROWS[:2]), preference_text=[None, "Be brief."], tokenizer=tiny_tokenizer())
+    active = output.expert_weights[:, -1] > 0
+    assert active.tolist() == [[True, True, False, False, False, False], [True] * 6]
+
+
 def test_beam_search_over_routed_rows_equals_each_row_alone(prompted):
     weights = [[1.0, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 2.0, 0.5]]
     beams = {"num_beams": 3, "num_return_sequences": 2}

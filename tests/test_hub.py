@@ -119,6 +119,22 @@ def test_pickles_of_the_hub_are_never_loaded(hub, whole, tmp_path, name):
     assert not any("evil.bin" in request for request in hub.requests)
 
 
+def test_an_adapter_beside_the_weights_leads_nowhere(hub, whole, tmp_path):
+    """With PEFT installed, transformers would load the model that the adapter names, from any folder."""
+    elsewhere = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/etc"}).encode()
+    change(hub, "owner/ensemble", adapter_config__json=elsewhere, adapter_model__bin=b"pickle")
+    script = "from modeling_pcm_ensemble import PCMEnsembleForCausalLM as C; C.from_pretrained('owner/ensemble')"
+    refused = run_client(script, hub, tmp_path / "user")
+    assert "'owner/ensemble' holds a PEFT adapter" in refused.stderr
+    assert not any("adapter_model" in request for request in hub.requests)
+
+
+def test_weights_that_are_no_safetensors_are_named(hub, thin, tmp_path):
+    change(hub, "someone/llama", **{"model.safetensors": b"\xff" * 2000})
+    for _ in range(2):  # the second time from the cache
+        assert "model.safetensors is no safetensors file. Fetch it again" in pull(hub, tmp_path / "user").stderr
+
+
 def test_the_token_that_is_given_reaches_private_backbones_and_a_failed_push_leaves_no_repository(hub, thin, tmp_path):
     for name in ("llama", "gpt2"):
         hub.repositories[f"owner/{name}"] = hub.repositories.pop(f"someone/{name}")

@@ -150,23 +150,36 @@ def test_code_that_gives_others_something_else_is_not_uploaded(hub, folder, chan
         ({"token": "hf_wrong"}, "Invalid user token"),
         ({"repo_id": "owner/../x"}, "Repo id must"),
         ({"repo_id": "ensemble"}, "must be given as owner/name, got 'ensemble'"),
-        ({"repo_id": "someone/theirs"}, "403"),
-        ({"repo_id": "someone/llama"}, "holds a model of another kind (llama)"),
+        ({"repo_id": "someone/theirs"}, "who may write to owner, but not to someone"),
+        ({"repo_id": "owner/llama"}, "holds a model of another kind (llama)"),
     ],
     ids=["token", "name", "no-owner", "owner", "another-model"],
 )
 def test_what_the_hub_would_refuse_is_said(hub, folder, arguments, message):
+    hub.repositories["owner/llama"] = hub.repositories["someone/llama"]
     result = upload(hub, folder, **arguments)
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
-    assert set(hub.repositories) == {"someone/llama", "someone/gpt2"}
+    assert set(hub.repositories) == {"owner/llama", "someone/llama", "someone/gpt2"}
 
 
-def test_no_ensembles_folder_is_refused(hub, tmp_path):
-    (tmp_path / "empty").mkdir()
-    result = upload(hub, tmp_path / "empty")
-    assert "has no config.json. Give a folder that `save_pretrained` wrote" in result.stderr
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no config.json. Give a folder that `save_pretrained` wrote"),
+        ({"config.json": '{"model_type": "llama"}'}, "holds a model of another kind (llama), not an ensemble"),
+        ({"config.json": '{"model_type": "pcm_ensemble", "merge": "sums"}'}, "cannot be loaded: "),
+    ],
+    ids=["empty", "llama", "invalid"],
+)
+def test_a_folder_that_is_no_ensemble_is_refused(hub, tmp_path, files, message):
+    (tmp_path / "folder").mkdir()
+    for name, text in files.items():
+        (tmp_path / "folder" / name).write_text(text)
+    result = upload(hub, tmp_path / "folder")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_public_repository_does_not_take_what_should_be_private(hub, folder, whole):
@@ -230,12 +243,18 @@ def test_a_pull_that_brings_other_numbers_is_noticed(hub, folder):
 def test_weights_of_an_earlier_checkpoint_are_deleted_and_other_files_stay(hub, folder):
     shards = {f"model-0000{i}-of-00002.safetensors": b"old" for i in (1, 2)} | {"notes/model.safetensors": b"other"}
     (folder.parent / "old" / "notes").mkdir(parents=True)
-    for name, content in (shards | {"config.json": b'{"model_type": "pcm_ensemble"}'}).items():
+    for name, content in (
+        shards | {"README.md": b"# By hand", "config.json": b'{"model_type": "pcm_ensemble"}'}
+    ).items():
         (folder.parent / "old" / name).write_bytes(content)
     hub.add("owner/ensemble", folder.parent / "old")
+    (folder / "link.txt").symlink_to("/etc/hostname")
     result = upload(hub, folder)
     assert result.returncode == 0, result.stderr
     assert "Deleted there, being of an earlier checkpoint: model-00001-of-00002.safetensors" in result.stdout
     stored = hub.files("owner/ensemble")
     assert "notes/model.safetensors" in stored
     assert not any("of-00002" in name for name in stored)
+    assert "link.txt" not in stored
+    assert stored["README.md"] == b"# By hand"
+    assert "README.md was written by a person, and stays" in result.stdout

@@ -1,7 +1,9 @@
 """The Hub on this machine answers the real client as the real Hub does, and fails when told to."""
 
+import time
+
 import pytest
-from local_hub import Fault, LocalHub, output, run_client
+from local_hub import Fault, LocalHub, output, run_client, start_client
 
 PUSH = """
 from huggingface_hub import HfApi
@@ -111,6 +113,27 @@ def test_a_pull_survives_a_passing_fault(hub, folder, tmp_path, fault):
     assert fault.times == 0
     with open(f"{pulled}/sub/model.safetensors", "rb") as file:
         assert file.read() == LARGE
+
+
+def test_an_upload_that_was_killed_can_be_run_again(hub, folder, tmp_path):
+    hub.faults.append(Fault("slow", "PUT /lfs/", seconds=2))
+    home = tmp_path / "a"
+    client = start_client(PUSH, hub, home, PRIVATE=False, REVISION=None, PR=False, FOLDER=str(folder))
+    while not any(request.startswith("PUT") for request in hub.requests):
+        assert client.poll() is None
+        time.sleep(0.05)
+    client.kill()
+    client.wait()
+    assert len(hub.repositories["owner/model"].commits) == 1  # the empty one
+    output(run(PUSH, hub, home, FOLDER=str(folder)))
+    assert hub.files("owner/model")["sub/model.safetensors"] == LARGE
+
+
+def test_what_arrives_damaged_is_refused(hub, folder, tmp_path):
+    hub.faults.append(Fault("mangle", "PUT /lfs/"))
+    refused = run(PUSH, hub, tmp_path / "a", FOLDER=str(folder))
+    assert "400" in refused.stderr
+    assert len(hub.repositories["owner/model"].commits) == 1
 
 
 def test_a_pull_that_failed_can_be_run_again(hub, folder, tmp_path):

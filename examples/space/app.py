@@ -52,10 +52,10 @@ class Stopped(StoppingCriteria):
         return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
 
 
-def load_ensemble(source: str | None):
+def load_ensemble(source: str | None, revision: str | None = None):
     if not source:
         raise ValueError("Name an ensemble: as argument, or, in a Space, by the variable ENSEMBLE.")
-    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=True)
     if model.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer. Save the ensemble with one.")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -190,7 +190,7 @@ def build_app(model, votes: str) -> gr.Blocks:
         parts = [
             explain(model, input_ids, ids, w, t) if ids else ([], torch.zeros(0, len(names))) for ids, w, t in sides
         ]
-        charts = [draw(alphas, names, colors) for _, alphas in parts]
+        charts = [draw(alphas, names, colors) if len(alphas) else None for _, alphas in parts]
         yield *(tokens for tokens, _ in parts), *charts, (question, label(weights[0], words[0]), *texts)
 
     def vote(shown, button):
@@ -252,7 +252,7 @@ def build_app(model, votes: str) -> gr.Blocks:
 
 def main():
     source = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("ENSEMBLE")
-    build_app(load_ensemble(source), os.environ.get("VOTES", "votes.csv")).launch()
+    build_app(load_ensemble(source, os.environ.get("REVISION")), os.environ.get("VOTES", "votes.csv")).launch()
 
 
 if __name__ == "__main__":
