@@ -79,6 +79,26 @@ def test_nobody_writes_into_another_users_repository(hub, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("call", "status"),
+    [
+        ('api.create_repo("owner/model")', "409"),
+        (
+            'api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="owner/model", parent_commit="0" * 40)',
+            "412",
+        ),
+        ('api.model_info("owner/nothing")', "404"),
+        ('api.model_info("owner/model", revision="nowhere")', "404"),
+    ],
+    ids=["exists", "moved-on", "no-repository", "no-revision"],
+)
+def test_what_cannot_be_done_has_the_hubs_status(hub, folder, tmp_path, call, status):
+    output(run(PUSH, hub, tmp_path / "a", FOLDER=str(folder)))
+    refused = run(f"from huggingface_hub import HfApi\napi = HfApi()\n{call}", hub, tmp_path / "a")
+    assert refused.returncode
+    assert status in refused.stderr
+
+
+@pytest.mark.parametrize(
     "fault",
     [
         Fault("status", "POST .*/objects/batch", status=500),
