@@ -197,9 +197,7 @@ class _Loader:
         config = AutoConfig.from_pretrained(source, **options)
         _check_is_causal_lm(config, label)
         check_weight_names(source, vars(config), self.model_kwargs.get("variant"), **self._hub_options())
-        options = (
-            {"ignore_mismatched_sizes": True} | self.model_kwargs | options
-        )  # mismatches are refused by name below
+        options = {"ignore_mismatched_sizes": True} | self.model_kwargs | options  # refused below, by name
         if "gguf_file" not in options:
             options["use_safetensors"] = True
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
@@ -406,6 +404,8 @@ def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | No
         "description": description,
         "description_ids": encode_description(tokenizer, description) if tokenizer is not None else [],
         "dimension": spec.get("dimension"),
+        "adapter": None,
+        "source": None,
     }
 
 

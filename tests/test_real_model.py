@@ -1,6 +1,7 @@
 """The real SmolLM2-135M-Instruct: what a newcomer does, and what only real weights and a real tokenizer can show."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -175,3 +176,16 @@ def test_ci_runs_the_readmes_test_command():
     commands = re.findall(r"^python3 -m venv .*-m pytest$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert len(commands) == 1
     assert commands[0] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_two_processes_that_fetch_the_model_at_once_both_have_it(tmp_path):
+    """As under `accelerate launch` on a fresh machine where the Hub cannot be reached."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ASSETS_CACHE": str(tmp_path / "assets")}
+    script = "from modeling_pcm_ensemble import demo; print(demo.fetch_smollm2())"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    clients = [subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) for _ in range(2)]
+    outcomes = [client.communicate() for client in clients]
+    assert [client.returncode for client in clients] == [0, 0], outcomes
+    (folder,) = {out.splitlines()[-1] for out, _ in outcomes}
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 134e6

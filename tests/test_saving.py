@@ -281,12 +281,12 @@ def test_loading_does_not_change_what_the_weights_say(ensemble, tmp_path):
 
 
 def test_a_config_that_names_its_own_weights_is_refused(ensemble, tmp_path):
-    ensemble.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
+    ensemble.save_pretrained(tmp_path / "ensemble")
+    tiny_llama(1).save_pretrained(tmp_path / "expert")
+    for path in tmp_path.glob("*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "adapter_model.bin"}))
     with pytest.raises(ValueError, match="names its weights itself, by `transformers_weights`"):
-        PCMEnsembleForCausalLM.from_pretrained(tmp_path)
-    tiny_llama(1, transformers_weights="adapter_model.bin").save_pretrained(tmp_path / "expert")
+        PCMEnsembleForCausalLM.from_pretrained(tmp_path / "ensemble")
     with pytest.raises(ValueError, match="names its weights itself, by `transformers_weights`"):
         PCMEnsembleForCausalLM.from_experts({"a": str(tmp_path / "expert")}, pcm=tiny_llama(4))
 
