@@ -190,13 +190,14 @@ class _Loader:
                 )
             check_serves_rows(source, label)
             return source
-        options = self._hub_options() | {"trust_remote_code": False}
+        options = {name: value for name, value in self._hub_options().items() if name != "trust_remote_code"}
         found = hub_source(source, **options)
         if found is not None:
             options["revision"] = found["revision"]  # what is named is what is loaded
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         _check_is_causal_lm(config, label)
-        check_weight_names(source, vars(config), self.model_kwargs.get("variant"), **self._hub_options())
+        check_weight_names(source, vars(config), self.model_kwargs.get("variant"), **options)
+        options |= {"trust_remote_code": False}
         options = {"ignore_mismatched_sizes": True} | self.model_kwargs | options  # refused below, by name
         if "gguf_file" not in options:
             options["use_safetensors"] = True

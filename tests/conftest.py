@@ -71,6 +71,24 @@ def make_ensemble(backbones, experts, seed: int = 0, **config_kwargs) -> PCMEnse
 
 
 @pytest.fixture
+def ensemble() -> PCMEnsembleForCausalLM:
+    """Three architectures, one of them tied and prompted, and a PCM with opinions."""
+    model = PCMEnsembleForCausalLM.from_experts(
+        {
+            "a": {"model": tiny_llama(1, tie_word_embeddings=True), "prompt": "Be brief."},
+            "b": tiny_gpt2(2),
+            "c": tiny_qwen2(3),
+        },
+        pcm=tiny_llama(4),
+        pcm_layers=1,
+        tokenizer=tiny_tokenizer(),
+    )
+    torch.manual_seed(5)
+    torch.nn.init.normal_(model.pcm.head.weight)
+    return model
+
+
+@pytest.fixture
 def hub():
     with LocalHub() as hub:
         yield hub

@@ -1,6 +1,7 @@
 """Teaching a PCM what descriptions ask for."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -96,6 +97,10 @@ def test_teaching_leaves_the_ensemble_as_it_was_but_for_its_pcm(tmp_path):
     loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path / "saved")
     assert loaded.dtype == torch.bfloat16
     assert_close(loaded.compute_expert_weights(ids), model.compute_expert_weights(ids), atol=0.01, rtol=0)
+    facts = json.loads((tmp_path / "saved" / "pcm_training.json").read_text())  # for the model card
+    assert (facts["trainer"], facts["steps"]) == ("DescriptionTrainer", 1)
+    assert facts["settings"]["learning_rate"] == trainer.args.learning_rate
+    assert str(tmp_path) not in json.dumps(facts)
 
 
 def test_checkpoints_are_refused():

@@ -9,25 +9,12 @@ import time
 
 import pytest
 import torch
-from conftest import left_pad, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
+from conftest import left_pad, tiny_gpt2, tiny_llama
 from transformers import StoppingCriteria, WatermarkDetector, WatermarkingConfig
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 CONTEXT = torch.tensor([[21, 22, 23, 24, 25]])
-
-
-@pytest.fixture
-def ensemble() -> PCMEnsembleForCausalLM:
-    model = PCMEnsembleForCausalLM.from_experts(
-        {"a": {"model": tiny_llama(1), "prompt": "Be brief."}, "b": tiny_gpt2(2), "c": tiny_qwen2(3)},
-        pcm=tiny_llama(4),
-        pcm_layers=1,
-        tokenizer=tiny_tokenizer(),
-    )
-    torch.manual_seed(5)
-    torch.nn.init.normal_(model.pcm.head.weight)
-    return model
 
 
 def greedy(model, inputs=CONTEXT, **kwargs) -> list[list[int]]:
