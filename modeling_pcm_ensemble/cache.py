@@ -74,6 +74,11 @@ class PCMEnsembleCache(Cache):
             )
         if cache_implementation in STATIC and max_length is None:
             raise ValueError("A static cache needs `max_length`, the most context tokens that it holds.")
+        if cache_implementation in OFFLOADED and not torch.accelerator.is_available():
+            raise ValueError(
+                f"{cache_implementation!r} moves keys and values off an accelerator, and there is none. Use 'dynamic' or "
+                "'static'."
+            )
         self.config = config
         self.cache_implementation = cache_implementation
         self.max_length = max_length

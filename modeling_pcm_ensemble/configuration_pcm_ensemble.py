@@ -1,5 +1,7 @@
 """Configuration of a PCM ensemble: its backbones, its experts and its Preference Control Model."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -60,6 +62,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
     """
 
     model_type = "pcm_ensemble"
+    base_model_fsdp_plan: ClassVar[dict] = {}  # every part has its own
 
     backbones: list[PreTrainedConfig | dict] | None = None
     experts: list[dict] | None = None

@@ -1,5 +1,6 @@
 """Frozen causal LMs, each serving the rows of all experts that are built on it."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 
@@ -70,6 +71,31 @@ class ExpertBackbones(PreTrainedModel):
 
     def __iter__(self) -> Iterator[PreTrainedModel]:
         return (self[index] for index in range(len(self)))
+
+    def init_parallel_plans(self):
+        """Take over the backbones' plans, with `*` for a backbone's number, as rules are looked up in transformers."""
+        super().init_parallel_plans()
+        for kind in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
+            setattr(self, kind, {re.sub(r"^\d+\.", "*.", name): style for name, style in getattr(self, kind).items()})
+
+    def check_tensor_parallel(self):
+        """
+        Raises:
+            ValueError: if there are adapters, or two backbones whose layers of one name are split in different ways.
+        """
+        if self.adapters:
+            raise ValueError(
+                "Tensor parallelism splits layers that adapters are added to, which is not supported. Use "
+                "`DistributedConfig(fsdp_size=…)` or `device_map`, or experts that are checkpoints of their own."
+            )
+        for backbone in self:
+            plan = {name: self._tp_plan.get(f"*.{name}") for name in backbone.tp_plan}
+            if plan != backbone.tp_plan:
+                kinds = ", ".join(sorted({config.model_type for config in self.config.backbones}))
+                raise ValueError(
+                    f"Tensor parallelism would split layers of one name in different ways: the backbones are {kinds}. "
+                    "Use `DistributedConfig(fsdp_size=…)` or `device_map`."
+                )
 
     def train(self, mode: bool = True) -> "ExpertBackbones":
         """Stay in evaluation mode and frozen: loading replaces parameters and modules, and then calls `eval()`."""

@@ -71,6 +71,18 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         return (model, loading) if output_loading_info else model
 
     @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """
+        Split what is being loaded over processes, as `distributed_config` says.
+
+        Raises:
+            ValueError: if layers that adapters are added to, or unlike backbones, would be split by tensor parallelism.
+        """
+        if distributed_config.tp_size > 1:
+            model.backbones.check_tensor_parallel()
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    @classmethod
     def _from_thin(cls, thin: dict, source: str | os.PathLike, *args, config=None, variant=None, **kwargs):
         """`from_pretrained` of a thin checkpoint."""
         options = {name: kwargs.pop(name) for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
@@ -105,8 +117,12 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if `thin`, and a backbone is not what a repository holds.
         """
-        if not is_main_process:
+        sharded = getattr(self.config, "distributed_config", None)
+        if thin and sharded is not None:
+            raise ValueError("A model that is split over processes is saved whole. Load that, and save it thin.")
+        if not self.should_save_on_this_rank(is_main_process):
             super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+            self.barrier_after_gathered_checkpoint_save(sharded)
             return
         push = kwargs.pop("push_to_hub", False)
         hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
@@ -130,6 +146,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 super().save_pretrained(staging, **kwargs)
         finally:
             self.config.thin = None
+        self.barrier_after_gathered_checkpoint_save(sharded)
         if push:
             repo_id = hub_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, thin=thin, token=kwargs.get("token"), **hub_options)

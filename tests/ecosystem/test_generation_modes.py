@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import left_pad, tiny_gpt2, tiny_llama
+from conftest import left_pad, tiny_gpt2, tiny_llama, tiny_qwen2
 from transformers import StoppingCriteria, WatermarkDetector, WatermarkingConfig
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
@@ -31,6 +31,35 @@ def test_a_watermark_is_found_again(ensemble):
     plain = ensemble.generate(CONTEXT.repeat(4, 1), **options)[:, 5:]
     assert detector(marked).all()
     assert not detector(plain).any()
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
+def test_quantised_caches_quantise_as_each_model_alone(backend):
+    """Numbers of one row and one expert are rounded together, so that tokens are that expert's to the last."""
+    if backend != "fp8":
+        pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    experts = {"a": tiny_llama(1), "c": tiny_qwen2(3)}
+    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(4))
+    integers = {"nbits": 4, "q_group_size": 8, "residual_length": 4, "axis_key": 1, "axis_value": 1}
+    axes = {"axis_key": 0, "axis_value": 0} if backend == "quanto" else {}
+    options = {"backend": backend} | ({} if backend == "fp8" else integers | axes)
+    cache = {"cache_implementation": "quantized", "cache_config": options}
+    settings = {"max_new_tokens": 16, "min_new_tokens": 16}
+    for name, expert in experts.items():
+        alone = greedy(expert, **cache, **settings)
+        assert greedy(model, preference=name, **cache, **settings) == alone
+        if backend != "fp8":  # four bits are few enough to see
+            assert alone != greedy(expert, **settings)
+
+
+@pytest.mark.parametrize("cache_implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_give_the_same_tokens_or_say_what_they_need(ensemble, cache_implementation):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=f"'{cache_implementation}' moves keys and values off an accelerator"):
+            greedy(ensemble, cache_implementation=cache_implementation)
+        return
+    expected = greedy(ensemble)
+    assert greedy(ensemble.cuda(), CONTEXT.cuda(), cache_implementation=cache_implementation) == expected
 
 
 def test_time_and_criteria_end_generation(ensemble):
