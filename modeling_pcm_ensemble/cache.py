@@ -76,8 +76,8 @@ class PCMEnsembleCache(Cache):
             raise ValueError("A static cache needs `max_length`, the most context tokens that it holds.")
         if cache_implementation in OFFLOADED and not torch.accelerator.is_available():
             raise ValueError(
-                f"{cache_implementation!r} moves keys and values off an accelerator, and there is none. Use 'dynamic' or "
-                "'static'."
+                f"{cache_implementation!r} moves keys and values off an accelerator, and there is none. Use 'dynamic' "
+                "or 'static'."
             )
         self.config = config
         self.cache_implementation = cache_implementation

@@ -76,7 +76,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         Split what is being loaded over processes, as `distributed_config` says.
 
         Raises:
-            ValueError: if layers that adapters are added to, or unlike backbones, would be split by tensor parallelism.
+            ValueError: if tensor parallelism would split layers that adapters are added to, or unlike backbones.
         """
         if distributed_config.tp_size > 1:
             model.backbones.check_tensor_parallel()
