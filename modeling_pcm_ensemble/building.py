@@ -314,26 +314,27 @@ def _check_is_causal_lm(config: PreTrainedConfig, label: str):
 @torch.no_grad()
 def check_serves_rows(model: PreTrainedModel, label: str):
     """
-    Try the model on two short rows, one of them padded, with a cache; refuse it if they differ from each row alone.
+    Try the model on two short rows, one of them padded, in two calls with a cache; refuse it if they differ from each
+    row alone.
 
-    This finds models that look ahead, whose state no mask reaches (recurrent ones), that count positions in a way of
-    their own, or that have no key-value cache. No flag of transformers tells all of these.
+    This finds models that look ahead, whose state no mask reaches or no second text enters (some recurrent ones), that
+    count positions in a way of their own, or that have no cache. No flag of transformers tells all of these.
     """
     model.eval()
-    a, b, c = 3, 4, 5
-    ids, mask = torch.tensor([[a, b, c], [0, b, c]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    a, b, c, d = 3, 4, 5, 6
+    ids, mask = torch.tensor([[a, b, c, d], [0, b, c, d]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
     ids, mask = ids.to(model.device), mask.to(model.device)
     try:
         part = CachePart(DynamicCache(config=model.config))
         run_rows(model, submodel_inputs(ids[:, :2], mask[:, :2], None, part), part)
         found = run_rows(model, submodel_inputs(ids[:, 2:], mask, None, part), part)[:, -1].float()  # (2, vocab)
-        alone = [model(input_ids=row).logits[0].float() for row in (ids[:1], ids[1:, 1:], ids[:1, :2])]
+        alone = [model(input_ids=row).logits[0].float() for row in (ids[:1], ids[1:, 1:], ids[:1, :3])]
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"The model of {label}, a {type(model).__name__}, does not run with a mask, positions and a key-value "
-            f"cache, as every expert must ({type(error).__name__}: {error}). Use a causal LM with attention."
+            f"The model of {label}, a {type(model).__name__}, does not run with a mask, positions and a cache, as "
+            f"every expert must ({type(error).__name__}: {error}). Use a causal LM with attention."
         ) from error
-    pairs = [(found[0], alone[0][-1]), (found[1], alone[1][-1]), (alone[2][-1], alone[0][1])]
+    pairs = [(found[0], alone[0][-1]), (found[1], alone[1][-1]), (alone[2][-1], alone[0][2])]
     # In 16 bits the differences between two orders of summation are near 0.01 of the logits' spread.
     tolerance = 0.005 if model.dtype in (torch.float32, torch.float64) else 0.1
     if any((one - other).std() > tolerance * other.std() for one, other in pairs):

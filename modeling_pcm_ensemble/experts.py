@@ -12,7 +12,15 @@ from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .lora import AdapterSelection, LoraBank, adapters_selected
 from .merging import ExpertLogits
 from .preferences import ExpertRows
-from .prefixes import CachePart, SubmodelInputs, encode_prefixes_once, pad_left, repeated_rows, submodel_inputs
+from .prefixes import (
+    CachePart,
+    SubmodelInputs,
+    cache_arguments,
+    encode_prefixes_once,
+    pad_left,
+    repeated_rows,
+    submodel_inputs,
+)
 
 
 def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) -> torch.Tensor:
@@ -26,9 +34,8 @@ def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) ->
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
         position_ids=inputs.position_ids,
-        past_key_values=part.cache,
-        use_cache=part.cache is not None,
         logits_to_keep=kept,
+        **cache_arguments(model, part),
     ).logits
 
 

@@ -296,7 +296,7 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=cache,
             hidden_states=pcm_output.hidden_states,
-            attentions=pcm_output.attentions,
+            attentions=pcm_output.get("attentions"),  # a recurrent body has none
             expert_weights=log_weights.exp(),
             expert_logits=expert_logits if output_expert_logits else None,
         )

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .prefixes import CachePart, repeated_rows, submodel_inputs
+from .prefixes import CachePart, cache_arguments, repeated_rows, submodel_inputs
 
 
 class PreferenceControlModel(PreTrainedModel):
@@ -85,8 +85,7 @@ class PreferenceControlModel(PreTrainedModel):
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
             position_ids=inputs.position_ids,
-            past_key_values=part.cache,
-            use_cache=part.cache is not None,
+            **cache_arguments(self.body, part),
             **kwargs,
         )
         return self.head(slice_logits_to_keep(output.last_hidden_state, inputs.kept)), output

@@ -1,10 +1,11 @@
 """Rows of [prefix | context]: what a submodel reads, while the user sees the context alone."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .lora import AdapterSelection
@@ -20,6 +21,7 @@ class CachePart:
 
     Args:
         cache (`Cache`, *optional*): keys and values of the submodel's rows.
+        length (`int`): cached tokens, prefix included. Counted here because recurrent layers do not know.
         attention_mask (`torch.LongTensor` of shape `(rows, cached tokens)`, *optional*): None while nothing is masked.
         orders (`list[tuple[int, torch.LongTensor]]`):
             (first token, order `(rows, tokens)`) of each stretch of cached tokens whose rows were closed up.
@@ -28,15 +30,16 @@ class CachePart:
     """
 
     cache: Cache | None = None
+    length: int = 0
     attention_mask: torch.LongTensor | None = None
     prefix_length: int = 0
     adapters: AdapterSelection | None = None
     orders: list[tuple[int, torch.LongTensor]] = field(default_factory=list)
 
-    @property
-    def length(self) -> int:
-        """Cached tokens, prefix included."""
-        return 0 if self.cache is None else self.cache.get_seq_length()
+    def add(self, num_tokens: int):
+        """Note that the submodel is about to read so many tokens."""
+        if self.cache is not None:
+            self.length += num_tokens
 
     def past_mask(
         self, context_mask: torch.LongTensor | None, num_rows: int, device: torch.device
@@ -67,6 +70,7 @@ class CachePart:
             dropped = torch.arange(order.shape[1], device=order.device)[max(length - start, 0) :]
             if not (order[:, max(length - start, 0) :] == dropped).all():
                 raise ValueError("A cache of rows that were padded on the right cannot be cropped. Pad on the left.")
+        self.length = length
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[:, :length]
         orders = [(start, order[:, : max(length - start, 0)]) for start, order in self.orders]
@@ -105,6 +109,12 @@ class SubmodelInputs:
     position_ids: torch.LongTensor
     kept: int | torch.LongTensor
     order: torch.LongTensor | None = None
+
+
+def cache_arguments(model: PreTrainedModel, part: CachePart) -> dict:
+    """The part's cache under the name that the model has for it."""
+    recurrent = "cache_params" in inspect.signature(model.forward).parameters
+    return {"cache_params" if recurrent else "past_key_values": part.cache, "use_cache": part.cache is not None}
 
 
 def pad_left(sequences: list[list[int]], device: torch.device | None = None) -> torch.LongTensor | None:
@@ -157,6 +167,7 @@ def submodel_inputs(
     if attention_mask is None and part.attention_mask is None:
         kept = _last_positions(logits_to_keep, num_tokens, input_ids.shape[1])
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + length  # (1, tokens)
+        part.add(input_ids.shape[1])
         return SubmodelInputs(input_ids, None, position_ids, kept)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -169,6 +180,7 @@ def submodel_inputs(
         part.orders.append((length, order))
     position_ids = (full_mask.cumsum(dim=1)[:, -input_ids.shape[1] :] - 1).clamp(min=0)
     part.attention_mask = full_mask
+    part.add(input_ids.shape[1])
     return SubmodelInputs(input_ids, full_mask, position_ids, kept, order)
 
 
@@ -197,6 +209,7 @@ def encode_prefixes_once(
         return
     distinct = prefix_ids[firsts, :length]
     mask = (distinct >= 0).long()
+    part.add(length)
     run(SubmodelInputs(distinct.clamp(min=0), mask, (mask.cumsum(dim=1) - 1).clamp(min=0), 1))
     part.cache.batch_select_indices(groups)
     part.attention_mask = None if mask.all() else mask[groups]

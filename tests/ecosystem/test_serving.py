@@ -115,3 +115,15 @@ def test_thirty_two_requests_at_once_are_each_answered_under_their_own_preferenc
     answer_to = {str(preference): expected(ensemble, preference=preference) for preference in PREFERENCES}
     assert answers == [answer_to[str(preference)] for preference in wanted]
     assert len(set(answers)) == 3
+
+
+@pytest.mark.parametrize("preference", ["a", "b", None])
+def test_the_command_line_chat_takes_a_preference_from_its_generation_config(client, ensemble, preference, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps({} if preference is None else {"preference": preference}))
+    command = [Path(sys.executable).with_name("transformers"), "chat", ensemble.name_or_path]
+    command += [str(client.base_url).removesuffix("/v1/"), "--generation-config", str(tmp_path / "chat.json")]
+    command += ["do_sample=False", f"max_new_tokens={LENGTH}", "eos_token_id=2", "pad_token_id=0"]
+    typed = "hello\nn\n!exit\n"  # n: it asks whether an answer that was cut should go on
+    chat = subprocess.run(command, input=typed, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert chat.returncode == 0, chat.stderr
+    assert expected(ensemble, preference=preference).strip() in chat.stdout

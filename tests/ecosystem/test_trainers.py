@@ -1,6 +1,11 @@
 """Trainers of transformers, TRL and PEFT on an ensemble: the PCM learns, and no expert changes."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +29,10 @@ pytestmark = [
 
 @pytest.fixture
 def ensemble() -> PCMEnsembleForCausalLM:
+    return make_ensemble()
+
+
+def make_ensemble() -> PCMEnsembleForCausalLM:
     return PCMEnsembleForCausalLM.from_experts(
         {"a": {"model": tiny_llama(1), "prompt": "Be brief."}, "b": tiny_qwen2(2)},
         pcm=tiny_llama(3),
@@ -70,12 +79,17 @@ def test_the_plain_trainer(ensemble, tmp_path):
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
+def fine_tuning(ensemble, folder, **options) -> SFTTrainer:
+    data = Dataset.from_dict({"text": TEXTS[:4]})  # one batch, the same at each step
+    arguments = SFTConfig(**of_trl(folder, **options))
+    trainer = SFTTrainer(ensemble, arguments, train_dataset=data, processing_class=ensemble.tokenizer)
+    add_mixture_head(trainer)
+    return trainer
+
+
 def test_supervised_fine_tuning_by_trl(ensemble, tmp_path):
     before = parameters(ensemble)
-    data = Dataset.from_dict({"text": TEXTS[:4]})  # one batch, the same at each step
-    tokenizer = ensemble.tokenizer
-    trainer = SFTTrainer(ensemble, SFTConfig(**of_trl(tmp_path)), train_dataset=data, processing_class=tokenizer)
-    add_mixture_head(trainer)
+    trainer = fine_tuning(ensemble, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         by_hand = ensemble(
@@ -85,6 +99,34 @@ def test_supervised_fine_tuning_by_trl(ensemble, tmp_path):
     assert losses(trainer)[0] == pytest.approx(by_hand.item(), abs=1e-3)
     assert losses(trainer)[-1] < losses(trainer)[0]
     check_only_the_pcm_learnt(ensemble, before)
+
+
+IN_TWO_PROCESSES = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from test_trainers import check_only_the_pcm_learnt, fine_tuning, losses, make_ensemble, parameters
+ensemble = make_ensemble()
+before = parameters(ensemble)
+trainer = fine_tuning(ensemble, sys.argv[3], per_device_train_batch_size=2)
+trainer.train()
+check_only_the_pcm_learnt(ensemble, before)
+if trainer.is_world_process_zero():
+    print("losses", losses(trainer))
+"""
+
+
+def test_supervised_fine_tuning_in_two_processes_is_that_of_one(ensemble, tmp_path):
+    trainer = fine_tuning(ensemble, tmp_path)
+    trainer.train()
+    (tmp_path / "run.py").write_text(IN_TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    here = Path(__file__).parent
+    run = subprocess.run([*launch, str(tmp_path / "run.py"), str(here.parent), str(here), str(tmp_path)],
+                         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.split("losses ")[1].splitlines()[0])
+    assert found == pytest.approx(losses(trainer), abs=2e-3)
 
 
 def test_group_relative_policy_optimisation_by_trl(ensemble, tmp_path):
