@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from .lora import AdapterSelection
 
@@ -111,6 +111,11 @@ class SubmodelInputs:
     order: torch.LongTensor | None = None
 
 
+def is_recurrent(cache: Cache | None) -> bool:
+    """Whether some layers keep a state, which fades over masked tokens too."""
+    return cache is not None and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
 def cache_arguments(model: PreTrainedModel, part: CachePart) -> dict:
     """The part's cache under the name that the model has for it."""
     recurrent = "cache_params" in inspect.signature(model.forward).parameters
@@ -175,6 +180,8 @@ def submodel_inputs(
     if input_ids.shape[1] > 1:
         input_ids, attention_mask, kept, order = _close_up(input_ids, attention_mask, num_tokens, kept)
     past_mask = part.past_mask(context_mask, len(input_ids), input_ids.device)
+    if not begins and is_recurrent(part.cache):
+        _check_no_gaps(attention_mask, past_mask, part.attention_mask)
     full_mask = torch.cat([past_mask, attention_mask], dim=1)  # (rows, cached tokens + tokens)
     if order is not None:
         part.orders.append((length, order))
@@ -205,7 +212,7 @@ def encode_prefixes_once(
     length = prefix_ids.shape[1] - 1
     if (len(numbers) - len(firsts)) * length < max(MIN_TOKENS_SAVED, 1):
         return
-    if not _copies_rows(part.cache) or any(part.cache.is_sliding):
+    if not _copies_rows(part.cache) or any(part.cache.is_sliding) or is_recurrent(part.cache):
         return
     distinct = prefix_ids[firsts, :length]
     mask = (distinct >= 0).long()
@@ -259,6 +266,15 @@ def _join(prefix_ids, input_ids, attention_mask, bos_token_id, length: int):
         context_mask.scatter_(1, first, context_mask.gather(1, first) * ~repeated)
     joined = torch.cat([prefix_ids.clamp(min=0), input_ids], dim=1)[:, length:]
     return joined, torch.cat([prefix_mask, context_mask], dim=1)[:, length:]
+
+
+def _check_no_gaps(attention_mask: torch.Tensor, past_mask: torch.Tensor, known_mask: torch.Tensor | None):
+    known_mask = torch.ones_like(past_mask) if known_mask is None else known_mask
+    if not attention_mask.all() or not torch.equal(past_mask.bool(), known_mask.bool()):
+        raise ValueError(
+            "An expert's or the PCM's recurrent state cannot leave out padding that comes after the first call. "
+            "Continue rows of one length, or start without `past_key_values` and `prefill_chunk_size`."
+        )
 
 
 def _last_positions(logits_to_keep, num_tokens: int, width: int) -> int | torch.LongTensor:

@@ -7,6 +7,8 @@ from test_lora import peft_adapter
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     FalconMambaConfig,
     Lfm2Config,
     Lfm2ForCausalLM,
@@ -50,6 +52,12 @@ def qwen3_next(seed: int) -> Qwen3NextForCausalLM:
     return tiny(
         Qwen3NextForCausalLM, Qwen3NextConfig, seed, shared_expert_intermediate_size=16, **heads | experts | ATTENTION
     )
+
+
+def falcon_h1(seed: int) -> FalconH1ForCausalLM:
+    """A state space and attention side by side in each layer."""
+    state = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4}
+    return tiny(FalconH1ForCausalLM, FalconH1Config, seed, **state | ATTENTION)
 
 
 @pytest.fixture
@@ -126,6 +134,30 @@ def test_a_chat_goes_on_from_its_cache(unlike):
     context = torch.tensor([first.sequences[0].tolist() + turn])
     second = unlike.generate(context, past_key_values=first.past_key_values, **options)
     assert second.tolist() == unlike.generate(context, preference=weights, **options).tolist()
+
+
+def test_padding_that_a_state_would_fade_over_is_refused(unlike):
+    weights, options = torch.tensor(WEIGHTS[:2]), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match="recurrent state cannot leave out padding"):
+        unlike.generate(**left_pad([ROWS[0], [31, 32]]), preference=weights, prefill_chunk_size=2, **options)
+    inputs = left_pad([ROWS[0], ROWS[0]])
+    first = unlike.generate(**inputs, preference=weights, return_dict_in_generate=True, **options)
+    turns = torch.cat([first.sequences, torch.tensor([[51, 52], [0, 53]])], dim=1)
+    mask = torch.ones_like(turns)
+    mask[1, -2] = 0
+    with pytest.raises(ValueError, match="Continue rows of one length"):
+        unlike.generate(turns, attention_mask=mask, past_key_values=first.past_key_values, **options)
+
+
+def test_long_prompts_of_padded_rows_are_read_row_by_row_where_a_state_would_fade():
+    """Prompts are else encoded once, and the context's padding would come behind them."""
+    prompts = [[5 + i % 40 for i in range(80)], [9 + i % 50 for i in range(80)]]
+    model = make_ensemble([falcon_h1(2)], [(0, prompts[0], [11]), (0, prompts[1], [12])])
+    rows = [ROWS[i % 3] for i in range(12)]
+    output = model(**left_pad(rows))
+    for i in (0, 1, 11):
+        expected = reference(model, rows[i], [1.0, 1.0])["log_probs"]
+        assert_close(output.logits[i, -len(rows[i]) :], expected, atol=1e-3, rtol=1e-3)
 
 
 def test_an_adapter_and_full_checkpoints_share_an_ensemble_that_is_saved(tmp_path):
