@@ -1,5 +1,9 @@
 """Configuration of a PCM ensemble: its backbones, its experts and its Preference Control Model."""
 
+# First, before a name is imported that an older library lacks
+from .versions import OLDEST  # noqa: F401
+
+# isort: split
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
