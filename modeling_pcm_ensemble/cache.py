@@ -57,9 +57,6 @@ class PCMEnsembleCache(Cache):
         cache_config (`dict`, *optional*): options of quantized parts.
     """
 
-    # `generate` must not compile the ensemble as a whole: masks grow, and routes differ from call to call.
-    is_compileable = False
-
     def __init__(
         self,
         config: PCMEnsembleConfig,
@@ -93,6 +90,8 @@ class PCMEnsembleCache(Cache):
         """The part of submodel `name`, a key of `config.sub_config_items()`; made at its first use."""
         if name not in self.parts:
             self.parts[name] = CachePart(self._new_cache(self.config.sub_config_items()[name], prefix_length))
+            if self.cache_implementation in STATIC:
+                self.parts[name].max_length = self.max_length + prefix_length
             if self._records_past:
                 self.parts[name].cache.activate_past_recording()
         return self.parts[name]
@@ -113,6 +112,11 @@ class PCMEnsembleCache(Cache):
     @property
     def layers(self) -> list:
         return [layer for part in self.parts.values() for layer in part.cache.layers]
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a step into it can be compiled, known before there are parts."""
+        return self.cache_implementation == "static"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parts})"

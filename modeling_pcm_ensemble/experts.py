@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -9,16 +10,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .lora import AdapterSelection, LoraBank, adapters_selected
+from .lora import AdapterSelection, LoraBank
 from .merging import ExpertLogits
 from .preferences import ExpertRows
 from .prefixes import (
     CachePart,
     SubmodelInputs,
-    cache_arguments,
     encode_prefixes_once,
     pad_left,
     repeated_rows,
+    run_submodel,
     submodel_inputs,
 )
 
@@ -30,13 +31,7 @@ def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) ->
         # A slice of the hidden states is no block of memory: torch would multiply it by a copy of the LM head for each
         # row, gigabytes at a large batch. What an index picks is a block.
         kept = torch.arange(width - kept, width, device=inputs.input_ids.device)
-    return model(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        position_ids=inputs.position_ids,
-        logits_to_keep=kept,
-        **cache_arguments(model, part),
-    ).logits
+    return run_submodel(model, inputs, part, logits_to_keep=kept).logits
 
 
 class ExpertBackbones(PreTrainedModel):
@@ -182,7 +177,7 @@ class ExpertBackbones(PreTrainedModel):
             logits_to_keep,
             self.config.prefix_bos_token_id,
         )
-        with adapters_selected(self._selection(backbone, expert_rows, part, inputs, expert_weights)):
+        with self._selected(backbone, self._selection(backbone, expert_rows, part, inputs, expert_weights)):
             logits = run_rows(self[backbone], inputs, part)
         return logits[..., : self.config.vocab_size]
 
@@ -192,7 +187,7 @@ class ExpertBackbones(PreTrainedModel):
         if str(backbone) in self.adapters:
             names = [self.config.experts[entry.expert]["name"] for entry in expert_rows]
             selection = self.adapters[str(backbone)].selection(names, [1] * len(names), prompts.device)
-        with adapters_selected(selection):
+        with self._selected(backbone, selection):
             run = partial(run_rows, self[backbone], part=part)
             encode_prefixes_once(prompts, groups.to(prompts.device), part, run)
 
@@ -210,6 +205,9 @@ class ExpertBackbones(PreTrainedModel):
             names = [self.config.experts[entry.expert]["name"] for entry in expert_rows]
             part.adapters = bank.selection(names, [entry.num_rows for entry in expert_rows], inputs.input_ids.device)
         return part.adapters
+
+    def _selected(self, backbone: int, selection: AdapterSelection | None):
+        return nullcontext() if selection is None else self.adapters[str(backbone)].selected(selection)
 
     def _prompts(self, expert_rows: list[ExpertRows], device: torch.device) -> torch.LongTensor | None:
         """Each pair's prompt, `(pairs, longest)`, padded on the left with -1."""

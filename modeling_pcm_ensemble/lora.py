@@ -3,16 +3,19 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import accumulate, count
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from .compiling import compile_config
 
 # Linear layers beside one another that read the same input, so that their A products can be one. Only speed depends on
 # this table.
@@ -66,18 +69,10 @@ class AdapterSelection:
 
 _bank_numbers = count()
 _selection: ContextVar[AdapterSelection | None] = ContextVar("adapter_selection", default=None)
-
-
-@contextmanager
-def adapters_selected(selection: AdapterSelection | None) -> Iterator[None]:
-    """Run forward passes inside with these adapters."""
-    token = _selection.set(selection)
-    try:
-        yield
-    finally:
-        _selection.reset(token)
-        if selection is not None:
-            selection.products.clear()
+# What compiled code reads instead, since a context variable cannot be traced: by bank, the mask of each kind of group.
+# (Not an attribute of the bank, where the number of rows would be compiled in.) Threads take turns.
+_traced_masks: dict[int, list[torch.Tensor]] = {}
+_turn = Lock()
 
 
 class LoraGroup(nn.Module):
@@ -88,9 +83,10 @@ class LoraGroup(nn.Module):
     Parameters: `lora_A` of shape `(columns, in)`, and for each layer `lora_B` of shape `(out, columns of the layer)`.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], columns: list[Columns], bank: int):
+    def __init__(self, linears: dict[str, nn.Module], columns: list[Columns], bank: int, kinds: dict):
         super().__init__()
         self.columns = tuple(sorted(columns, key=lambda entry: (entry.layer, entry.adapter)))
+        self.kind = kinds.setdefault(self.columns, len(kinds))
         weight = next(iter(linears.values())).weight
         like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
         in_features, _ = features(next(iter(linears.values())))
@@ -127,12 +123,21 @@ class LoraLayer(nn.Module):
         self.group = (group,)  # in a tuple, so that it is not a submodule of its own child
 
     def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() and self.bank in _traced_masks:
+            return self._traced(inputs[0], output)
         selection = _selection.get()
         if selection is None or selection.bank != self.bank:
             return output
         low = self.group[0](inputs[0], selection)[:, self.start : self.stop]  # (rows * seq, columns of the layer)
         output.view(-1, output.shape[-1]).addmm_(low.to(output.dtype), self.lora_B.T.to(output.dtype))
         return output
+
+    def _traced(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The same for the compiler, which finds by itself what layers of a group share."""
+        group = self.group[0]
+        low = nn.functional.linear(hidden_states, group.lora_A.to(hidden_states.dtype))  # (rows, seq, columns)
+        low = (low * _traced_masks[self.bank][group.kind].to(low.dtype))[..., self.start : self.stop]
+        return output + nn.functional.linear(low, self.lora_B.to(output.dtype))
 
 
 class LoraBank(nn.Module):
@@ -150,13 +155,14 @@ class LoraBank(nn.Module):
         self.number = next(_bank_numbers)
         self.names = list(adapters)
         self.handles = []
+        self.kinds: dict[tuple[Columns, ...], int] = {}  # of groups, which have a mask each
         columns: dict[str, list[Columns]] = {}
         for index, adapter in enumerate(adapters.values()):
             for path, (rank, scale) in adapted_layers(backbone, adapter).items():
                 columns.setdefault(path, []).append(Columns(path.rpartition(".")[2], index, rank, scale))
         for paths in _groups(list(columns)):
             linears = {path.rpartition(".")[2]: backbone.get_submodule(path) for path in paths}
-            group = LoraGroup(linears, [entry for path in paths for entry in columns[path]], self.number)
+            group = LoraGroup(linears, [entry for path in paths for entry in columns[path]], self.number, self.kinds)
             _add_at(self, paths[0].rpartition(".")[0], "_".join(linears), group)
 
     def attach(self, backbone: PreTrainedModel):
@@ -170,6 +176,27 @@ class LoraBank(nn.Module):
         """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
+
+    @contextmanager
+    def selected(self, selection: AdapterSelection) -> Iterator[None]:
+        """Run forward passes of the backbone inside with these adapters."""
+        token = _selection.set(selection)
+        try:
+            with nullcontext() if compile_config() is None else self._readable_by_compiled_code(selection):
+                yield
+        finally:
+            _selection.reset(token)
+            selection.products.clear()
+
+    @contextmanager
+    def _readable_by_compiled_code(self, selection: AdapterSelection) -> Iterator[None]:
+        dtype = next(self.parameters()).dtype
+        with _turn:
+            _traced_masks[self.number] = [selection.mask(columns, dtype) for columns in self.kinds]
+            try:
+                yield
+            finally:
+                del _traced_masks[self.number]
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """(path of the layer in the backbone, adapter layer)."""
@@ -271,4 +298,4 @@ def _add_at(root: nn.Module, path: str, name: str, module: nn.Module):
     root.add_module(name, module)
 
 
-__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "adapters_selected", "features"]
+__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "features"]

@@ -1,27 +1,21 @@
-"""The ensemble as a transformers model: forward and the hooks of `generate()`."""
+"""The ensemble as a transformers model: how it is built, and its forward."""
 
 import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from transformers import (
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .building import all_end_tokens, build_expert, build_parts
 from .cache import PCMEnsembleCache
-from .checks import cached_length, check_cache, check_inputs, check_length, check_mask, check_no_sliding_windows
+from .checks import cached_length, check_inputs, check_length, check_mask
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
+from .generation import PCMEnsembleGenerationMixin
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, token_log_probs
 from .pcm import PreferenceControlModel
 from .peft_format import write_adapter
@@ -49,7 +43,7 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
     expert_logits: list[ExpertLogits] | None = None
 
 
-class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
+class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedModel):
     r"""
     N frozen expert language models and a small Preference Control Model that mixes their next-token distributions.
 
@@ -411,81 +405,6 @@ class PCMEnsembleForCausalLM(PCMEnsemblePreTrainedModel, GenerationMixin):
         mask = check_mask(input_ids, attention_mask, None)
         check_length(self.config, route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
-
-    # Hooks of generate()
-
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        *args,
-        preference=None,
-        preference_text=None,
-        preference_ids=None,
-        **kwargs,
-    ):
-        """
-        Generate as any model, under a preference. `preference`, `preference_text` and `preference_ids` are those of
-        [`~preferences.build_route`]; `tokenizer` reads the text and defaults to the ensemble's own. A
-        `generation_config` may hold the first two, which is how they pass through servers.
-        """
-        config = copy.deepcopy(kwargs.pop("generation_config", args[0] if args else None))
-        held = {} if config is None else vars(config)  # what stays in it would be taken from the arguments
-        of_config = held.pop("preference", None), held.pop("preference_text", None)
-        if preference is None and preference_text is None:
-            preference, preference_text = of_config
-        if preference is not None or preference_text is not None or preference_ids is not None:
-            input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-            batch_size = 1 if input_ids is None else len(input_ids)
-            route = self._route(batch_size, None, preference, preference_text, preference_ids, kwargs.get("tokenizer"))
-            # As tensors, so that beams and return sequences repeat them row by row
-            kwargs["preference"] = route.weights
-            if preference_text is not None or preference_ids is not None:
-                kwargs["preference_ids"] = route.prefix_ids
-        return super().generate(inputs, config, *args[1:], **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        """Put an ensemble's cache where `generate` would put one model's, with the route on it."""
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-        elif generation_config.use_cache:
-            cache = PCMEnsembleCache(
-                self.config,
-                generation_config.cache_implementation,
-                max(max_cache_length, generation_config.max_cache_len or 0),
-                generation_config.cache_config,
-            )
-        names = ("preference", "preference_ids")
-        preference, preference_ids = (model_kwargs.get(name) for name in names)
-        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        if cache is not None:
-            check_cache(cache)
-        route = self._route(rows, cache, preference, preference_ids=preference_ids)
-        check_length(self.config, route, max_cache_length)
-        if generation_config.prefill_chunk_size is not None and model_kwargs.get("attention_mask") is not None:
-            check_no_sliding_windows(self.config, route)
-        if cache is not None:
-            cache.route = route
-            for name in names:  # the cache knows; forward need not compare it at each token
-                model_kwargs.pop(name, None)
-            model_kwargs["past_key_values"] = cache
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-
-    def _get_logits_processor(self, *args, model_kwargs: dict | None = None, **kwargs):
-        """Classifier-free guidance calls the model once more, which must be under the same preference."""
-        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
-        preference = {name: (model_kwargs or {}).get(name) for name in ("preference", "preference_ids")}
-        if (cache := (model_kwargs or {}).get("past_key_values")) is not None:
-            preference = {"preference": cache.route.weights, "preference_ids": cache.route.prefix_ids}
-        for processor in processors:
-            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                processor.model = partial(self, **preference)
-        return processors
 
 
 def _kept(logits_to_keep: int | torch.LongTensor) -> slice | torch.LongTensor:

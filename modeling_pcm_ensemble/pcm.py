@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .prefixes import CachePart, cache_arguments, repeated_rows, submodel_inputs
+from .prefixes import CachePart, repeated_rows, run_submodel, submodel_inputs
 
 
 class PreferenceControlModel(PreTrainedModel):
@@ -81,13 +81,7 @@ class PreferenceControlModel(PreTrainedModel):
         inputs = submodel_inputs(
             input_ids, attention_mask, prefix_ids, part, logits_to_keep, self.config.prefix_bos_token_id
         )
-        output = self.body(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            position_ids=inputs.position_ids,
-            **cache_arguments(self.body, part),
-            **kwargs,
-        )
+        output = run_submodel(self.body, inputs, part, **kwargs)
         return self.head(slice_logits_to_keep(output.last_hidden_state, inputs.kept)), output
 
 

@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.utils import ModelOutput
 
+from .compiling import compile_config, compiled_call, let_sizes_vary
 from .lora import AdapterSelection
 
 # Fewer tokens saved do not pay for a call of its own (measured: SmolLM2 on 2 CPU cores breaks even at about 420).
@@ -21,6 +23,7 @@ class CachePart:
 
     Args:
         cache (`Cache`, *optional*): keys and values of the submodel's rows.
+        max_length (`int`, *optional*): most tokens that a static cache holds, prefix included.
         length (`int`): cached tokens, prefix included. Counted here because recurrent layers do not know.
         attention_mask (`torch.LongTensor` of shape `(rows, cached tokens)`, *optional*): None while nothing is masked.
         orders (`list[tuple[int, torch.LongTensor]]`):
@@ -30,6 +33,7 @@ class CachePart:
     """
 
     cache: Cache | None = None
+    max_length: int | None = None
     length: int = 0
     attention_mask: torch.LongTensor | None = None
     prefix_length: int = 0
@@ -110,16 +114,35 @@ class SubmodelInputs:
     kept: int | torch.LongTensor
     order: torch.LongTensor | None = None
 
+    def of_fixed_form(self, max_length: int) -> "SubmodelInputs":
+        """The same with a mask as long as the cache and positions for each row, which compiled code need not ask."""
+        rows, mask = len(self.input_ids), self.attention_mask
+        mask = self.input_ids.new_ones(rows, 0) if mask is None else mask
+        rest = mask.new_ones(rows, max_length - mask.shape[1])
+        position_ids = self.position_ids.expand(rows, -1).contiguous()
+        return replace(self, attention_mask=torch.cat([mask, rest], dim=1), position_ids=position_ids)
+
 
 def is_recurrent(cache: Cache | None) -> bool:
     """Whether some layers keep a state, which fades over masked tokens too."""
     return cache is not None and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
-def cache_arguments(model: PreTrainedModel, part: CachePart) -> dict:
-    """The part's cache under the name that the model has for it."""
+def run_submodel(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart, **kwargs) -> ModelOutput:
+    """Call a submodel; where steps are compiled and this is one, a token into a static cache, by its compiled call."""
+    call, config = model, compile_config()
+    if config is not None and inputs.input_ids.shape[1] == 1 and part.max_length is not None:
+        call, inputs = compiled_call(model, config), inputs.of_fixed_form(part.max_length)
+        let_sizes_vary(part.cache)
     recurrent = "cache_params" in inspect.signature(model.forward).parameters
-    return {"cache_params" if recurrent else "past_key_values": part.cache, "use_cache": part.cache is not None}
+    return call(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        position_ids=inputs.position_ids,
+        use_cache=part.cache is not None,
+        **{"cache_params" if recurrent else "past_key_values": part.cache},
+        **kwargs,
+    )
 
 
 def pad_left(sequences: list[list[int]], device: torch.device | None = None) -> torch.LongTensor | None:
