@@ -1,5 +1,7 @@
 """Tiny random models, and the mixture worked out by hand: one expert, one row at a time, without cache or batch."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -20,6 +22,9 @@ from transformers import (
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do the processes that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
