@@ -84,13 +84,32 @@ def win_rates_table(report: dict) -> str:
     judges = list(report["judges"])
     lines = ["| against | " + " | ".join(judges) + " | its mean reward |", "|---" * (len(judges) + 2) + "|"]
     for name in report["judges"][judges[0]]:
-        rates = ["{:.1f} % [{:.1f}, {:.1f}]".format(*_percent(report["judges"][j][name]["win_rate"])) for j in judges]
+        rates = [_rate(report["judges"][judge][name]["win_rate"]) for judge in judges]
         lines.append(f"| {name} | " + " | ".join(rates) + f" | {report['rewards'][name]['mean']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
-def _percent(values: list[float]) -> list[float]:
-    return [100 * value for value in values]
+def new_preferences_table(report: dict) -> str:
+    """Of every kind of preference the win rate against either baseline, by each judge."""
+    against = ("weights as given", "prompting")
+    columns = [f"{name}: {judge}" for name in against for judge in report]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for kind in dict.fromkeys(name.partition(": ")[0] for name in next(iter(report.values()))):
+        found = [report[judge][f"{kind}: {name}"]["win_rate"] for name in against for judge in report]
+        lines.append(f"| {kind} | " + " | ".join(_rate(rate) for rate in found) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def drafts_table(results: dict) -> str:
+    lines = ["| | time | tokens a pass |", "|---|---|---|"]
+    for row in results["rows"]:
+        tokens = "" if row["tokens a pass"] is None else f"{row['tokens a pass']:.2f}"
+        lines.append(f"| {row['name']} | {row['ratio']:.2f} | {tokens} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rate(win_rate: list[float]) -> str:
+    return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * value for value in win_rate))
 
 
 TABLES = {  # by marker: the results, and the table of them
@@ -100,5 +119,7 @@ TABLES = {  # by marker: the results, and the table of them
     "serve": ("benchmarks/results/serve.json", serve_table),
     "experts": ("examples/artifacts/report.json", experts_table),
     "pcm": ("examples/artifacts/evaluation.json", pcm_table),
+    "drafts": ("benchmarks/results/drafts.json", drafts_table),
+    "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
     "win rates": ("docs/results/report.json", win_rates_table),
 }

@@ -180,7 +180,7 @@ class _Loader:
             self.sources.append(source)
         return self.indexes[key]
 
-    def _causal_lm(self, source, label: str) -> PreTrainedModel:
+    def _causal_lm(self, source, label: str, learns: bool = False) -> PreTrainedModel:
         if isinstance(source, PreTrainedModel):
             _check_is_causal_lm(source.config, label)
             if not source.can_generate():
@@ -199,6 +199,8 @@ class _Loader:
         check_weight_names(source, vars(config), self.model_kwargs.get("variant"), **options)
         options |= {"trust_remote_code": False}
         options = {"ignore_mismatched_sizes": True} | self.model_kwargs | options  # refused below, by name
+        if learns:
+            options.pop("quantization_config", None)
         if "gguf_file" not in options:
             options["use_safetensors"] = True
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
@@ -222,7 +224,8 @@ class _Loader:
             _check_is_causal_lm(config, "the PCM")
             return AutoModel.from_config(config, dtype=self.backbones[0].dtype, **self._options("attn_implementation"))
         key = _source_key(source)
-        model = self.backbones[self.indexes[key]] if key in self.indexes else self._causal_lm(source, "the PCM")
+        shared = key in self.indexes and not getattr(self.backbones[self.indexes[key]], "is_quantized", False)
+        model = self.backbones[self.indexes[key]] if shared else self._causal_lm(source, "the PCM", learns=True)
         self.sources.append(source)
         whole = model.base_model
         body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=self.backbones[0].dtype).to(

@@ -115,11 +115,17 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 the Hub, from where `from_pretrained` fetches it.
 
         Raises:
-            ValueError: if `thin`, and a backbone is not what a repository holds.
+            ValueError: if backbones were quantised before the ensemble was built, or `thin`, and a backbone is not
+                what a repository holds.
         """
         sharded = getattr(self.config, "distributed_config", None)
         if thin and sharded is not None:
             raise ValueError("A model that is split over processes is saved whole. Load that, and save it thin.")
+        if getattr(self, "hf_quantizer", None) is None and any(hasattr(b, "hf_quantizer") for b in self.backbones):
+            raise ValueError(
+                "Backbones that were quantised one by one cannot be saved. Save the ensemble of the whole models, and "
+                "load that with `quantization_config`; what is loaded so can be saved."
+            )
         if not self.should_save_on_this_rank(is_main_process):
             super().save_pretrained(save_directory, is_main_process=False, **kwargs)
             self.barrier_after_gathered_checkpoint_save(sharded)

@@ -76,3 +76,16 @@ def test_a_quantised_ensemble_is_saved_and_loaded_again(folder, tmp_path, kind):
     assert_close(logits(again), logits(model), atol=0, rtol=0)
     options = {"max_new_tokens": 5, "do_sample": False}
     assert again.generate(CONTEXT, **options).tolist() == model.generate(CONTEXT, **options).tolist()
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["by name", "loaded"])
+def test_an_ensemble_of_quantised_experts_keeps_its_pcm_whole_and_says_how_it_can_be_saved(tmp_path, loaded):
+    quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    expert, options = str(tmp_path / "llama"), {"quantization_config": quantization, "dtype": torch.bfloat16}
+    tiny_llama(1).save_pretrained(expert)
+    alone = LlamaForCausalLM.from_pretrained(expert, **options)
+    model = PCMEnsembleForCausalLM.from_experts({"a": alone if loaded else expert}, pcm=expert, **options)
+    assert {name.split(".")[0] for name in quantized(model)} == {"backbones"}
+    assert_close(logits(model), logits(alone).float().log_softmax(-1))
+    with pytest.raises(ValueError, match="load that with `quantization_config`"):
+        model.save_pretrained(tmp_path / "ensemble")
