@@ -39,6 +39,7 @@ from modeling_pcm_ensemble.evaluation import (
     label,
     make_jobs,
     processes,
+    read_by_all,
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
@@ -83,7 +84,8 @@ def average_of_adapters(base, tokenizer, tokens: int) -> WeightAverage:
 
 def best_static_weights(model, arguments) -> dict[str, dict]:
     """For each preference the weights whose answers to training prompts have the best mean reward."""
-    judge = RewardJudge("training rewards", proxy_rewards(model.backbones[0], model.tokenizer))
+    rewards = proxy_rewards(model.backbones[0], model.tokenizer)
+    judge, guard = RewardJudge("training rewards", rewards), next(iter(rewards.values())).guard
     prompts = spread(training_prompts(), arguments.static_prompts)
     preferences = paper_preferences(model)
     jobs = make_jobs(chats(prompts), preferences)
@@ -92,12 +94,15 @@ def best_static_weights(model, arguments) -> dict[str, dict]:
         return collect_answers(baseline, jobs, arguments.output / "static", seed=1, batch_size=arguments.batch_size)
 
     vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens))
+    read_by_all(guard, jobs, vanilla)
     means = {}  # of a preference's weights
     for static in STATIC:
         weights = {label(preference): dict(zip(preference, static)) for preference in preferences}
         name = "static " + ":".join(map(str, static))
         mixture = Mixture(name, model, arguments.tokens, use_pcm=False, weights=weights)
-        outcome = judge_answers(judge, jobs, answers(mixture), vanilla)
+        answered = answers(mixture)
+        read_by_all(guard, jobs, answered)
+        outcome = judge_answers(judge, jobs, answered, vanilla)
         by_preference = np.nanmean(list(outcome.dimensions.values()), axis=(0, 1))
         means |= {(name, static): mean for name, mean in zip(weights, by_preference)}
     best = {name: max(STATIC, key=lambda static: means[name, static]) for name in map(label, preferences)}

@@ -227,14 +227,20 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_llama, tiny_tokenizer
 from test_comparison import JOBS
-from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers, processes
+from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers, processes, read_by_all
+from modeling_pcm_ensemble.training.rewards import Guard
 answers = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, Path(sys.argv[2]), 0, 2)
-(Path(sys.argv[2]) / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(answers))
+guard, read = Guard(tiny_llama(0), tiny_tokenizer()), []
+nll = guard.nll
+guard.nll = lambda prompts, texts: read.extend(texts) or nll(prompts, texts)
+read_by_all(guard, JOBS, answers)
+seen = {"answers": answers, "read": len(read) // 2, "known": sorted(map(list, guard.known))}  # with prompt and without
+(Path(sys.argv[2]) / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 processes().destroy_process_group()
 """
 
 
-def test_two_processes_answer_as_one(tmp_path):
+def test_two_processes_answer_and_read_as_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(PARALLEL)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -244,5 +250,7 @@ def test_two_processes_answer_as_one(tmp_path):
     written = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("answers-*.jsonl"))]
     assert written == [4, 2]
     alone = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, tmp_path / "one", 0, 2)
-    for rank in range(2):
-        assert json.loads((tmp_path / f"seen-{rank}.json").read_text()) == alone
+    texts = sorted({(json.dumps(job.prompt), text) for job, text in zip(JOBS, alone)})
+    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    assert all(entry["answers"] == alone and entry["known"] == list(map(list, texts)) for entry in seen)
+    assert sum(entry["read"] for entry in seen) == len(texts)

@@ -4,7 +4,17 @@ Comparing ways to answer under a preference: baselines, judges, statistics, repo
 """
 
 from .baselines import Baseline, Mixture, PlainModel, WeightAverage, label
-from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, make_jobs, processes, summarise
+from .comparison import (
+    Job,
+    Outcome,
+    agreement,
+    collect_answers,
+    judge_answers,
+    make_jobs,
+    processes,
+    read_by_all,
+    summarise,
+)
 from .cost import measure_cost
 from .evaluation import evaluate
 from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge, Verdict, write_ballot
@@ -40,6 +50,7 @@ __all__ = [
     "omega_squared",
     "permutation_p_value",
     "processes",
+    "read_by_all",
     "summarise",
     "write_ballot",
     "write_report",

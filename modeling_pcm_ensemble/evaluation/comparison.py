@@ -16,6 +16,7 @@ from scipy import stats
 from tqdm import tqdm
 from transformers import set_seed
 
+from ..training.rewards import Guard
 from .baselines import Baseline, Conversation, Preference, label
 from .judges import FIRST, SECOND, TIE, Comparison, Judge, Verdict
 from .kept_lines import KeptLines, parse_lines
@@ -96,6 +97,16 @@ def collect_answers(
     for found in gather_object([{k: known[k] for k in keys if k in known}]):  # other machines' files are not here
         known |= found
     return [None if k is None else known[k]["answer"] for k in keys]
+
+
+def read_by_all(guard: Guard, jobs: list[Job], *answers: list[str | None]):
+    """Let the processes of a launch share what a guard reads, which is the longest part of judging by rewards."""
+    state = processes()
+    given = {(json.dumps(job.prompt), text) for texts in answers for job, text in zip(jobs, texts) if text is not None}
+    with state.split_between_processes(sorted(given)) as mine:  # answers to one prompt lie together
+        guard.features([json.loads(prompt) for prompt, _ in mine], [text for _, text in mine])
+    for known in gather_object([guard.known]):
+        guard.known |= known
 
 
 def processes() -> PartialState:

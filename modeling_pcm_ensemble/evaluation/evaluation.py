@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..training.rewards import Guard
 from .baselines import Baseline, label
-from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, processes, summarise
+from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, processes, read_by_all, summarise
 from .cost import measure_cost
 from .judges import Judge
 
@@ -53,6 +53,7 @@ def evaluate(
     names = [baseline.name for baseline in baselines]
     _check(baselines, jobs, judges, base)
     answers = {b.name: collect_answers(b, jobs, folder, seed, batch_size) for b in baselines}
+    read_by_all(guard, jobs, *answers.values())
     if not processes().is_main_process:
         return None
     outcomes = {

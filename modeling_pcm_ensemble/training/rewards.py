@@ -145,6 +145,9 @@ class Guard:
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a chat template.
         constants (`Mapping`, *optional*): mean and standard deviation of `nll`, `gain` and `repetition`.
         batch_size (`int`): completions that the base model reads at once, and prompts of up to four times as many.
+
+    Attributes:
+        known (`dict`): (prompt as JSON, completion) → its features.
     """
 
     def __init__(
@@ -156,7 +159,7 @@ class Guard:
     ):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.constants = constants
-        self._known: dict[tuple[str, str], dict[str, float]] = {}
+        self.known: dict[tuple[str, str], dict[str, float]] = {}
 
     def __call__(self, prompts: list, completions: list[str]) -> list[float]:
         """Standard deviations to subtract from each completion's rewards, at least 0."""
@@ -173,9 +176,9 @@ class Guard:
     def features(self, prompts: list, completions: list[str]) -> list[dict[str, float]]:
         """`nll`, the base model's nats a token; `gain`, nats a token that the prompt saves; `repetition`; `words`."""
         keys = [(json.dumps(as_messages(p)), c) for p, c in zip(prompts, completions)]
-        new = sorted({key for key in keys if key not in self._known}, key=lambda key: (len(key[0]), *key))
-        if len(self._known) > 16384:
-            self._known = {key: self._known[key] for key in keys if key in self._known}
+        new = sorted({key for key in keys if key not in self.known}, key=lambda key: (len(key[0]), *key))
+        if len(self.known) > 16384:
+            self.known = {key: self.known[key] for key in keys if key in self.known}
         step = 4 * self.batch_size  # completions of one prompt lie together: it is read once for many
         starts = range(0, len(new), step)
         for start in tqdm(starts, desc="guard", leave=False, disable=len(starts) < 32):
@@ -185,10 +188,10 @@ class Guard:
             alone = self.nll([""] * len(batch), answers)
             for key, with_prompt, without in zip(batch, given, alone):
                 gain, words = without - with_prompt, len(key[1].split())
-                self._known[key] = {
+                self.known[key] = {
                     "nll": with_prompt, "gain": gain, "repetition": repetition(key[1]), "words": words
                 }  # fmt: skip
-        return [self._known[key] for key in keys]
+        return [self.known[key] for key in keys]
 
     @torch.no_grad()
     def nll(self, prompts: list, completions: list[str]) -> list[float]:
