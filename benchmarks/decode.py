@@ -5,7 +5,7 @@ import tempfile
 
 import torch
 from peft import PeftModel, XLoraConfig, get_peft_model
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.merging import ExpertLogits, log_expert_weights, mixture_log_probs
@@ -27,12 +27,16 @@ EXPERTS, CONTEXT = 3, 64
 def add_arguments(parser):
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument(
+        "--fast", action="store_true", help="static caches and compiled steps too; compiles for minutes"
+    )
     parser.add_argument("--xlora", action="store_true", help="X-LoRA too, which runs the whole context at each step")
 
 
 @torch.no_grad()
 def run(arguments):
     backbone = load_backbone(arguments)
+    own = [copy.deepcopy(backbone) for _ in range(3)]  # compiled where no other's adapters are hooked
     lora = lora_ensemble(backbone, EXPERTS)
     models = {
         "plain model": backbone,
@@ -40,6 +44,10 @@ def run(arguments):
         "LoRA experts": lora,
         'LoRA, merge="adapters"': lora_ensemble(backbone, EXPERTS, merge="adapters"),
     }
+    fast = {}
+    if arguments.fast:
+        fast = {"plain model": own[0], "prompted experts": prompted_ensemble(own[1], EXPERTS)}
+        fast["LoRA experts"] = lora_ensemble(own[2], EXPERTS)
     copies = [copy.deepcopy(backbone) for _ in range(EXPERTS)]
     peft = with_peft_adapters(copy.deepcopy(backbone), lora)
     xlora = with_xlora(copy.deepcopy(backbone), lora) if arguments.xlora else None
@@ -47,6 +55,7 @@ def run(arguments):
     for batch in arguments.batches:
         token = torch.full((batch, 1), 500)
         steps = {name: cached_step(model, token) for name, model in models.items()}
+        steps |= {f"{name}, compiled": compiled_step(m, token, arguments.rounds) for name, m in fast.items()}
         steps["separate models"] = one_after_another([cached_step(model, token) for model in copies])
         steps["PEFT mixed batch"] = peft_step(peft, backbone, lora.config.expert_names, token)
         steps["mixture alone"] = mixture_step(backbone.config.vocab_size, batch)
@@ -57,7 +66,7 @@ def run(arguments):
         measured = summary(interleaved(steps, rounds, title=f"batch {batch}"), "plain model")
         rows += [{"batch": batch, "experts": EXPERTS} | row for row in measured]
     columns = ["batch", "name", "seconds", "ratio"]
-    write_results("decode", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "batch", "time of one plain step"))  # fmt: skip  # noqa: E501
+    write_results("decode-fast" if arguments.fast else "decode", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "batch", "time of one plain step"))  # fmt: skip  # noqa: E501
 
 
 def one_after_another(steps: list):
@@ -85,6 +94,21 @@ def cached_step(model, token: torch.Tensor, context: int = CONTEXT):
     if len(token) > 1:
         cache.batch_repeat_interleave(len(token))
     return lambda: model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def compiled_step(model, token: torch.Tensor, rounds: int, context: int = CONTEXT):
+    """The same into static caches, with compiled steps; the first calls compile."""
+    ids = torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))
+    length = context + rounds + 16  # warm-up too
+    if isinstance(model, PCMEnsembleForCausalLM):
+        cache, call = PCMEnsembleCache(model.config, "static", length), model.get_compiled_call(None)
+    else:
+        cache = StaticCache(model.config, max_cache_len=length)
+        call = model.get_compiled_call(CompileConfig(dynamic=True, mode="default"))
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if len(token) > 1:
+        cache.batch_repeat_interleave(len(token))
+    return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def with_peft_adapters(model, lora: PCMEnsembleForCausalLM) -> PeftModel:

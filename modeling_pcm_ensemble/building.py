@@ -86,6 +86,8 @@ def build_parts(
     )
     if tokenizer is not None and any(spec.get("prompt") for spec in specs.values()):
         tokenizer = without_default_system_turn(tokenizer)
+    if tokenizer is not None and config.max_position_embeddings is not None:  # less than each model's, by its prefix
+        tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     return Parts(config, backbones, body, tokenizer, {name: tensors for name, (_, tensors) in adapters.items()})
 
 

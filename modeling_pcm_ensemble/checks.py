@@ -8,6 +8,9 @@ from .cache import PCMEnsembleCache
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
 
+# Known to models and losses of transformers, beside what `TransformersKwargs` lists
+OTHER_ARGUMENTS = {"position_ids", "token_type_ids", "return_dict", "shift_labels", "ignore_index"}
+
 
 def check_inputs(input_ids, inputs_embeds, past_key_values, logits_to_keep, kwargs: dict):
     """Refuse what `forward` cannot use."""
@@ -16,7 +19,7 @@ def check_inputs(input_ids, inputs_embeds, past_key_values, logits_to_keep, kwar
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         shape = None if input_ids is None else tuple(input_ids.shape)
         raise ValueError(f"`input_ids` must have the shape (batch, seq) with at least one token, got {shape}.")
-    unknown = kwargs.keys() - TransformersKwargs.__optional_keys__ - {"position_ids", "token_type_ids", "return_dict"}
+    unknown = kwargs.keys() - TransformersKwargs.__optional_keys__ - OTHER_ARGUMENTS
     if unknown:
         raise TypeError(f"`forward` got the unknown arguments {sorted(unknown)}.")
     if kwargs.get("position_ids") is not None:

@@ -114,6 +114,10 @@ class PCMEnsembleConfig(PreTrainedConfig):
         return self.pcm.get_text_config().num_hidden_layers
 
     @property
+    def num_attention_heads(self) -> int:
+        return self.pcm.get_text_config().num_attention_heads
+
+    @property
     def max_position_embeddings(self) -> int | None:
         """Longest context that every expert and the PCM can read behind their longest prefix; None without a limit."""
         prompts = [(self.backbones[expert["backbone"]], len(expert["prompt_ids"])) for expert in self.experts]

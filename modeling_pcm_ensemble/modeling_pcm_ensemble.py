@@ -254,7 +254,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
         check_length(self.config, route, cached_length(past_key_values) + input_ids.shape[1])
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        use_cache = _or_default(use_cache, self.config.use_cache and not self.training)
         cache = past_key_values
         if use_cache and cache is None:
             cache = PCMEnsembleCache(self.config)
@@ -264,8 +264,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             attention_mask,
             cache,
             0 if route.merges_adapters else logits_to_keep,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
+            output_hidden_states=_or_default(output_hidden_states, self.config.output_hidden_states),
+            output_attentions=_or_default(output_attentions, self.config.output_attentions),
         )
         expert_logits = None
         if route.merges_adapters:
@@ -405,6 +405,10 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         mask = check_mask(input_ids, attention_mask, None)
         check_length(self.config, route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
+
+
+def _or_default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
 
 
 def _kept(logits_to_keep: int | torch.LongTensor) -> slice | torch.LongTensor:

@@ -187,6 +187,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             part.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.backbones.train()  # what is new is frozen too
         self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())
+        self.vocab_size = self.config.vocab_size
         return self.get_input_embeddings()
 
 

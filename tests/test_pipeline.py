@@ -80,3 +80,11 @@ def test_no_message_is_logged(ensemble, transformers_log):
 def test_a_wrong_preference_is_refused(pipe):
     with pytest.raises(ValueError, match="unknown expert 'z'"):
         pipe("Hi", preference="z", **GREEDY)
+
+
+def test_a_long_text_is_cut_to_what_prompted_experts_can_read(ensemble, pipe):
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    found = pipe(text, preference="a", handle_long_generation="hole", **GREEDY)[0]["generated_text"]
+    kept = ensemble.tokenizer.model_max_length - GREEDY["max_new_tokens"]
+    assert kept < 64 - len("Be brief.")
+    assert found == answer(ensemble, text[-kept:], "a")

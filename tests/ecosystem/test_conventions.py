@@ -157,3 +157,26 @@ def test_initialising_again_keeps_loaded_weights(ensemble, folder):
     model.tie_weights()
     assert_close(logits(model), logits(ensemble))
     assert model.backbones[0].lm_head.weight is model.backbones[0].model.embed_tokens.weight
+
+
+def test_what_the_configuration_asks_to_put_out_is_put_out(ensemble):
+    ensemble.set_attn_implementation("eager")
+    ensemble.config.output_hidden_states = ensemble.config.output_attentions = True
+    output = ensemble(CONTEXT, preference="a")
+    assert len(output.hidden_states) == ensemble.config.num_hidden_layers + 1
+    assert output.attentions[0].shape[1] == ensemble.config.num_attention_heads
+    assert ensemble(CONTEXT, output_hidden_states=False, output_attentions=False).hidden_states is None
+
+
+def test_labels_may_be_shifted_already(ensemble):
+    labels = CONTEXT.clone()
+    shifted = torch.cat([labels[:, 1:], torch.full((1, 1), -100)], dim=1)
+    expected = ensemble(CONTEXT, labels=labels).loss
+    assert_close(ensemble(CONTEXT, labels=labels, shift_labels=shifted).loss, expected)
+    assert_close(ensemble(CONTEXT, labels=labels.masked_fill(labels == 25, 7), ignore_index=7).loss,
+                 ensemble(CONTEXT, labels=labels.masked_fill(labels == 25, -100)).loss)  # fmt: skip
+
+
+def test_resizing_the_vocabulary_is_known_to_the_model_too(ensemble):
+    ensemble.resize_token_embeddings(110)
+    assert ensemble.vocab_size == ensemble.config.vocab_size == 110
