@@ -173,7 +173,7 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path):
 
 
 def test_ci_runs_the_readmes_test_command():
-    commands = re.findall(r"^python3 -m venv .*-m pytest$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    commands = re.findall(r"^python3 -m venv .*-m pytest.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert len(commands) == 1
     assert commands[0] in (ROOT / ".ci" / "run").read_text().splitlines()
 
