@@ -27,9 +27,7 @@ EXPERTS, CONTEXT = 3, 64
 def add_arguments(parser):
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument(
-        "--fast", action="store_true", help="static caches and compiled steps too; compiles for minutes"
-    )
+    parser.add_argument("--fast", action="store_true", help="grouped attention too, and compiled steps, for minutes")
     parser.add_argument("--xlora", action="store_true", help="X-LoRA too, which runs the whole context at each step")
 
 
@@ -48,6 +46,9 @@ def run(arguments):
     if arguments.fast:
         fast = {"plain model": own[0], "prompted experts": prompted_ensemble(own[1], EXPERTS)}
         fast["LoRA experts"] = lora_ensemble(own[2], EXPERTS)
+        for one in fast.values():
+            one.set_attn_implementation("grouped_sdpa")
+        models |= {f"{name}, grouped": one for name, one in fast.items()}
     copies = [copy.deepcopy(backbone) for _ in range(EXPERTS)]
     peft = with_peft_adapters(copy.deepcopy(backbone), lora)
     xlora = with_xlora(copy.deepcopy(backbone), lora) if arguments.xlora else None
@@ -55,7 +56,7 @@ def run(arguments):
     for batch in arguments.batches:
         token = torch.full((batch, 1), 500)
         steps = {name: cached_step(model, token) for name, model in models.items()}
-        steps |= {f"{name}, compiled": compiled_step(m, token, arguments.rounds) for name, m in fast.items()}
+        steps |= {f"{name}, grouped, compiled": compiled_step(m, token, arguments.rounds) for name, m in fast.items()}
         steps["separate models"] = one_after_another([cached_step(model, token) for model in copies])
         steps["PEFT mixed batch"] = peft_step(peft, backbone, lora.config.expert_names, token)
         steps["mixture alone"] = mixture_step(backbone.config.vocab_size, batch)

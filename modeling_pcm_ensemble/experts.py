@@ -50,6 +50,7 @@ class ExpertBackbones(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: PCMEnsembleConfig, backbones: list[PreTrainedModel] | None = None):
         super().__init__(config)

@@ -13,6 +13,7 @@ from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import resolve_revision
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .saving import staged_folder
@@ -33,6 +34,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
 
     def __init__(self, config: PCMEnsembleConfig):

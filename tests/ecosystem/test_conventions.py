@@ -65,12 +65,12 @@ def test_backbones_are_spread_over_devices_and_disk(ensemble, folder, tmp_path):
     assert_close(model.generate(CONTEXT, **options), ensemble.generate(CONTEXT, **options))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "grouped_sdpa"])
 def test_the_attention_that_is_asked_for_reaches_every_part(ensemble, folder, attention):
     model = PCMEnsembleForCausalLM.from_pretrained(folder, attn_implementation=attention)
     assert attention_of(model) == {attention}
     assert_close(logits(model), logits(ensemble))
-    other = {"eager": "sdpa", "sdpa": "eager"}[attention]
+    other = "eager" if attention == "sdpa" else "sdpa"
     model.set_attn_implementation(other)
     assert attention_of(model) == {other}
     assert_close(logits(model), logits(ensemble))
