@@ -228,6 +228,10 @@ class _Loader:
         key = _source_key(source)
         shared = key in self.indexes and not getattr(self.backbones[self.indexes[key]], "is_quantized", False)
         model = self.backbones[self.indexes[key]] if shared else self._causal_lm(source, "the PCM", learns=True)
+        if getattr(model, "is_quantized", False):
+            raise ValueError(
+                "The PCM is to learn, so that it cannot be made from a quantised model. Name its checkpoint."
+            )
         self.sources.append(source)
         whole = model.base_model
         body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=self.backbones[0].dtype).to(

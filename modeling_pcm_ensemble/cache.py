@@ -134,6 +134,12 @@ class PCMEnsembleCache(Cache):
         """Most context tokens that fit; -1 without a limit."""
         return self.max_length if self.cache_implementation in STATIC else -1
 
+    def check_no_gaps(self, attention_mask: torch.Tensor, num_tokens: int):
+        """Refuse a mask of context tokens, the last `num_tokens` of them new, that a recurrent part cannot follow."""
+        for name, part in self.parts.items():
+            rows = slice(None) if name == "pcm" else self.route.pair_rows[int(name.rpartition(".")[2])]
+            part.check_no_gaps(attention_mask[rows], num_tokens)
+
     def activate_past_recording(self):
         self._records_past = True
         super().activate_past_recording()

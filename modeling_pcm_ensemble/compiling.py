@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import RLock
 
 import torch
 from transformers import Cache, CompileConfig, PreTrainedModel
 
 RECOMPILE_LIMIT = 64  # of a submodel
+
+turn = RLock()  # threads take turns: what the compiler asks is whether any thread compiles
 
 _config: ContextVar[CompileConfig | None] = ContextVar("compile_config", default=None)
 
@@ -23,8 +26,8 @@ def compiled_steps(config: CompileConfig | None) -> Iterator[None]:
 
 
 def default_config() -> CompileConfig:
-    """Any number of rows and any length of the cache on one compiled step; CUDA graphs where there is CUDA."""
-    return CompileConfig(dynamic=True, mode="reduce-overhead" if torch.cuda.is_available() else "default")
+    """Without CUDA graphs, in which one submodel's step would overwrite another's output."""
+    return CompileConfig(mode="default")
 
 
 def compile_config() -> CompileConfig | None:
@@ -37,11 +40,14 @@ class CompiledCall:
 
     def __init__(self, model: PreTrainedModel, config: CompileConfig):
         self.config = config
-        options = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}  # submodels share code, not limits
-        self.call = torch.compile(model.__call__, **options, **config.to_dict())
+        options = config.to_dict()
+        if options["dynamic"] is None:
+            options["dynamic"] = True  # routes change the number of rows from call to call
+        options |= {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}  # submodels share code, not limits
+        self.call = torch.compile(model.__call__, **options)
 
-    def __deepcopy__(self, memo: dict) -> None:
-        return None
+    def __reduce__(self):
+        return type(None), ()
 
 
 def compiled_call(model: PreTrainedModel, config: CompileConfig) -> Callable:
@@ -50,6 +56,11 @@ def compiled_call(model: PreTrainedModel, config: CompileConfig) -> Callable:
     if known is None or known.config != config:
         known = model._compiled_step = CompiledCall(model, config)
     return known.call
+
+
+def forget_compiled(model: PreTrainedModel):
+    """Compile anew at the next step; the compiler does not notice when hooks come and go."""
+    model._compiled_step = None
 
 
 def let_sizes_vary(cache: Cache):
@@ -61,4 +72,4 @@ def let_sizes_vary(cache: Cache):
                 torch._dynamo.mark_static(tensor, [1, 3])  # heads, which may be as many as rows by chance
 
 
-__all__ = ["compile_config", "compiled_call", "compiled_steps", "let_sizes_vary"]
+__all__ = ["compile_config", "compiled_call", "compiled_steps", "forget_compiled", "let_sizes_vary", "turn"]

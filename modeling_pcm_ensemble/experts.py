@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .compiling import forget_compiled
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .lora import AdapterSelection, LoraBank
+from .lora import AdapterSelection, LoraBank, readable_by_compiled_code
 from .merging import ExpertLogits
 from .preferences import ExpertRows
 from .prefixes import (
@@ -58,6 +58,7 @@ class ExpertBackbones(PreTrainedModel):
             backbone = backbones[index] if backbones else AutoModelForCausalLM.from_config(backbone_config)
             config.backbones[index] = backbone.config
             self.add_module(str(index), backbone)
+            forget_compiled(backbone)
         self.adapters = nn.ModuleDict()
         for index in range(len(self)):
             adapters = {e["name"]: e["adapter"] for e in config.experts if e["backbone"] == index and e["adapter"]}
@@ -208,7 +209,9 @@ class ExpertBackbones(PreTrainedModel):
         return part.adapters
 
     def _selected(self, backbone: int, selection: AdapterSelection | None):
-        return nullcontext() if selection is None else self.adapters[str(backbone)].selected(selection)
+        if selection is None:
+            return readable_by_compiled_code(None, None)
+        return self.adapters[str(backbone)].selected(selection)
 
     def _prompts(self, expert_rows: list[ExpertRows], device: torch.device) -> torch.LongTensor | None:
         """Each pair's prompt, `(pairs, longest)`, padded on the left with -1."""

@@ -3,11 +3,10 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import accumulate, count
-from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .compiling import compile_config
+from .compiling import compile_config, turn
 
 # Linear layers beside one another that read the same input, so that their A products can be one. Only speed depends on
 # this table.
@@ -67,12 +66,27 @@ class AdapterSelection:
         return self.masks[columns, dtype]
 
 
+NO_BANK = -1
 _bank_numbers = count()
 _selection: ContextVar[AdapterSelection | None] = ContextVar("adapter_selection", default=None)
 # What compiled code reads instead, since a context variable cannot be traced: by bank, the mask of each kind of group.
-# (Not an attribute of the bank, where the number of rows would be compiled in.) Threads take turns.
+# (Not an attribute of the bank, where the number of rows would be compiled in.)
 _traced_masks: dict[int, list[torch.Tensor]] = {}
-_turn = Lock()
+
+
+@contextmanager
+def readable_by_compiled_code(bank: "LoraBank | None", selection: AdapterSelection | None) -> Iterator[None]:
+    """Where steps are compiled, let them read a selection, or, without a bank, that no bank's is to be read."""
+    if compile_config() is None:
+        yield
+        return
+    number, kinds = (NO_BANK, ()) if bank is None else (bank.number, bank.kinds)
+    with turn:
+        _traced_masks[number] = [selection.mask(columns, next(bank.parameters()).dtype) for columns in kinds]
+        try:
+            yield
+        finally:
+            del _traced_masks[number]
 
 
 class LoraGroup(nn.Module):
@@ -123,8 +137,8 @@ class LoraLayer(nn.Module):
         self.group = (group,)  # in a tuple, so that it is not a submodule of its own child
 
     def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() and self.bank in _traced_masks:
-            return self._traced(inputs[0], output)
+        if torch.compiler.is_dynamo_compiling() and _traced_masks:
+            return self._traced(inputs[0], output) if self.bank in _traced_masks else output
         selection = _selection.get()
         if selection is None or selection.bank != self.bank:
             return output
@@ -182,21 +196,11 @@ class LoraBank(nn.Module):
         """Run forward passes of the backbone inside with these adapters."""
         token = _selection.set(selection)
         try:
-            with nullcontext() if compile_config() is None else self._readable_by_compiled_code(selection):
+            with readable_by_compiled_code(self, selection):
                 yield
         finally:
             _selection.reset(token)
             selection.products.clear()
-
-    @contextmanager
-    def _readable_by_compiled_code(self, selection: AdapterSelection) -> Iterator[None]:
-        dtype = next(self.parameters()).dtype
-        with _turn:
-            _traced_masks[self.number] = [selection.mask(columns, dtype) for columns in self.kinds]
-            try:
-                yield
-            finally:
-                del _traced_masks[self.number]
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """(path of the layer in the backbone, adapter layer)."""
@@ -298,4 +302,4 @@ def _add_at(root: nn.Module, path: str, name: str, module: nn.Module):
     root.add_module(name, module)
 
 
-__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "features"]
+__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "features", "readable_by_compiled_code"]

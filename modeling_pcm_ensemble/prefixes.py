@@ -2,14 +2,17 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.utils import ModelOutput
 
-from .compiling import compile_config, compiled_call, let_sizes_vary
+from .compiling import compile_config, compiled_call, let_sizes_vary, turn
 from .lora import AdapterSelection
 
 # Fewer tokens saved do not pay for a call of its own (measured: SmolLM2 on 2 CPU cores breaks even at about 420).
@@ -30,6 +33,7 @@ class CachePart:
             (first token, order `(rows, tokens)`) of each stretch of cached tokens whose rows were closed up.
         prefix_length (`int`): cached tokens before the context, padding included.
         adapters (`AdapterSelection`, *optional*): each row's LoRA adapter, where it stays the same.
+        sizes_vary (`bool`): whether the cache's tensors are marked for compiled steps.
     """
 
     cache: Cache | None = None
@@ -39,11 +43,23 @@ class CachePart:
     prefix_length: int = 0
     adapters: AdapterSelection | None = None
     orders: list[tuple[int, torch.LongTensor]] = field(default_factory=list)
+    sizes_vary: bool = False
 
-    def add(self, num_tokens: int):
-        """Note that the submodel is about to read so many tokens."""
-        if self.cache is not None:
-            self.length += num_tokens
+    def check_no_gaps(self, context_mask: torch.LongTensor, num_tokens: int):
+        """
+        Raises:
+            ValueError: if `context_mask`, `(rows, cached context tokens + num_tokens)`, masks what a recurrent state
+                could not leave out.
+        """
+        if self.length == 0 or not is_recurrent(self.cache):
+            return
+        past = self.past_mask(context_mask[:, :-num_tokens], len(context_mask), context_mask.device)
+        known = torch.ones_like(past) if self.attention_mask is None else self.attention_mask
+        if not context_mask[:, -num_tokens:].all() or not torch.equal(past.bool(), known.bool()):
+            raise ValueError(
+                "An expert's or the PCM's recurrent state cannot leave out padding that comes after the first call. "
+                "Continue rows of one length, or start without `past_key_values` and `prefill_chunk_size`."
+            )
 
     def past_mask(
         self, context_mask: torch.LongTensor | None, num_rows: int, device: torch.device
@@ -87,6 +103,7 @@ class CachePart:
 
     def select(self, rows: torch.LongTensor):
         """Note row `rows[i]` as row i. The cache's own rows are the caller's."""
+        self.sizes_vary = False
         self.orders = [(start, order[rows]) for start, order in self.orders]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[rows]
@@ -128,21 +145,38 @@ def is_recurrent(cache: Cache | None) -> bool:
     return cache is not None and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
-def run_submodel(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart, **kwargs) -> ModelOutput:
+def run_submodel(model: nn.Module, inputs: SubmodelInputs, part: CachePart, **kwargs) -> ModelOutput:
     """Call a submodel; where steps are compiled and this is one, a token into a static cache, by its compiled call."""
-    call, config = model, compile_config()
-    if config is not None and inputs.input_ids.shape[1] == 1 and part.max_length is not None:
-        call, inputs = compiled_call(model, config), inputs.of_fixed_form(part.max_length)
-        let_sizes_vary(part.cache)
-    recurrent = "cache_params" in inspect.signature(model.forward).parameters
-    return call(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        position_ids=inputs.position_ids,
-        use_cache=part.cache is not None,
-        **{"cache_params" if recurrent else "past_key_values": part.cache},
-        **kwargs,
-    )
+    config, compiled = compile_config(), nullcontext()
+    call, num_tokens = model, inputs.input_ids.shape[1]
+    if config is not None and num_tokens == 1 and part.max_length is not None:
+        call, inputs, compiled = compiled_call(model, config), inputs.of_fixed_form(part.max_length), turn
+    with compiled:
+        if compiled is turn and not part.sizes_vary:
+            let_sizes_vary(part.cache)
+            part.sizes_vary = True
+        output = call(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            use_cache=part.cache is not None,
+            **{_cache_name(model): part.cache},
+            **kwargs,
+        )
+    if part.cache is not None:
+        part.length += num_tokens
+    return output
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What the model, which PEFT may have wrapped, calls its cache."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return _cache_argument(type(model).forward)
+
+
+@cache
+def _cache_argument(forward: Callable) -> str:
+    return "cache_params" if "cache_params" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def pad_left(sequences: list[list[int]], device: torch.device | None = None) -> torch.LongTensor | None:
@@ -195,7 +229,6 @@ def submodel_inputs(
     if attention_mask is None and part.attention_mask is None:
         kept = _last_positions(logits_to_keep, num_tokens, input_ids.shape[1])
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + length  # (1, tokens)
-        part.add(input_ids.shape[1])
         return SubmodelInputs(input_ids, None, position_ids, kept)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -203,14 +236,11 @@ def submodel_inputs(
     if input_ids.shape[1] > 1:
         input_ids, attention_mask, kept, order = _close_up(input_ids, attention_mask, num_tokens, kept)
     past_mask = part.past_mask(context_mask, len(input_ids), input_ids.device)
-    if not begins and is_recurrent(part.cache):
-        _check_no_gaps(attention_mask, past_mask, part.attention_mask)
     full_mask = torch.cat([past_mask, attention_mask], dim=1)  # (rows, cached tokens + tokens)
     if order is not None:
         part.orders.append((length, order))
     position_ids = (full_mask.cumsum(dim=1)[:, -input_ids.shape[1] :] - 1).clamp(min=0)
     part.attention_mask = full_mask
-    part.add(input_ids.shape[1])
     return SubmodelInputs(input_ids, full_mask, position_ids, kept, order)
 
 
@@ -235,11 +265,10 @@ def encode_prefixes_once(
     length = prefix_ids.shape[1] - 1
     if (len(numbers) - len(firsts)) * length < max(MIN_TOKENS_SAVED, 1):
         return
-    if not _copies_rows(part.cache) or any(part.cache.is_sliding) or is_recurrent(part.cache):
+    if not _copies_rows(part.cache) or any(part.cache.is_sliding):
         return
     distinct = prefix_ids[firsts, :length]
     mask = (distinct >= 0).long()
-    part.add(length)
     run(SubmodelInputs(distinct.clamp(min=0), mask, (mask.cumsum(dim=1) - 1).clamp(min=0), 1))
     part.cache.batch_select_indices(groups)
     part.attention_mask = None if mask.all() else mask[groups]
@@ -274,6 +303,7 @@ def _copies_rows(cache: Cache | None) -> bool:
     return (
         type(cache) is DynamicCache
         and not cache.offloading
+        and not is_recurrent(cache)
         and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
     )
 
@@ -289,15 +319,6 @@ def _join(prefix_ids, input_ids, attention_mask, bos_token_id, length: int):
         context_mask.scatter_(1, first, context_mask.gather(1, first) * ~repeated)
     joined = torch.cat([prefix_ids.clamp(min=0), input_ids], dim=1)[:, length:]
     return joined, torch.cat([prefix_mask, context_mask], dim=1)[:, length:]
-
-
-def _check_no_gaps(attention_mask: torch.Tensor, past_mask: torch.Tensor, known_mask: torch.Tensor | None):
-    known_mask = torch.ones_like(past_mask) if known_mask is None else known_mask
-    if not attention_mask.all() or not torch.equal(past_mask.bool(), known_mask.bool()):
-        raise ValueError(
-            "An expert's or the PCM's recurrent state cannot leave out padding that comes after the first call. "
-            "Continue rows of one length, or start without `past_key_values` and `prefill_chunk_size`."
-        )
 
 
 def _last_positions(logits_to_keep, num_tokens: int, width: int) -> int | torch.LongTensor:

@@ -1,12 +1,16 @@
 """Static caches with torch.compile: the tokens of a dynamic cache, and nothing compiled again after a warm-up."""
 
 import copy
+import pickle
+import threading
 
 import pytest
 import torch
 from conftest import left_pad, tiny_gpt2, tiny_llama
 from test_lora import lora_ensemble, peft_adapter
 from transformers import CompileConfig
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 ROWS = [[21, 22, 23, 24, 25], [31, 32, 33], [41, 42, 43, 44]]
@@ -35,6 +39,7 @@ def warm(ensemble):
     for rows in (ROWS[:1], ROWS[:2]):
         for preference in ("a", ["a", "b", "d"]):
             greedy(ensemble, rows, preference, tokens=3, **COMPILED)
+    assert all(part._compiled_step is not None for part in (ensemble.pcm.body, *ensemble.backbones))
     return ensemble
 
 
@@ -53,10 +58,58 @@ def test_other_preferences_rows_and_lengths_run_what_is_compiled(warm, nothing_c
     assert found == greedy(warm, ROWS[:rows], preference, tokens)
 
 
-def test_a_preference_for_each_row_and_beams(warm, nothing_compiles):
+def test_each_row_may_have_a_preference_of_its_own(warm, nothing_compiles):
     preferences = [{"a": 1.0}, {"b": 1.0, "c": 0.5}, {"d": 1.0}]
     assert greedy(warm, ROWS, preferences, **COMPILED) == greedy(warm, ROWS, preferences)
-    assert greedy(warm, ROWS, ["a", "d"], num_beams=3, **COMPILED) == greedy(warm, ROWS, ["a", "d"], num_beams=3)
+
+
+def test_beams_are_not_compiled_as_in_transformers(ensemble):
+    model = copy.deepcopy(ensemble)
+    assert greedy(model, ROWS, ["a", "d"], num_beams=3, **COMPILED) == greedy(model, ROWS, ["a", "d"], num_beams=3)
+    assert getattr(model.backbones[0], "_compiled_step", None) is None
+
+
+def test_threads_do_not_read_each_others_adapters_while_one_compiles(ensemble):
+    model = copy.deepcopy(ensemble)
+    expected = {name: greedy(model, ROWS[:2], name) for name in "ab"}
+    found, done = [], threading.Event()
+
+    def eagerly():
+        while not done.is_set():
+            found.append(greedy(model, ROWS[:2], "b"))
+
+    thread = threading.Thread(target=eagerly)
+    thread.start()
+    try:
+        assert greedy(model, ROWS[:2], "a", **COMPILED) == expected["a"]
+    finally:
+        done.set()
+        thread.join()
+    assert found
+    assert all(tokens == expected["b"] for tokens in found)
+
+
+def test_adapters_that_come_later_are_compiled_in(tmp_path):
+    """To a backbone whose step is compiled already, in one ensemble and in another that shares it."""
+    backbone = tiny_llama(1)
+    model = PCMEnsembleForCausalLM.from_experts({"plain": backbone, "other": tiny_gpt2(2)}, pcm=tiny_llama(3))
+    model.generation_config.eos_token_id = None
+    plain = greedy(model, ROWS[:2], "plain", **COMPILED)
+    adapter = peft_adapter(tmp_path / "a", backbone, 1)
+    model.add_expert("adapted", {"model": backbone, "adapter": adapter})
+    found = greedy(model, ROWS[:2], "adapted", **COMPILED)
+    assert found == greedy(model, ROWS[:2], "adapted") != plain
+    second = lora_ensemble(backbone, {"b": peft_adapter(tmp_path / "b", backbone, 2)})
+    assert greedy(second, ROWS[:2], "b", **COMPILED) == greedy(second, ROWS[:2], "b") != found
+    assert greedy(model, ROWS[:2], "adapted", **COMPILED) == found
+
+
+def test_a_compiled_model_is_pickled_and_a_users_config_stays(ensemble):
+    config = CompileConfig(mode="default")
+    model = copy.deepcopy(ensemble)
+    expected = greedy(model, ROWS[:1], "d", cache_implementation="static", compile_config=config)
+    assert config._compile_all_devices is None
+    assert greedy(pickle.loads(pickle.dumps(model)), ROWS[:1], "d") == expected
 
 
 def test_a_copy_does_not_run_the_originals_code(warm):

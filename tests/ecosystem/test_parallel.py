@@ -102,6 +102,7 @@ def test_fsdp2_shards_every_part_and_trains_the_pcm_as_one_process(tmp_path):
 model = load(fsdp_size=2)
 weight = model.backbones[0].model.layers[0].self_attn.q_proj.weight
 assert weight.to_local().shape[0] == weight.shape[0] // 2
+assert all(hasattr(parameter, "to_local") for parameter in model.parameters())
 rows, rank = torch.tensor(eval(sys.argv[2])), torch.distributed.get_rank()
 losses = train(model, rows[rank : rank + 1])
 assert losses[-1] < losses[0]

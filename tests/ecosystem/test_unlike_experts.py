@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import left_pad, make_ensemble, reference, tiny_gpt2, tiny_llama
+from peft import LoraConfig, get_peft_model
 from test_lora import peft_adapter
 from torch.testing import assert_close
 from transformers import (
@@ -66,8 +67,8 @@ def unlike() -> PCMEnsembleForCausalLM:
     return make_ensemble([tiny_llama(1), mamba2(2), lfm2(3), qwen3_next(4)], experts)
 
 
-def greedy(model, inputs, **options) -> list[list[int]]:
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+def greedy(model, inputs, tokens: int = 6, **options) -> list[list[int]]:
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False} | options
     return model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -145,8 +146,29 @@ def test_padding_that_a_state_would_fade_over_is_refused(unlike):
     turns = torch.cat([first.sequences, torch.tensor([[51, 52], [0, 53]])], dim=1)
     mask = torch.ones_like(turns)
     mask[1, -2] = 0
+    cache = first.past_key_values
     with pytest.raises(ValueError, match="Continue rows of one length"):
-        unlike.generate(turns, attention_mask=mask, past_key_values=first.past_key_values, **options)
+        unlike.generate(turns, attention_mask=mask, past_key_values=cache, **options)
+    # What was refused has left no trace
+    found = unlike.generate(turns, past_key_values=cache, **options)
+    assert found.tolist() == unlike.generate(turns, preference=weights, **options).tolist()
+
+
+@pytest.mark.parametrize("make", [mamba2, lfm2, falcon_h1], ids=lambda make: make.__name__)
+def test_rows_that_read_the_same_long_text_are_each_themselves(make):
+    """Where that saves work, it is read once, and its keys and values copied."""
+    model = make_ensemble([make(2)], [(0, [], [11]), (0, [5], [12])])
+    text = {"input_ids": torch.tensor([[5 + i % 80 for i in range(300)]])}
+    one = greedy(model, text, preference=torch.ones(1, 2))
+    assert greedy(model, {"input_ids": text["input_ids"].repeat(3, 1)}, preference=torch.ones(3, 2)) == one * 3
+
+
+def test_peft_on_a_recurrent_pcm_keeps_its_cache():
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_gpt2(2)}, pcm=mamba2(5))
+    torch.nn.init.normal_(model.pcm.head.weight)
+    model.pcm.body = get_peft_model(model.pcm.body, LoraConfig(r=2, target_modules=["out_proj"]))
+    inputs = left_pad(ROWS[:2])
+    assert greedy(model, inputs, tokens=12) == greedy(model, inputs, tokens=12, use_cache=False)
 
 
 def test_long_prompts_of_padded_rows_are_read_row_by_row_where_a_state_would_fade():
