@@ -143,7 +143,7 @@ def test_padding_that_a_state_would_fade_over_is_refused(unlike):
         unlike.generate(**left_pad([ROWS[0], [31, 32]]), preference=weights, prefill_chunk_size=2, **options)
     inputs = left_pad([ROWS[0], ROWS[0]])
     first = unlike.generate(**inputs, preference=weights, return_dict_in_generate=True, **options)
-    turns = torch.cat([first.sequences, torch.tensor([[51, 52], [0, 53]])], dim=1)
+    turns = torch.cat([first.sequences, torch.tensor([[51, 52], [50, 53]])], dim=1)
     mask = torch.ones_like(turns)
     mask[1, -2] = 0
     cache = first.past_key_values
@@ -158,15 +158,15 @@ def test_padding_that_a_state_would_fade_over_is_refused(unlike):
 def test_rows_that_read_the_same_long_text_are_each_themselves(make):
     """Where that saves work, it is read once, and its keys and values copied."""
     model = make_ensemble([make(2)], [(0, [], [11]), (0, [5], [12])])
-    text = {"input_ids": torch.tensor([[5 + i % 80 for i in range(300)]])}
-    one = greedy(model, text, preference=torch.ones(1, 2))
-    assert greedy(model, {"input_ids": text["input_ids"].repeat(3, 1)}, preference=torch.ones(3, 2)) == one * 3
+    text = torch.tensor([[5 + i % 80 for i in range(50)]])
+    one = greedy(model, {"input_ids": text}, preference=torch.ones(1, 2))
+    assert greedy(model, {"input_ids": text.repeat(12, 1)}, preference=torch.ones(12, 2)) == one * 12
 
 
 def test_peft_on_a_recurrent_pcm_keeps_its_cache():
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_gpt2(2)}, pcm=mamba2(5))
     torch.nn.init.normal_(model.pcm.head.weight)
-    model.pcm.body = get_peft_model(model.pcm.body, LoraConfig(r=2, target_modules=["out_proj"]))
+    model.pcm.body = get_peft_model(model.pcm.body, LoraConfig(r=2, target_modules=["in_proj"]))
     inputs = left_pad(ROWS[:2])
     assert greedy(model, inputs, tokens=12) == greedy(model, inputs, tokens=12, use_cache=False)
 
