@@ -27,7 +27,8 @@ EXPERTS, CONTEXT = 3, 64
 def add_arguments(parser):
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--fast", action="store_true", help="grouped attention too, and compiled steps, for minutes")
+    parser.add_argument("--fast", action="store_true", help="grouped attention too")
+    parser.add_argument("--compiled", action="store_true", help="and compiled steps, which take minutes to compile")
     parser.add_argument("--xlora", action="store_true", help="X-LoRA too, which runs the whole context at each step")
 
 
@@ -43,7 +44,7 @@ def run(arguments):
         'LoRA, merge="adapters"': lora_ensemble(backbone, EXPERTS, merge="adapters"),
     }
     fast = {}
-    if arguments.fast:
+    if arguments.fast or arguments.compiled:
         fast = {"plain model": own[0], "prompted experts": prompted_ensemble(own[1], EXPERTS)}
         fast["LoRA experts"] = lora_ensemble(own[2], EXPERTS)
         for one in fast.values():
@@ -56,7 +57,10 @@ def run(arguments):
     for batch in arguments.batches:
         token = torch.full((batch, 1), 500)
         steps = {name: cached_step(model, token) for name, model in models.items()}
-        steps |= {f"{name}, grouped, compiled": compiled_step(m, token, arguments.rounds) for name, m in fast.items()}
+        if arguments.compiled:
+            steps |= {
+                f"{name}, grouped, compiled": compiled_step(m, token, arguments.rounds) for name, m in fast.items()
+            }
         steps["separate models"] = one_after_another([cached_step(model, token) for model in copies])
         steps["PEFT mixed batch"] = peft_step(peft, backbone, lora.config.expert_names, token)
         steps["mixture alone"] = mixture_step(backbone.config.vocab_size, batch)
@@ -67,7 +71,7 @@ def run(arguments):
         measured = summary(interleaved(steps, rounds, title=f"batch {batch}"), "plain model")
         rows += [{"batch": batch, "experts": EXPERTS} | row for row in measured]
     columns = ["batch", "name", "seconds", "ratio"]
-    write_results("decode-fast" if arguments.fast else "decode", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "batch", "time of one plain step"))  # fmt: skip  # noqa: E501
+    write_results("decode-fast" if fast else "decode", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "batch", "time of one plain step"))  # fmt: skip  # noqa: E501
 
 
 def one_after_another(steps: list):
