@@ -35,7 +35,8 @@ def add_arguments(parser):
 @torch.no_grad()
 def run(arguments):
     backbone = load_backbone(arguments)
-    own = [copy.deepcopy(backbone) for _ in range(3)]  # compiled where no other's adapters are hooked
+    grouped = arguments.fast or arguments.compiled
+    own = [copy.deepcopy(backbone) for _ in range(3 * grouped)]  # compiled where no other's adapters are hooked
     lora = lora_ensemble(backbone, EXPERTS)
     models = {
         "plain model": backbone,
@@ -44,7 +45,7 @@ def run(arguments):
         'LoRA, merge="adapters"': lora_ensemble(backbone, EXPERTS, merge="adapters"),
     }
     fast = {}
-    if arguments.fast or arguments.compiled:
+    if grouped:
         fast = {"plain model": own[0], "prompted experts": prompted_ensemble(own[1], EXPERTS)}
         fast["LoRA experts"] = lora_ensemble(own[2], EXPERTS)
         for one in fast.values():

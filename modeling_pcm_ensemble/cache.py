@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
-from .prefixes import CachePart
+from .prefixes import CachePart, is_recurrent
 
 STATIC, QUANTIZED, OFFLOADED = ("static", "offloaded_static"), ("quantized",), ("offloaded", "offloaded_static")
 STEPS_AHEAD = 64  # tokens that a growing layer makes room for, at least
@@ -137,6 +137,8 @@ class PCMEnsembleCache(Cache):
     def check_no_gaps(self, attention_mask: torch.Tensor, num_tokens: int):
         """Refuse a mask of context tokens, the last `num_tokens` of them new, that a recurrent part cannot follow."""
         for name, part in self.parts.items():
+            if not is_recurrent(part.cache):  # nothing to look at, at each step
+                continue
             rows = slice(None) if name == "pcm" else self.route.pair_rows[int(name.rpartition(".")[2])]
             part.check_no_gaps(attention_mask[rows], num_tokens)
 

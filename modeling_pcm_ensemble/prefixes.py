@@ -51,7 +51,7 @@ class CachePart:
             ValueError: if `context_mask`, `(rows, cached context tokens + num_tokens)`, masks what a recurrent state
                 could not leave out.
         """
-        if self.length == 0 or not is_recurrent(self.cache):
+        if self.length == 0:
             return
         past = self.past_mask(context_mask[:, :-num_tokens], len(context_mask), context_mask.device)
         known = torch.ones_like(past) if self.attention_mask is None else self.attention_mask
