@@ -96,10 +96,8 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
     def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config) -> bool:
         """A `compile_config` is a request to compile, on a CPU too, where a static cache alone is none."""
         if generation_config.compile_config is not None:
-            generation_config.compile_config = copy.copy(
-                generation_config.compile_config
-            )  # the user's own stays as it is
-            generation_config.compile_config._compile_all_devices = True
+            config = generation_config.compile_config = copy.copy(generation_config.compile_config)  # not the user's own
+            config._compile_all_devices = True
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
