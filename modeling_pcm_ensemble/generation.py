@@ -94,9 +94,9 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         return attention_mask
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config) -> bool:
-        """A `compile_config` is a request to compile, on a CPU too, where a static cache alone is none."""
+        """A `compile_config` (a copy: the user keeps theirs) asks to compile on a CPU too; a static cache does not."""
         if generation_config.compile_config is not None:
-            config = generation_config.compile_config = copy.copy(generation_config.compile_config)  # not the user's own
+            config = generation_config.compile_config = copy.copy(generation_config.compile_config)
             config._compile_all_devices = True
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
