@@ -13,9 +13,9 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 DTYPE = torch.bfloat16
 RANK = 16
 PCM_LAYERS = 4
+EXPERTS, CONTEXT = 3, 64
 
 
 def load_backbone(arguments) -> PreTrainedModel:
@@ -71,6 +72,17 @@ def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length
     for i, expert in enumerate(model.config.experts):
         expert["prompt_ids"] = [(i * 31 + j) % 40000 + 100 for j in range(prompt_length)]
     return model
+
+
+def cached_step(model, token: torch.Tensor, context: int = CONTEXT):
+    """A step of `model` behind a context of which every row has the same. Decode time depends on shapes only."""
+    ids = torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))
+    is_ensemble = isinstance(model, PCMEnsembleForCausalLM)
+    cache = PCMEnsembleCache(model.config) if is_ensemble else DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if len(token) > 1:
+        cache.batch_repeat_interleave(len(token))
+    return lambda: model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def interleaved(

@@ -61,8 +61,14 @@ def cached_length(cache: PCMEnsembleCache | None) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def check_length(config: PCMEnsembleConfig, route: Route, length: int):
-    """Refuse a context that is longer than the positions of a submodel which reads it behind its prefix."""
+def check_length(config: PCMEnsembleConfig, route: Route, length: int, cache: PCMEnsembleCache | None = None):
+    """Refuse a context longer than a static cache, or than the positions of a submodel that reads it and a prefix."""
+    room = -1 if cache is None else cache.get_max_length()
+    if 0 <= room < length:
+        raise ValueError(
+            f"The context of {length} tokens is too long for `past_key_values`, a static cache of {room}. Make it "
+            "with a larger `max_length`, or leave it out, so that `generate` makes one that is long enough."
+        )
     prefixes = [("the PCM", config.pcm, 0 if route.prefix_ids is None else route.prefix_ids.shape[1])]
     for backbone, expert_rows in route.expert_rows.items():
         for expert in (config.experts[entry.expert] for entry in expert_rows):

@@ -7,6 +7,12 @@ from threading import RLock
 
 import torch
 from transformers import Cache, CompileConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+from transformers.utils.logging import tqdm
+
+from .attention import grouped_attention
+
+logger = logging.get_logger(__name__)
 
 RECOMPILE_LIMIT = 64  # of a submodel
 
@@ -36,26 +42,86 @@ def compile_config() -> CompileConfig | None:
 
 
 class CompiledCall:
-    """A submodel's call, compiled. It stays with the submodel, but not with a copy, whose own it is not."""
+    """
+    A submodel's step, compiled; as it was, with one warning, where it does not compile. It stays with the submodel,
+    but not with a copy, whose own it is not.
+    """
 
     def __init__(self, model: PreTrainedModel, config: CompileConfig):
-        self.config = config
-        options = config.to_dict()
+        self.model, self.config = model, config
+        options = config.to_dict() | {"fullgraph": True}  # what does not compile must not have run in part
         if options["dynamic"] is None:
             options["dynamic"] = True  # routes change the number of rows from call to call
         options |= {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}  # submodels share code, not limits
-        self.call = torch.compile(model.__call__, **options)
+
+        def step(**inputs) -> ModelOutput:  # of which the model's own hooks are a part, as they are not of `__call__`
+            return model(**inputs)
+
+        self.call = torch.compile(step, **options)
+        self.settings = _inductor_settings(model, config)
+        self.weights = list(_weights(model)) if self.settings else []
+        self.states = self._states()
+        self.is_ready = {True: False, False: False}  # by whether it is for one row, which has code of its own
+
+    def __call__(self, input_ids: torch.LongTensor, **kwargs) -> ModelOutput:
+        single = len(input_ids) == 1
+        # Two private ones: weights compiled in, as torch's tutorials set it, and floats of the model that stay as they
+        # are. Without them it is slower, no more.
+        with (
+            torch._inductor.config.patch(self.settings),
+            torch._dynamo.config.patch(specialize_float=True),
+            grouped_attention(self.model),
+        ):
+            if self.is_ready[single]:
+                return self.call(input_ids=input_ids, **kwargs)
+            try:
+                output = self._compile(input_ids=input_ids, **kwargs)
+            except Exception as error:  # whatever the compiler meets in a stranger's model
+                name = type(self.model).__name__
+                logger.warning(f"{name} does not compile; its steps run uncompiled. {type(error).__name__}: {error}")
+                self.call, self.is_ready = self.model, {True: True, False: True}
+                return self.call(input_ids=input_ids, **kwargs)
+        self.is_ready[single] = True
+        return output
+
+    def _compile(self, input_ids: torch.LongTensor, **kwargs) -> ModelOutput:
+        rows = "one row" if len(input_ids) == 1 else "any number of rows"
+        title = f"Compiling the step of {type(self.model).__name__} for {rows}"
+        with tqdm(total=1, desc=title, bar_format="{desc}: {elapsed}"):
+            return self.call(input_ids=input_ids, **kwargs)
+
+    def is_current(self) -> bool:
+        """Whether the weights that are compiled in are as they were."""
+        return self.states == self._states()
+
+    def _states(self) -> list[tuple[int, int]]:
+        return [(weight._version, weight.data_ptr()) for weight in self.weights]
 
     def __reduce__(self):
         return type(None), ()
 
 
+def _inductor_settings(model: PreTrainedModel, config: CompileConfig) -> dict:
+    """On a CPU: weights compiled in, packed for its matrix products and side by side where they read the same."""
+    if model.device.type != "cpu" or config.backend != "inductor" or not (config.options or {}).get("freezing", True):
+        return {}
+    return {"freezing": True, "cpp.enable_concat_linear": True}
+
+
+def _weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """What is compiled in: the model's weights and those of adapters that are hooked to it."""
+    yield from model.parameters()
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            yield from getattr(getattr(hook, "__self__", None), "weights", ())
+
+
 def compiled_call(model: PreTrainedModel, config: CompileConfig) -> Callable:
     """As transformers' `get_compiled_call`, which bodies without an LM head have not got."""
     known = getattr(model, "_compiled_step", None)
-    if known is None or known.config != config:
+    if known is None or known.config != config or not known.is_current():
         known = model._compiled_step = CompiledCall(model, config)
-    return known.call
+    return known
 
 
 def forget_compiled(model: PreTrainedModel):
@@ -66,10 +132,13 @@ def forget_compiled(model: PreTrainedModel):
 def let_sizes_vary(cache: Cache):
     """Compile once for all numbers of rows (but one) and all lengths, which static layers would else fix."""
     for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, [0, 2])
-                torch._dynamo.mark_static(tensor, [1, 3])  # heads, which may be as many as rows by chance
+        held = vars(layer)
+        for owner in (held, *(value for value in held.values() if isinstance(value, dict))):
+            for name, tensor in owner.items():
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                    owner[name] = tensor.detach()  # without its mark as one that stays, which would be compiled in
+        for tensor in (held[name] for name in ("keys", "values") if held.get(name) is not None):
+            torch._dynamo.mark_static(tensor, [1, 3])  # heads, which may be as many as rows by chance
 
 
 __all__ = ["compile_config", "compiled_call", "compiled_steps", "forget_compiled", "let_sizes_vary", "turn"]

@@ -66,7 +66,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         if cache is not None:
             check_cache(cache)
         route = self._route(rows, cache, preference, preference_ids=preference_ids)
-        check_length(self.config, route, max_cache_length)
+        check_length(self.config, route, max_cache_length, cache)
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("attention_mask") is not None:
             check_no_sliding_windows(self.config, route)
         if cache is not None:

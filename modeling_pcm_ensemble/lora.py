@@ -136,6 +136,10 @@ class LoraLayer(nn.Module):
         self.start, self.stop = start, stop
         self.group = (group,)  # in a tuple, so that it is not a submodule of its own child
 
+    @property
+    def weights(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.group[0].lora_A, self.lora_B
+
     def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling() and _traced_masks:
             return self._traced(inputs[0], output) if self.bank in _traced_masks else output
@@ -150,8 +154,10 @@ class LoraLayer(nn.Module):
         """The same for the compiler, which finds by itself what layers of a group share."""
         group = self.group[0]
         low = nn.functional.linear(hidden_states, group.lora_A.to(hidden_states.dtype))  # (rows, seq, columns)
-        low = (low * _traced_masks[self.bank][group.kind].to(low.dtype))[..., self.start : self.stop]
-        return output + nn.functional.linear(low, self.lora_B.to(output.dtype))
+        low = (low * _traced_masks[self.bank][group.kind].to(low.dtype)).flatten(0, 1)
+        # In two dimensions: a product of parts of rows in three would not become a matrix product
+        low = low[:, self.start : self.stop]  # (rows * seq, columns of the layer)
+        return output + nn.functional.linear(low, self.lora_B.to(output.dtype)).view_as(output)
 
 
 class LoraBank(nn.Module):

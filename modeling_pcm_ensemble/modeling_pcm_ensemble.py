@@ -253,7 +253,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         check_inputs(input_ids, inputs_embeds, past_key_values, logits_to_keep, kwargs)
         route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
-        check_length(self.config, route, cached_length(past_key_values) + input_ids.shape[1])
+        check_length(self.config, route, cached_length(past_key_values) + input_ids.shape[1], past_key_values)
         if past_key_values is not None and attention_mask is not None:
             past_key_values.check_no_gaps(attention_mask, input_ids.shape[1])
         use_cache = _or_default(use_cache, self.config.use_cache and not self.training)

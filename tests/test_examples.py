@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_llama, tiny_tokenizer
+import torch
+from conftest import make_ensemble, tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import set_seed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -108,6 +109,32 @@ def test_new_preferences_are_what_their_kind_says(example):
     assert all(0 < weight <= 2 for weight in weights)
     assert sorted(map(len, kinds["five experts"] + kinds["all six"])) == [5] * 6 + [6]
     assert module.with_added(paper) == [{"elementary": 1.0, "concise": 1.0, "cheerful": 1.0}]
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_scheduled_requests_get_the_answers_that_they_would_get_alone(example, joins):
+    module = example("continuous_batching")
+    model = make_ensemble([tiny_llama(1), tiny_gpt2(2)], [(0, [5, 6], [11]), (0, [], [13]), (1, [8], [14, 15])])
+    model._tokenizer = tiny_tokenizer()
+    preferences = [{"e0": 1.0, "e2": 0.5}, {"e1": 1.0}, {"e0": 1.0, "e1": 2.0}, {"e2": 1.0}, {"e1": 0.5, "e2": 1.0}]
+    requests = [
+        module.Request([21 + 3 * i + j for j in range(2 + i)], preference, max_new_tokens=1 + 2 * i)
+        for i, preference in enumerate(preferences)
+    ]
+    scheduler, ended = module.Scheduler(model, max_rows=2, joins=joins), []
+    scheduler.waiting += requests
+    while scheduler.waiting or scheduler.running:
+        ended += scheduler.step()
+        assert len(scheduler.running) <= 2
+    assert {id(request) for request in ended} == {id(request) for request in requests}
+    for request in requests:
+        alone = model.generate(
+            torch.tensor([request.input_ids]),
+            preference=request.preference,
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+        )
+        assert request.tokens == alone[0, len(request.input_ids) :].tolist()
 
 
 @pytest.mark.parametrize("text", ['{"prompt": "a"}', '["a"]', "[]", "3", '[{"prompt": 3}]'])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import signal
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import left_pad, tiny_gpt2, tiny_llama
 from test_lora import lora_ensemble, peft_adapter
 from transformers import CompileConfig
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 ROWS = [[21, 22, 23, 24, 25], [31, 32, 33], [41, 42, 43, 44]]
@@ -39,15 +40,18 @@ def warm(ensemble):
     for rows in (ROWS[:1], ROWS[:2]):
         for preference in ("a", ["a", "b", "d"]):
             greedy(ensemble, rows, preference, tokens=3, **COMPILED)
-    assert all(part._compiled_step is not None for part in (ensemble.pcm.body, *ensemble.backbones))
+    for part in (ensemble.pcm.body, *ensemble.backbones):
+        assert part._compiled_step.is_ready == {True: True, False: True}
+        assert part._compiled_step.call is not part
     return ensemble
 
 
 @pytest.fixture
-def nothing_compiles():
+def nothing_compiles(caplog):
     torch.compiler.set_stance("fail_on_recompile")
     yield
     torch.compiler.set_stance("default")
+    assert "does not compile" not in caplog.text  # what would have run uncompiled
 
 
 @pytest.mark.parametrize("preference", ["b", ["c", "a"], {"a": 0.5, "d": 2.0}, ["a", "b", "c", "d"]], ids=str)
@@ -118,3 +122,52 @@ def test_a_copy_does_not_run_the_originals_code(warm):
     found = greedy(other, ROWS[:2], "a", **COMPILED)
     assert found == greedy(other, ROWS[:2], "a")
     assert found != greedy(warm, ROWS[:2], "a")
+
+
+def test_weights_that_change_in_place_are_compiled_anew(ensemble):
+    """Packed weights are constants of the compiled code: a backbone's, and an adapter's."""
+    model = copy.deepcopy(ensemble)
+    before = greedy(model, ROWS[:1], "a", **COMPILED)
+    with torch.no_grad():
+        model.backbones[0].lm_head.weight.neg_()
+    negated = greedy(model, ROWS[:1], "a", **COMPILED)
+    assert negated == greedy(model, ROWS[:1], "a") != before
+    with torch.no_grad():
+        for tensor in model.backbones.bank_of("a").tensors("a").values():
+            tensor.mul_(5)
+    stronger = greedy(model, ROWS[:1], "a", **COMPILED)
+    assert stronger == greedy(model, ROWS[:1], "a") != negated
+
+
+def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
+    model = copy.deepcopy(ensemble)
+    model.backbones[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    expected = greedy(model, ROWS[:2], ["a", "d"])
+    with caplog.at_level("WARNING", logger="modeling_pcm_ensemble"):
+        assert greedy(model, ROWS[:2], ["a", "d"], **COMPILED) == expected
+        assert greedy(model, ROWS[:1], "d", **COMPILED) == greedy(model, ROWS[:1], "d")
+    warnings = [record.message for record in caplog.records if "does not compile" in record.message]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("GPT2LMHeadModel does not compile")
+
+
+def test_a_killed_warm_up_leaves_nothing_broken(ensemble):
+    model = copy.deepcopy(ensemble)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            greedy(model, ROWS[:2], ["a", "d"], **COMPILED)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    expected = greedy(model, ROWS[:2], ["a", "d"])
+    assert greedy(model, ROWS[:2], ["a", "d"], **COMPILED) == expected
+    assert model.backbones[0]._compiled_step.is_ready[False]
+
+
+def test_a_context_beyond_a_static_cache_is_refused(ensemble):
+    cache = PCMEnsembleCache(ensemble.config, "static", 6)
+    ensemble(torch.tensor(ROWS[:1]), preference="a", past_key_values=cache)
+    with pytest.raises(ValueError, match="8 tokens is too long for `past_key_values`, a static cache of 6"):
+        ensemble(torch.tensor([[1, 2, 3]]), past_key_values=cache)

@@ -1,0 +1,80 @@
+"""`decode --fast`: one decode step with compiled steps, as a ratio to one eager step of one plain model."""
+
+import time
+from functools import partial
+
+import torch
+from transformers import CompileConfig, StaticCache
+
+from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.compiling import compiled_call, let_sizes_vary
+
+from .common import (
+    CONTEXT,
+    EXPERTS,
+    cached_step,
+    grouped_bars,
+    interleaved,
+    load_backbone,
+    lora_ensemble,
+    prompted_ensemble,
+    summary,
+    write_results,
+)
+
+PLAIN = "plain model"
+COMPILED = CompileConfig(dynamic=True, mode="default")
+
+
+@torch.no_grad()
+def run(arguments):
+    backbone = load_backbone(arguments)
+    own = [load_backbone(arguments) for _ in range(3)]  # what is compiled has no other ensemble's adapters hooked
+    compiled = {
+        PLAIN: own[0],
+        "prompted experts": prompted_ensemble(own[1], EXPERTS),
+        "LoRA experts": lora_ensemble(own[2], EXPERTS),
+    }
+    rows = []
+    for batch in arguments.batches:
+        token = torch.full((batch, 1), 500)
+        steps = {PLAIN: cached_step(backbone, token)}
+        steps |= {f"{name}, eager": cached_step(model, token) for name, model in compiled.items() if name != PLAIN}
+        warm_up = {}
+        for name, model in compiled.items():
+            step = compiled_step(model, token, arguments.rounds)
+            start = time.perf_counter()
+            step()
+            warm_up[f"{name}, compiled"] = time.perf_counter() - start
+            steps[f"{name}, compiled"] = step
+        measured = interleaved(steps, arguments.rounds, title=f"batch {batch}")
+        to_compiled = {row["name"]: row["ratio"] for row in summary(measured, f"{PLAIN}, compiled")}
+        for row in summary(measured, PLAIN):
+            name = row["name"]
+            rows.append({"batch": batch, "experts": EXPERTS} | row)
+            rows[-1] |= {"to compiled": to_compiled[name], "first step, seconds": warm_up.get(name)}
+    columns = ["batch", "name", "seconds", "ratio", "to compiled", "first step, seconds"]
+    picture = partial(grouped_bars, rows=rows, group="batch", label="time of one plain eager step")
+    write_results("decode-fast", rows, columns, arguments, picture)
+
+
+def compiled_step(model, token: torch.Tensor, rounds: int):
+    """As `cached_step`, into static caches."""
+    ids = torch.randint(100, 40000, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
+    batch, length = len(token), CONTEXT + rounds + 8  # warm-up too
+    if isinstance(model, PCMEnsembleForCausalLM):
+        cache = PCMEnsembleCache(model.config, "static", length)
+        model(ids.expand(batch, -1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        call = model.get_compiled_call(COMPILED)
+        return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = StaticCache(model.config, max_cache_len=length)
+    model(ids.expand(batch, -1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    let_sizes_vary(cache)
+    mask = torch.ones(batch, length, dtype=torch.long)
+
+    def step():
+        positions = cache.get_seq_length().expand(batch, 1).clone()
+        inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        return compiled_call(model, COMPILED)(input_ids=token, logits_to_keep=1, **inputs)
+
+    return step

@@ -1,0 +1,170 @@
+"""
+Requests under different preferences that join and leave a running batch, against one batch at a time.
+
+    python examples/continuous_batching.py
+    python examples/continuous_batching.py --requests 64 --rate 2 --rows 16
+
+A small scheduler over rows of one cache (`modeling_pcm_ensemble.joining`). It is not transformers' own continuous
+batching, whose paged cache gives each request the blocks of one model: here a request is a row of the PCM's cache and
+one of a backbone's for each active expert.
+"""
+
+import argparse
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, quantiles
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble.joining import join_caches
+
+EXAMPLES = Path(__file__).parent
+
+
+@dataclass
+class Request:
+    """What a user asks, and what has become of it. Times are seconds from the start."""
+
+    input_ids: list[int]
+    preference: dict[str, float]
+    max_new_tokens: int
+    arrival: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    first_token: float | None = None
+    finished: float | None = None
+
+
+class Scheduler:
+    r"""
+    Runs requests as rows of one batch, one token of each at a step.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): the ensemble.
+        max_rows (`int`): most requests that run at once.
+        joins (`bool`): whether requests join a running batch; else they wait until it has ended.
+    """
+
+    def __init__(self, model: PCMEnsembleForCausalLM, max_rows: int, joins: bool = True):
+        self.model, self.max_rows, self.joins = model, max_rows, joins
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.cache: PCMEnsembleCache | None = None
+        self.ends = set(torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist())
+
+    @torch.no_grad()
+    def step(self) -> list[Request]:
+        """Give every running request its next token, let waiting ones in, and return those that have ended by it."""
+        ended = []
+        if self.running:
+            tokens = torch.tensor([[request.tokens[-1]] for request in self.running], device=self.model.device)
+            self._take(self.running, self.model(tokens, past_key_values=self.cache, logits_to_keep=1).logits)
+            ended += self._leave()
+        room = self.max_rows - len(self.running) if self.joins or not self.running else 0
+        new, self.waiting = self.waiting[:room], self.waiting[room:]
+        if new:
+            cache = PCMEnsembleCache(self.model.config)
+            preferences = [request.preference for request in new]
+            inputs = self._padded(new)
+            logits = self.model(**inputs, past_key_values=cache, preference=preferences, logits_to_keep=1).logits
+            self._take(new, logits)
+            self.cache = join_caches([self.cache, cache] if self.running else [cache])
+            self.running += new
+            ended += self._leave()
+        return ended
+
+    def _padded(self, requests: list[Request]) -> dict[str, torch.Tensor]:
+        rows = {"input_ids": [request.input_ids for request in requests]}
+        return self.model.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.model.device)
+
+    def _take(self, requests: list[Request], logits: torch.Tensor):
+        for request, token in zip(requests, logits[:, -1].argmax(dim=-1).tolist()):
+            request.tokens.append(token)
+
+    def _leave(self) -> list[Request]:
+        is_over = [len(r.tokens) == r.max_new_tokens or r.tokens[-1] in self.ends for r in self.running]
+        kept = [row for row, over in enumerate(is_over) if not over]
+        if kept and len(kept) < len(self.running):
+            self.cache.batch_select_indices(torch.tensor(kept, device=self.model.device))
+        ended = [request for request, over in zip(self.running, is_over) if over]
+        self.running = [self.running[row] for row in kept]
+        return ended
+
+
+def serve(scheduler: Scheduler, requests: list[Request], title: str) -> float:
+    """Let requests arrive at their times; gives the seconds until the last has ended."""
+    coming, start = sorted(requests, key=lambda request: request.arrival), time.perf_counter()
+    with tqdm(total=len(requests), desc=title) as bar:
+        while coming or scheduler.waiting or scheduler.running:
+            now = time.perf_counter() - start
+            while coming and coming[0].arrival <= now:
+                scheduler.waiting.append(coming.pop(0))
+            if not scheduler.waiting and not scheduler.running:
+                time.sleep(coming[0].arrival - now)
+                continue
+            ended = scheduler.step()
+            now = time.perf_counter() - start
+            for request in [*scheduler.running, *ended]:
+                request.first_token = now if request.first_token is None else request.first_token
+            for request in ended:
+                request.finished = now
+            bar.update(len(ended))
+    return now
+
+
+def make_requests(model: PCMEnsembleForCausalLM, arguments) -> list[Request]:
+    """Prompts and preferences by turns, lengths and arrivals by chance."""
+    chance = random.Random(arguments.seed)
+    prompts = json.loads((EXAMPLES / "data/evaluation_only/koala_eval_50.json").read_text())
+    names = model.config.expert_names
+    requests, arrival = [], 0.0
+    for number in range(arguments.requests):
+        arrival += chance.expovariate(arguments.rate)
+        chat = [{"role": "user", "content": prompts[number % len(prompts)]["prompt"]}]
+        ids = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        preference = {name: chance.choice([0.5, 1.0, 2.0]) for name in chance.sample(names, 3)}
+        requests.append(Request(ids, preference, chance.randint(8, arguments.tokens), arrival))
+    return requests
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--rate", type=float, default=1.5, help="requests a second, on average")
+    parser.add_argument("--rows", type=int, default=16, help="most requests that run at once")
+    parser.add_argument("--tokens", type=int, default=64, help="most new tokens of a request; the fewest are 8")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="a JSON file for the figures")
+    arguments = parser.parse_args()
+    model = demo.trained_ensemble(EXAMPLES / "artifacts", dtype=demo.fast_dtype())
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)  # a first pass reads the weights
+    rows = []
+    for title, joins in (("one batch at a time", False), ("requests join and leave", True)):
+        requests = make_requests(model, arguments)
+        seconds = serve(Scheduler(model, arguments.rows, joins), requests, title)
+        latency = [request.finished - request.arrival for request in requests]
+        rows.append(
+            {
+                "name": title,
+                "tokens a second": sum(len(request.tokens) for request in requests) / seconds,
+                "first token, seconds": mean(request.first_token - request.arrival for request in requests),
+                "whole answer, seconds": mean(latency),
+                "slowest tenth, seconds": quantiles(latency, n=10)[-1],
+            }
+        )
+    table = Table(*rows[0], title=f"{arguments.requests} requests, {arguments.rate} a second")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:.2f}" for value in row.values()))
+    Console().print(table)
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps({"settings": vars(arguments), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Requests that come while others run: the rows of several caches in one."""
+
+import torch
+from torch.nn.functional import pad
+
+from .cache import PCMEnsembleCache
+from .preferences import Route
+from .prefixes import CachePart, copies_rows
+
+
+def join_caches(caches: list[PCMEnsembleCache]) -> PCMEnsembleCache:
+    r"""
+    Put the rows of caches, which may differ in preference and length, into one, cache by cache. Columns that no row
+    needs are left out, so that `join_caches([cache])` makes a cache smaller whose longest rows have gone.
+
+    Args:
+        caches (`list[PCMEnsembleCache]`): dynamic ones of one ensemble, each with a route. They stay as they are.
+
+    Returns:
+        [`PCMEnsembleCache`], whose rows are padded on the left. It knows what is masked: go on without an
+        `attention_mask`.
+
+    Raises:
+        ValueError: if caches are static, quantised, offloaded, of sliding windows, or keep states.
+    """
+    for cache in caches:
+        if not all(copies_rows(part.cache) and not any(part.cache.is_sliding) for part in cache.parts.values()):
+            raise ValueError(
+                "`join_caches` takes dynamic caches of full attention: others have no room for padding, or none that "
+                "they could leave out."
+            )
+    joined = PCMEnsembleCache(caches[0].config)
+    joined.route = _join_routes([cache.route for cache in caches])
+    for name in dict.fromkeys(name for cache in caches for name in cache.parts):
+        order = _order([cache.route for cache in caches], name)
+        _fill(joined.part(name), [cache.parts[name] for cache in caches if name in cache.parts], order)
+    # A row's prefix and context are told apart by nothing but lengths, of which the context's must be one for all.
+    longest = min(part.length for part in joined.parts.values())
+    for part in joined.parts.values():
+        part.prefix_length = part.length - longest
+    return joined
+
+
+def _join_routes(routes: list[Route]) -> Route:
+    prefixes = [r.weights.new_zeros(r.batch_size, 0).long() if r.prefix_ids is None else r.prefix_ids for r in routes]
+    width = max(ids.shape[1] for ids in prefixes)
+    prefix_ids = torch.cat([pad(ids, (width - ids.shape[1], 0), value=-1) for ids in prefixes]) if width else None
+    weights = torch.cat([route.weights for route in routes])
+    return Route(weights, routes[0].backbone_of, prefix_ids, routes[0].merges_adapters)
+
+
+def _order(routes: list[Route], name: str) -> list[int]:
+    """Where each pair of the joined part stands among the parts' pairs, one part after the other."""
+    pairs, offset = [], 0  # (expert, row of the joined batch)
+    for route in routes:
+        rows = range(route.batch_size)
+        if name == "pcm":
+            pairs += [(0, offset + row) for row in rows]
+        else:
+            for entry in route.expert_rows.get(int(name.rpartition(".")[2]), []):
+                mine = rows if entry.rows is None else entry.rows.tolist()
+                pairs += [(entry.expert, offset + row) for row in mine]
+        offset += route.batch_size
+    return sorted(range(len(pairs)), key=pairs.__getitem__)
+
+
+def _fill(joined: CachePart, parts: list[CachePart], order: list[int]):
+    masks = [
+        part.past_mask(None, part.cache.layers[0].keys.shape[0], part.cache.layers[0].keys.device) for part in parts
+    ]
+    width = max(mask.shape[1] - int(mask.argmax(dim=1).min()) for mask in masks)
+    mask = torch.cat([_of_width(mask, width, dim=1) for mask in masks])[order]
+    for index, layer in enumerate(joined.cache.layers):
+        keys, values = (
+            torch.cat([_of_width(getattr(part.cache.layers[index], name), width, dim=2) for part in parts])[order]
+            for name in ("keys", "values")
+        )
+        layer.update(keys, values)
+    joined.length, joined.attention_mask = width, None if mask.all() else mask
+
+
+def _of_width(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """The last `width` columns, with zeros on the left where there are not as many."""
+    missing = max(width - tensor.shape[dim], 0)
+    tensor = tensor.narrow(dim, max(tensor.shape[dim] - width, 0), width - missing)
+    return pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (missing, 0))
+
+
+__all__ = ["join_caches"]

@@ -1,0 +1,109 @@
+"""Rows of several caches in one: every request reads what it would read alone, whoever comes and goes."""
+
+import pytest
+import torch
+from conftest import left_pad, make_ensemble, tiny_gpt2, tiny_llama, tiny_mistral
+from test_lora import lora_ensemble, peft_adapter
+from torch.testing import assert_close
+
+from modeling_pcm_ensemble import PCMEnsembleCache
+from modeling_pcm_ensemble.joining import join_caches
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
+REQUESTS = [
+    ([21, 22, 23, 24, 25], [1.0, 0.5, 0.0]),
+    ([31, 32], [0.0, 0.0, 1.0]),
+    ([41, 42, 43, 44, 45, 46, 47], [0.0, 2.0, 0.3]),
+    ([51, 52, 53], [1.0, 1.0, 1.0]),
+]
+TOKENS = [61, 62, 63, 64, 65, 66]  # what every row goes on with
+
+
+@pytest.fixture(params=["prompts", "adapters", "merged adapters"])
+def model(request, tmp_path):
+    if request.param == "prompts":
+        experts = [(0, [5, 6, 7], [11, 12]), (0, [], [13]), (1, [8], [14, 15, 16])]
+        return make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts)
+    backbone = tiny_llama(1)
+    adapters = {name: peft_adapter(tmp_path / name, backbone, seed) for seed, name in enumerate("abc")}
+    model = lora_ensemble(backbone, adapters)
+    model.config.merge = "adapters" if "merged" in request.param else "probabilities"
+    return model
+
+
+def alone(model, index: int, tokens: int) -> torch.Tensor:
+    """Log-probabilities after the request's prompt and each of its first tokens, without a cache."""
+    prompt, weights = REQUESTS[index]
+    ids = torch.tensor([prompt + TOKENS[:tokens]])
+    return model(ids, preference=torch.tensor([weights])).logits[0, len(prompt) - 1 :]
+
+
+def read(model, *indexes: int) -> PCMEnsembleCache:
+    cache = PCMEnsembleCache(model.config)
+    weights = torch.tensor([REQUESTS[index][1] for index in indexes])
+    model(**left_pad([REQUESTS[index][0] for index in indexes]), past_key_values=cache, preference=weights)
+    return cache
+
+
+@torch.no_grad()
+def test_requests_that_join_and_leave_read_what_they_would_alone(model):
+    running, done = [0, 1], [0, 0]  # requests, and how many tokens each has read
+    cache = read(model, 0, 1)
+
+    def step():
+        tokens = torch.tensor([[TOKENS[number]] for number in done])
+        found = model(tokens, past_key_values=cache).logits[:, -1]
+        for row, index in enumerate(running):
+            done[row] += 1
+            assert_close(found[row], alone(model, index, done[row])[-1], atol=1e-4, rtol=1e-4)
+
+    step()
+    cache = join_caches([cache, read(model, 2)])
+    running, done = [0, 1, 2], [*done, 0]
+    step()
+    cache.batch_select_indices(torch.tensor([1, 2]))
+    running, done = [1, 2], done[1:]
+    step()
+    cache = join_caches([cache, read(model, 3)])
+    running, done = [1, 2, 3], [*done, 0]
+    step()
+    step()
+
+
+@torch.no_grad()
+def test_columns_that_no_row_needs_are_left_out(model):
+    cache = join_caches([read(model, 1), read(model, 2)])
+    assert cache.get_seq_length() >= 7
+    cache.batch_select_indices(torch.tensor([0]))
+    trimmed = join_caches([cache])
+    for name, part in trimmed.parts.items():
+        assert part.cache.layers[0].keys.shape[2] == part.length < cache.parts[name].length
+        assert part.attention_mask is None
+    found = model(torch.tensor([TOKENS[:1]]), past_key_values=trimmed).logits[0, -1]
+    assert_close(found, alone(model, 1, 1)[-1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_each_request_keeps_its_description():
+    model = make_ensemble([tiny_llama(1)], [(0, [], [11, 12]), (0, [5], [13])])
+    texts = [torch.tensor([71, 72, 73]), torch.tensor([74])]
+    caches = [PCMEnsembleCache(model.config) for _ in texts]
+    for text, cache in zip(texts, caches):
+        model(torch.tensor([[21, 22]]), past_key_values=cache, preference_ids=text)
+    found = model(torch.tensor([[23], [23]]), past_key_values=join_caches(caches)).logits[:, -1]
+    for row, text in enumerate(texts):
+        expected = model(torch.tensor([[21, 22, 23]]), preference_ids=text).logits[0, -1]
+        assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_caches_without_room_for_padding_are_refused():
+    sliding = make_ensemble([tiny_mistral(1)], [(0, [], [11])])
+    full = make_ensemble([tiny_llama(1)], [(0, [], [11])])
+    static = PCMEnsembleCache(full.config, "static", 8)
+    full(torch.tensor([[21, 22]]), past_key_values=static)
+    cache = PCMEnsembleCache(sliding.config)
+    sliding(torch.tensor([[21, 22]]), past_key_values=cache)
+    for refused in (static, cache):
+        with pytest.raises(ValueError, match="dynamic caches of full attention"):
+            join_caches([refused])
