@@ -1,11 +1,13 @@
-"""Greedy answers with drafts: by prompt lookup, by the experts' own base model; beside one plain model."""
+"""Greedy answers with drafts: by prompt lookup, the experts' base model, the PCM's body; beside one plain model."""
 
+import copy
 import itertools
 import json
 from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_pcm_ensemble import demo
 
@@ -13,7 +15,7 @@ from .common import DTYPE, grouped_bars, interleaved, load_backbone, summary, wr
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PREFERENCE = ["elementary", "concise", "friendly"]
-PLAIN, LOOKUP, BASE = "no drafts", "prompt lookup", "base model"
+PLAIN, LOOKUP, BASE, PCM = "no drafts", "prompt lookup", "base model", "PCM through the LM head"
 
 
 def add_arguments(parser):
@@ -36,16 +38,19 @@ def run(arguments):
     ]
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     passes, base = CountedPasses(model), model.backbones[0]  # its adapters are off when it is called on its own
+    drafters = {BASE: base, PCM: pcm_drafter(model)}
 
     def answer(name: str, number: int = 0):
-        base.generation_config.num_assistant_tokens = number or None
-        drafts = {LOOKUP: {"prompt_lookup_num_tokens": number}, BASE: {"assistant_model": base}}.get(name, {})
+        drafts = {"prompt_lookup_num_tokens": number} if name == LOOKUP else {}
+        if name in drafters:
+            drafters[name].generation_config.num_assistant_tokens = number
+            drafts = {"assistant_model": drafters[name]}
         passes.number = 0
         model.generate(**next(turns), preference=PREFERENCE, **options, **drafts)
         passes.of_answers.setdefault(f"{name}, {number}" if number else name, []).append(passes.number)
 
     steps = {"one plain model": lambda: backbone.generate(**next(turns), **options), PLAIN: lambda: answer(PLAIN)}
-    for name, number in itertools.product((LOOKUP, BASE), arguments.drafted):
+    for name, number in itertools.product((LOOKUP, BASE, PCM), arguments.drafted):
         steps[f"{name}, {number}"] = partial(answer, name, number)
     turns = itertools.cycle(context for context in contexts for _ in steps)
     rows = summary(interleaved(steps, len(contexts), warm_up=0, title="drafts"), PLAIN)
@@ -54,6 +59,14 @@ def run(arguments):
         row |= {"batch": 1, "tokens a pass": numbers and arguments.tokens * len(numbers) / sum(numbers)}
     columns = ["name", "seconds", "ratio", "tokens a pass"]
     write_results("drafts", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "batch", "time without drafts"))  # fmt: skip  # noqa: E501
+
+
+def pcm_drafter(model) -> PreTrainedModel:
+    """The PCM's body as a language model of its own, by the LM head of the backbone that it was made from."""
+    drafter = AutoModelForCausalLM.from_config(model.config.pcm, dtype=DTYPE).eval()
+    drafter.model, drafter.lm_head = model.pcm.body, model.backbones[0].lm_head
+    drafter.generation_config = copy.deepcopy(model.backbones[0].generation_config)
+    return drafter
 
 
 class CountedPasses:

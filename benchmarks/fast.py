@@ -48,14 +48,28 @@ def run(arguments):
             warm_up[f"{name}, compiled"] = time.perf_counter() - start
             steps[f"{name}, compiled"] = step
         measured = interleaved(steps, arguments.rounds, title=f"batch {batch}")
+        firsts = {PLAIN: first_token(backbone, batch)}
+        for name, model in compiled.items():
+            firsts[f"{name}, eager"] = first_token(model, batch)
+            firsts[f"{name}, compiled"] = first_token(model, batch, is_static=True)
+        first = {row["name"]: row["seconds"] for row in summary(interleaved(firsts, 5, 1, "first token"), PLAIN)}
         to_compiled = {row["name"]: row["ratio"] for row in summary(measured, f"{PLAIN}, compiled")}
         for row in summary(measured, PLAIN):
             name = row["name"]
             rows.append({"batch": batch, "experts": EXPERTS} | row)
-            rows[-1] |= {"to compiled": to_compiled[name], "first step, seconds": warm_up.get(name)}
-    columns = ["batch", "name", "seconds", "ratio", "to compiled", "first step, seconds"]
+            rows[-1] |= {"to compiled": to_compiled[name], "first token": first[name], "warm-up": warm_up.get(name)}
+    columns = ["batch", "name", "seconds", "ratio", "to compiled", "first token", "warm-up"]
     picture = partial(grouped_bars, rows=rows, group="batch", label="time of one plain eager step")
     write_results("decode-fast", rows, columns, arguments, picture)
+
+
+def first_token(model, batch: int, is_static: bool = False):
+    """From the call of `generate` to one token. The prefill is not compiled; a static cache is filled by it."""
+    ids = torch.randint(100, 40000, (batch, CONTEXT), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    if is_static:
+        options |= {"cache_implementation": "static", "compile_config": COMPILED, "max_cache_len": 2 * CONTEXT}
+    return lambda: model.generate(ids, **options)
 
 
 def compiled_step(model, token: torch.Tensor, rounds: int):

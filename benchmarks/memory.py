@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import torch
+from transformers import CompileConfig
 
 from .common import load_backbone, lora_ensemble, prompted_ensemble, write_results
 
@@ -16,6 +17,8 @@ VARIANTS = {  # name: (kind, experts)
     "three prompted experts and the PCM": ("prompted", 3),
     "three LoRA experts and the PCM": ("lora", 3),
     "six LoRA experts and the PCM": ("lora", 6),
+    "one plain model, compiled": ("plain", 1),
+    "three LoRA experts and the PCM, compiled": ("lora", 3),
 }
 
 
@@ -54,6 +57,10 @@ def measure(arguments) -> dict:
             expected += sum(p.nbytes for p in model.pcm.parameters())
             expected += sum(p.nbytes for p in model.backbones.adapters.parameters())
         ids = torch.randint(100, 40000, (BATCH, 32))
-        model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+        options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+        if arguments.variant.endswith("compiled"):
+            options |= {"cache_implementation": "static", "compile_config": CompileConfig(mode="default")}
+            options["compile_config"]._compile_all_devices = True
+        model.generate(ids, **options)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"peak_mb": peak, "weights_mb": weights / 2**20, "expected_weights_mb": expected / 2**20}
