@@ -12,7 +12,7 @@ from modeling_pcm_ensemble import demo
 from .common import write_results
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PREFERENCES = (["elementary", "concise", "friendly"], ["knowledgeable", "informative"], ["creative"])
+PREFERENCES = (["elementary", "concise", "friendly"], ["knowledgeable", "informative"], ["friendly"])
 FAST = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=True, mode="default")}
 
 

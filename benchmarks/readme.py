@@ -41,6 +41,44 @@ def decode_table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fast_table(results: dict) -> str:
+    """Steps as multiples of an eager and of a compiled plain one; the first token in milliseconds."""
+    rows = results["rows"]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    found = {(row["name"], row["batch"]): row for row in rows}
+    first = f"first token, ms, batch {' / '.join(map(str, batches))}"
+    lines = ["| | " + " | ".join([*(f"batch {batch}" for batch in batches), first]) + " |"]
+    lines.append("|---" * (len(batches) + 2) + "|")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [found[name, batch] for batch in batches]
+        cells = [f"{row['ratio']:.2f} / {row['to compiled']:.2f}" for row in mine]
+        cells.append(" / ".join(f"{1000 * row['first token']:.0f}" for row in mine))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def greedy_table(results: dict) -> str:
+    lines = ["| | answers | the same | largest margin where not, nats | time of compiled to eager |", "|---" * 5 + "|"]
+    for row in results["rows"]:
+        margin, ratio = row["largest margin of another choice"], row["compiled to eager"]
+        lines.append(f"| {row['dtype']} | {row['answers']} | {row['equal']} | {margin:.3f} | {ratio:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def continuous_table(results: dict) -> str:
+    names = [name for name in results["rows"][0] if name != "name"]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in results["rows"]:
+        lines.append(f"| {row['name']} | " + " | ".join(f"{row[name]:.1f}" for name in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def memory_table(results: dict) -> str:
+    rows = results["rows"][1:]
+    lines = ["| | MB |", "|---|---|"]
+    return "\n".join(lines + [f"| {row['name']} | {row['over_empty_mb']:.0f} |" for row in rows]) + "\n"
+
+
 def scaling_table(results: dict) -> str:
     """The part with one request and the shortest context."""
     rows = results["rows"]
@@ -114,6 +152,10 @@ def _rate(win_rate: list[float]) -> str:
 
 TABLES = {  # by marker: the results, and the table of them
     "decode": ("benchmarks/results/decode.json", decode_table),
+    "decode-fast": ("benchmarks/results/decode-fast.json", fast_table),
+    "greedy": ("benchmarks/results/greedy.json", greedy_table),
+    "continuous": ("benchmarks/results/continuous.json", continuous_table),
+    "memory": ("benchmarks/results/memory.json", memory_table),
     "decode-llama-16x1280": ("benchmarks/results/decode-llama-16x1280.json", decode_table),
     "scaling": ("benchmarks/results/scaling.json", scaling_table),
     "serve": ("benchmarks/results/serve.json", serve_table),

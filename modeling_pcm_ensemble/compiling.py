@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.logging import tqdm
 
 from .attention import grouped_attention
+from .weights import WeightSnapshot
 
 logger = logging.get_logger(__name__)
 
@@ -49,19 +50,22 @@ class CompiledCall:
 
     def __init__(self, model: PreTrainedModel, config: CompileConfig):
         self.model, self.config = model, config
-        options = config.to_dict() | {"fullgraph": True}  # what does not compile must not have run in part
+        self.settings = _inductor_settings(model, config)
+        options = config.to_dict()
+        if self.settings:
+            options["fullgraph"] = True  # what does not compile must not have run in part
         if options["dynamic"] is None:
             options["dynamic"] = True  # routes change the number of rows from call to call
-        options |= {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}  # submodels share code, not limits
+        options |= {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
 
         def step(**inputs) -> ModelOutput:  # of which the model's own hooks are a part, as they are not of `__call__`
             return model(**inputs)
 
+        step.__code__ = step.__code__.replace()  # its own, so that what is compiled of it can be forgotten alone
+        self.code = step.__code__
         self.call = torch.compile(step, **options)
-        self.settings = _inductor_settings(model, config)
-        self.weights = list(_weights(model)) if self.settings else []
-        self.states = self._states()
-        self.is_ready = {True: False, False: False}  # by whether it is for one row, which has code of its own
+        self.weights = WeightSnapshot(model) if self.settings else None
+        self.has_run = {True: False, False: False}  # by whether it is for one row, which has code of its own
 
     def __call__(self, input_ids: torch.LongTensor, **kwargs) -> ModelOutput:
         single = len(input_ids) == 1
@@ -72,30 +76,23 @@ class CompiledCall:
             torch._dynamo.config.patch(specialize_float=True),
             grouped_attention(self.model),
         ):
-            if self.is_ready[single]:
-                return self.call(input_ids=input_ids, **kwargs)
             try:
-                output = self._compile(input_ids=input_ids, **kwargs)
-            except Exception as error:  # whatever the compiler meets in a stranger's model
+                output = self._run(single, input_ids=input_ids, **kwargs)
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 name = type(self.model).__name__
                 logger.warning(f"{name} does not compile; its steps run uncompiled. {type(error).__name__}: {error}")
-                self.call, self.is_ready = self.model, {True: True, False: True}
-                return self.call(input_ids=input_ids, **kwargs)
-        self.is_ready[single] = True
+                self.call = self.model
+                output = self.call(input_ids=input_ids, **kwargs)
+        self.has_run[single] = True
         return output
 
-    def _compile(self, input_ids: torch.LongTensor, **kwargs) -> ModelOutput:
-        rows = "one row" if len(input_ids) == 1 else "any number of rows"
+    def _run(self, single: bool, **inputs) -> ModelOutput:
+        if self.has_run[single] or self.call is self.model:
+            return self.call(**inputs)
+        rows = "one row" if single else "any number of rows"
         title = f"Compiling the step of {type(self.model).__name__} for {rows}"
         with tqdm(total=1, desc=title, bar_format="{desc}: {elapsed}"):
-            return self.call(input_ids=input_ids, **kwargs)
-
-    def is_current(self) -> bool:
-        """Whether the weights that are compiled in are as they were."""
-        return self.states == self._states()
-
-    def _states(self) -> list[tuple[int, int]]:
-        return [(weight._version, weight.data_ptr()) for weight in self.weights]
+            return self.call(**inputs)
 
     def __reduce__(self):
         return type(None), ()
@@ -108,25 +105,28 @@ def _inductor_settings(model: PreTrainedModel, config: CompileConfig) -> dict:
     return {"freezing": True, "cpp.enable_concat_linear": True}
 
 
-def _weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    """What is compiled in: the model's weights and those of adapters that are hooked to it."""
-    yield from model.parameters()
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            yield from getattr(getattr(hook, "__self__", None), "weights", ())
-
-
 def compiled_call(model: PreTrainedModel, config: CompileConfig) -> Callable:
     """As transformers' `get_compiled_call`, which bodies without an LM head have not got."""
     known = getattr(model, "_compiled_step", None)
-    if known is None or known.config != config or not known.is_current():
+    if known is None or known.config != config:
+        forget_compiled(model)
         known = model._compiled_step = CompiledCall(model, config)
     return known
 
 
 def forget_compiled(model: PreTrainedModel):
-    """Compile anew at the next step; the compiler does not notice when hooks come and go."""
+    """Compile anew at the next step: the compiler notices neither hooks nor compiled-in weights that change."""
+    known = getattr(model, "_compiled_step", None)
+    if known is not None:
+        torch._dynamo.reset_code(known.code)  # which would keep the packed weights
     model._compiled_step = None
+
+
+def forget_if_changed(model: PreTrainedModel):
+    """Compile anew where weights that are compiled in have changed."""
+    known = getattr(model, "_compiled_step", None)
+    if known is not None and known.weights is not None and not known.weights.is_of(model):
+        forget_compiled(model)
 
 
 def let_sizes_vary(cache: Cache):
@@ -141,4 +141,12 @@ def let_sizes_vary(cache: Cache):
             torch._dynamo.mark_static(tensor, [1, 3])  # heads, which may be as many as rows by chance
 
 
-__all__ = ["compile_config", "compiled_call", "compiled_steps", "forget_compiled", "let_sizes_vary", "turn"]
+__all__ = [
+    "compile_config",
+    "compiled_call",
+    "compiled_steps",
+    "forget_compiled",
+    "forget_if_changed",
+    "let_sizes_vary",
+    "turn",
+]

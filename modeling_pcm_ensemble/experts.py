@@ -22,6 +22,7 @@ from .prefixes import (
     run_submodel,
     submodel_inputs,
 )
+from .prompts import KeptPrompts
 
 
 def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) -> torch.Tensor:
@@ -64,6 +65,7 @@ class ExpertBackbones(PreTrainedModel):
             adapters = {e["name"]: e["adapter"] for e in config.experts if e["backbone"] == index and e["adapter"]}
             if adapters:
                 self.adapters[str(index)] = LoraBank(self[index], adapters)
+        self.kept_prompts: dict[int, KeptPrompts] = {}  # by backbone
         self.post_init()
         self.train(False)
 
@@ -184,14 +186,22 @@ class ExpertBackbones(PreTrainedModel):
         return logits[..., : self.config.vocab_size]
 
     def _encode_prompts_once(self, backbone: int, expert_rows: list[ExpertRows], prompts, part: CachePart):
-        groups = _entries(expert_rows)
-        selection = None
-        if str(backbone) in self.adapters:
-            names = [self.config.experts[entry.expert]["name"] for entry in expert_rows]
-            selection = self.adapters[str(backbone)].selection(names, [1] * len(names), prompts.device)
-        with self._selected(backbone, selection):
-            run = partial(run_rows, self[backbone], part=part)
-            encode_prefixes_once(prompts, groups.to(prompts.device), part, run)
+        """Each expert's prompt on one row, kept from an earlier call or read now."""
+
+        def read(experts: list[int], inputs: SubmodelInputs, part: CachePart):
+            selection = None
+            if str(backbone) in self.adapters:
+                names = [self.config.experts[expert]["name"] for expert in experts]
+                selection = self.adapters[str(backbone)].selection(names, [1] * len(names), prompts.device)
+            with self._selected(backbone, selection):
+                run_rows(self[backbone], inputs, part)
+
+        numbers, experts = [entry.num_rows for entry in expert_rows], [entry.expert for entry in expert_rows]
+        texts = {expert: self.config.experts[expert]["prompt_ids"] for expert in experts}
+        kept = self.kept_prompts.setdefault(backbone, KeptPrompts())
+        if not kept.fill(part, texts, numbers, self[backbone], read, prompts.device):
+            groups = _entries(expert_rows).to(prompts.device)
+            encode_prefixes_once(prompts, groups, part, partial(read, experts, part=part))
 
     def _selection(self, backbone: int, expert_rows, part: CachePart, inputs: SubmodelInputs, expert_weights):
         """The adapters of a call's rows; those of a cached part are worked out once."""

@@ -9,7 +9,7 @@ from transformers import CompileConfig, GenerationMixin, UnbatchedClassifierFree
 
 from .cache import PCMEnsembleCache
 from .checks import check_cache, check_length, check_no_sliding_windows
-from .compiling import compiled_steps
+from .compiling import compiled_steps, forget_if_changed
 
 
 class PCMEnsembleGenerationMixin(GenerationMixin):
@@ -102,6 +102,8 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """The ensemble's call, with the steps of the PCM and of each backbone compiled; what joins them is not."""
+        for model in (self.pcm.body, *self.backbones):
+            forget_if_changed(model)
 
         def call(*args, **kwargs):
             with compiled_steps(compile_config):

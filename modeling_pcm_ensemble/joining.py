@@ -2,10 +2,12 @@
 
 import torch
 from torch.nn.functional import pad
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
-from .cache import PCMEnsembleCache
+from .cache import GrowingLayer, PCMEnsembleCache
 from .preferences import Route
-from .prefixes import CachePart, copies_rows
+from .prefixes import CachePart
 
 
 def join_caches(caches: list[PCMEnsembleCache]) -> PCMEnsembleCache:
@@ -21,10 +23,13 @@ def join_caches(caches: list[PCMEnsembleCache]) -> PCMEnsembleCache:
         `attention_mask`.
 
     Raises:
-        ValueError: if caches are static, quantised, offloaded, of sliding windows, or keep states.
+        ValueError: if there are none, one is empty or of another ensemble than the first, or caches are static,
+            quantised, offloaded, of sliding windows, or keep states.
     """
+    if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
+        raise ValueError("`join_caches` takes one or more caches that one ensemble has filled.")
     for cache in caches:
-        if not all(copies_rows(part.cache) and not any(part.cache.is_sliding) for part in cache.parts.values()):
+        if not all(_takes_padding(part.cache) for part in cache.parts.values()):
             raise ValueError(
                 "`join_caches` takes dynamic caches of full attention: others have no room for padding, or none that "
                 "they could leave out."
@@ -77,6 +82,10 @@ def _fill(joined: CachePart, parts: list[CachePart], order: list[int]):
         )
         layer.update(keys, values)
     joined.length, joined.attention_mask = width, None if mask.all() else mask
+
+
+def _takes_padding(cache: Cache) -> bool:
+    return not cache.offloading and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
 
 
 def _of_width(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:

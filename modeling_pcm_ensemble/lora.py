@@ -137,7 +137,7 @@ class LoraLayer(nn.Module):
         self.group = (group,)  # in a tuple, so that it is not a submodule of its own child
 
     @property
-    def weights(self) -> tuple[nn.Parameter, nn.Parameter]:
+    def adapter_weights(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.group[0].lora_A, self.lora_B
 
     def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .building import all_end_tokens, build_expert, build_parts
 from .cache import PCMEnsembleCache
 from .checks import cached_length, check_inputs, check_length, check_mask
+from .compiling import forget_compiled
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
 from .generation import PCMEnsembleGenerationMixin
@@ -209,6 +210,15 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             raise ValueError(f"Expert {name!r} has no adapter to export.")
         base_model = self.config.backbones[expert["backbone"]].name_or_path
         write_adapter(folder, expert["adapter"], self.backbones.bank_of(name).tensors(name), base_model)
+
+    def forget_weights(self):
+        """
+        Forget what was computed from the weights: compiled steps, and prompts that are kept. Only needed after weights
+        were written through `.data`, which leaves no trace; other changes are noticed.
+        """
+        self.backbones.kept_prompts.clear()
+        for part in (self.pcm.body, *self.backbones):
+            forget_compiled(part)
 
     # Forward
 

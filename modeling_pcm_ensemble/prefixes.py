@@ -265,7 +265,7 @@ def encode_prefixes_once(
     length = prefix_ids.shape[1] - 1
     if (len(numbers) - len(firsts)) * length < max(MIN_TOKENS_SAVED, 1):
         return
-    if not copies_rows(part.cache) or any(part.cache.is_sliding):
+    if not _copies_rows(part.cache) or any(part.cache.is_sliding):
         return
     distinct = prefix_ids[firsts, :length]
     mask = (distinct >= 0).long()
@@ -287,7 +287,7 @@ def repeated_rows(part: CachePart, *inputs: torch.Tensor | None) -> tuple[torch.
         The first of each set of equal rows, `(distinct,)`, and each row's set, `(rows,)`.
     """
     rows, tokens = inputs[-1].shape
-    if part.length > 0 or (rows - 1) * tokens < MIN_TOKENS_SAVED or not copies_rows(part.cache):
+    if part.length > 0 or (rows - 1) * tokens < MIN_TOKENS_SAVED or not _copies_rows(part.cache):
         return None
     values = torch.cat([value.long() for value in inputs if value is not None], dim=1)  # (rows, numbers)
     places: dict[int, int] = {}  # of distinct rows, in order of appearance
@@ -299,7 +299,7 @@ def repeated_rows(part: CachePart, *inputs: torch.Tensor | None) -> tuple[torch.
     return torch.tensor(firsts, device=values.device), torch.tensor(groups, device=values.device)
 
 
-def copies_rows(cache: Cache | None) -> bool:
+def _copies_rows(cache: Cache | None) -> bool:
     return (
         type(cache) is DynamicCache
         and not cache.offloading

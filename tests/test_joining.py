@@ -107,3 +107,6 @@ def test_caches_without_room_for_padding_are_refused():
     for refused in (static, cache):
         with pytest.raises(ValueError, match="dynamic caches of full attention"):
             join_caches([refused])
+    for refused in ([], [PCMEnsembleCache(full.config)]):
+        with pytest.raises(ValueError, match="one or more caches that one ensemble has filled"):
+            join_caches(refused)

@@ -1,9 +1,11 @@
 """Static caches with torch.compile: the tokens of a dynamic cache, and nothing compiled again after a warm-up."""
 
 import copy
+import gc
 import pickle
 import signal
 import threading
+import weakref
 
 import pytest
 import torch
@@ -41,7 +43,7 @@ def warm(ensemble):
         for preference in ("a", ["a", "b", "d"]):
             greedy(ensemble, rows, preference, tokens=3, **COMPILED)
     for part in (ensemble.pcm.body, *ensemble.backbones):
-        assert part._compiled_step.is_ready == {True: True, False: True}
+        assert part._compiled_step.has_run == {True: True, False: True}
         assert part._compiled_step.call is not part
     return ensemble
 
@@ -137,6 +139,22 @@ def test_weights_that_change_in_place_are_compiled_anew(ensemble):
             tensor.mul_(5)
     stronger = greedy(model, ROWS[:1], "a", **COMPILED)
     assert stronger == greedy(model, ROWS[:1], "a") != negated
+    model.backbones[0].lm_head.weight = torch.nn.Parameter(-model.backbones[0].lm_head.weight, requires_grad=False)
+    assert greedy(model, ROWS[:1], "a", **COMPILED) == greedy(model, ROWS[:1], "a") != stronger
+    model.backbones[0].lm_head.weight.data.neg_()
+    model.forget_weights()
+    assert greedy(model, ROWS[:1], "a", **COMPILED) == stronger
+
+
+def test_code_that_is_forgotten_is_freed(ensemble):
+    """It holds packed weights."""
+    model, codes = copy.deepcopy(ensemble), []
+    for _ in range(3):
+        greedy(model, ROWS[:1], "a", tokens=2, **COMPILED)
+        codes.append(weakref.ref(model.backbones[0]._compiled_step.weights))
+        model.forget_weights()
+    gc.collect()
+    assert not any(code() for code in codes)
 
 
 def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
@@ -161,9 +179,10 @@ def test_a_killed_warm_up_leaves_nothing_broken(ensemble):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+    assert not model.pcm.body._compiled_step.has_run[False]  # it was compiling
     expected = greedy(model, ROWS[:2], ["a", "d"])
     assert greedy(model, ROWS[:2], ["a", "d"], **COMPILED) == expected
-    assert model.backbones[0]._compiled_step.is_ready[False]
+    assert model.backbones[0]._compiled_step.has_run[False]
 
 
 def test_a_context_beyond_a_static_cache_is_refused(ensemble):

@@ -1,0 +1,104 @@
+"""Long prompts are read once and kept from call to call, for every kind of cache that can hold them."""
+
+import copy
+
+import pytest
+import torch
+from conftest import left_pad, make_ensemble, tiny_gpt2, tiny_llama
+from test_lora import lora_ensemble, peft_adapter
+from torch.testing import assert_close
+
+from modeling_pcm_ensemble import PCMEnsembleCache, prompts
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
+ROWS = [[21, 22, 23, 24, 25], [31, 32], [41, 42, 43]]
+PREFERENCES = [["e0", "e1", "e2"], ["e1"], ["e0", "e3"]]
+TEXTS = ([5, 6, 7, 8, 9, 10], [11, 12, 13], [], [14, 15, 16, 17])
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", 1)
+    experts = [(0, TEXTS[0], [51]), (0, TEXTS[1], [52]), (0, TEXTS[2], [53]), (1, TEXTS[3], [54])]
+    return make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts)
+
+
+def shapes_read(model, backbone: int = 0) -> list:
+    shapes = []
+    model.backbones[backbone].register_forward_hook(
+        lambda module, args, kwargs, output: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_each_request_reads_what_it_would_read_alone(model, kind, monkeypatch):
+    for _ in range(2):  # the second time the prompts are there
+        cache = PCMEnsembleCache(model.config, kind, 8)
+        together = model(**left_pad(ROWS), preference=PREFERENCES, past_key_values=cache)
+        step = model(torch.tensor([[1]] * 3), past_key_values=cache).logits
+    monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", 10**6)
+    for i, row in enumerate(ROWS):
+        alone = model(torch.tensor([[*row, 1]]), preference=PREFERENCES[i], use_cache=False).logits[0]
+        assert_close(together.logits[i, -len(row) :], alone[:-1], atol=1e-4, rtol=0)
+        assert_close(step[i], alone[-1:], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_once_and_again_when_it_or_a_weight_has_changed(model):
+    shapes, ids = shapes_read(model), torch.tensor([ROWS[0]])
+    model(ids, preference=["e0"])
+    model(ids, preference=["e0", "e1"])
+    model(ids, preference=["e1", "e0"])
+    assert shapes == [(1, 5), (1, 6), (1, 2), (2, 6), (2, 6)]
+    model.config.experts[1]["prompt_ids"] = [77, 12, 13]
+    model(ids, preference=["e0", "e1"])
+    assert shapes[5:] == [(1, 2), (2, 6)]
+    before = model(ids, preference="e0").logits
+    model.backbones[0].model.layers[0].self_attn.k_proj.weight.neg_()
+    after = model(ids, preference="e0").logits
+    assert shapes[6:] == [(2, 6), (1, 6), (1, 5), (1, 6)]
+    assert not torch.allclose(before, after)
+    model.backbones[0].model.layers[0].self_attn.k_proj.weight.data.neg_()
+    model.forget_weights()
+    assert_close(model(ids, preference="e0").logits, before, atol=1e-5, rtol=0)
+    assert not copy.deepcopy(model).backbones.kept_prompts[0].of_experts
+
+
+@torch.no_grad()
+def test_prompts_are_read_under_their_experts_adapters(tmp_path, monkeypatch):
+    backbone = tiny_llama(1)
+    adapters = {name: peft_adapter(tmp_path / name, backbone, seed) for seed, name in enumerate("ab")}
+    model = lora_ensemble(backbone, adapters)
+    for expert in model.config.experts:
+        expert["prompt_ids"] = [5, 6, 7, 8]
+    expected = model(torch.tensor([ROWS[0]]), preference=["a", "b"]).logits
+    monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", 1)
+    for _ in range(2):
+        found = model(torch.tensor([ROWS[0]]), preference=["a", "b"]).logits
+        assert_close(found, expected, atol=1e-4, rtol=0)
+    for tensor in model.backbones.bank_of("a").tensors("a").values():
+        tensor.mul_(2)
+    found = model(torch.tensor([ROWS[0]]), preference=["a", "b"]).logits
+    monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", 10**6)
+    assert_close(found, model(torch.tensor([ROWS[0]]), preference=["a", "b"]).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_an_expert_without_a_prompt_joins_one_whose_prompt_is_kept(model, monkeypatch):
+    ids = torch.tensor([ROWS[0]])
+    model(ids, preference=["e0"])
+    found = model(ids, preference=["e0", "e2"]).logits
+    monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", 10**6)
+    assert_close(found, model(ids, preference=["e0", "e2"]).logits, atol=1e-4, rtol=0)
+
+
+def test_weights_made_in_inference_mode_are_kept_track_of(monkeypatch):
+    monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", 1)
+    with torch.inference_mode():
+        model = make_ensemble([tiny_llama(1)], [(0, [5, 6, 7], [51])])
+        first = model(torch.tensor([ROWS[0]])).logits
+        assert_close(model(torch.tensor([ROWS[0]])).logits, first, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        assert_close(model(torch.tensor([ROWS[0]])).logits, first, atol=1e-5, rtol=0)
