@@ -100,6 +100,8 @@ class CompiledCall:
 
 def _inductor_settings(model: PreTrainedModel, config: CompileConfig) -> dict:
     """On a CPU: weights compiled in, packed for its matrix products and side by side where they read the same."""
+    if getattr(model, "_weights_change", False):  # torch never frees what is compiled in
+        return {}
     if model.device.type != "cpu" or config.backend != "inductor" or not (config.options or {}).get("freezing", True):
         return {}
     return {"freezing": True, "cpp.enable_concat_linear": True}
@@ -115,18 +117,26 @@ def compiled_call(model: PreTrainedModel, config: CompileConfig) -> Callable:
 
 
 def forget_compiled(model: PreTrainedModel):
-    """Compile anew at the next step: the compiler notices neither hooks nor compiled-in weights that change."""
+    """Compile anew at the next step; the compiler does not notice when hooks come and go."""
     known = getattr(model, "_compiled_step", None)
     if known is not None:
-        torch._dynamo.reset_code(known.code)  # which would keep the packed weights
+        torch._dynamo.reset_code(known.code)
     model._compiled_step = None
 
 
+def forget_weights(model: PreTrainedModel):
+    """Compile anew where weights are compiled in, and from now on without them, since they change."""
+    known = getattr(model, "_compiled_step", None)
+    if known is not None and known.weights is not None:
+        model._weights_change = True
+        forget_compiled(model)
+
+
 def forget_if_changed(model: PreTrainedModel):
-    """Compile anew where weights that are compiled in have changed."""
+    """[`forget_weights`] where they are not as they were."""
     known = getattr(model, "_compiled_step", None)
     if known is not None and known.weights is not None and not known.weights.is_of(model):
-        forget_compiled(model)
+        forget_weights(model)
 
 
 def let_sizes_vary(cache: Cache):
@@ -147,6 +157,7 @@ __all__ = [
     "compiled_steps",
     "forget_compiled",
     "forget_if_changed",
+    "forget_weights",
     "let_sizes_vary",
     "turn",
 ]

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .building import all_end_tokens, build_expert, build_parts
 from .cache import PCMEnsembleCache
 from .checks import cached_length, check_inputs, check_length, check_mask
-from .compiling import forget_compiled
+from .compiling import forget_weights
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
 from .generation import PCMEnsembleGenerationMixin
@@ -218,7 +218,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         """
         self.backbones.kept_prompts.clear()
         for part in (self.pcm.body, *self.backbones):
-            forget_compiled(part)
+            forget_weights(part)
 
     # Forward
 
