@@ -142,6 +142,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="a JSON file for the figures")
     arguments = parser.parse_args()
+    if arguments.requests < 2 or arguments.rate <= 0 or arguments.rows < 1 or arguments.tokens < 8:
+        parser.error("needs --requests of at least 2, --rate above 0, --rows of at least 1, --tokens of at least 8")
     model = demo.trained_ensemble(EXAMPLES / "artifacts", dtype=demo.fast_dtype())
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)  # a first pass reads the weights
     rows = []

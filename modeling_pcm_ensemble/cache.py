@@ -42,6 +42,11 @@ class GrowingLayer(DynamicLayer):
         self.rooms.clear()
 
 
+def takes_padding(cache: Cache, *layer_types: type) -> bool:
+    """Whether rows may be padded behind others' backs: full attention in layers that grow, or of the types given."""
+    return not cache.offloading and all(type(x) in (DynamicLayer, GrowingLayer, *layer_types) for x in cache.layers)
+
+
 class PCMEnsembleCache(Cache):
     r"""
     Keys and values of every submodel, and the route, behind the interface of one model's cache.

@@ -69,8 +69,8 @@ class CompiledCall:
 
     def __call__(self, input_ids: torch.LongTensor, **kwargs) -> ModelOutput:
         single = len(input_ids) == 1
-        # Two private ones: weights compiled in, as torch's tutorials set it, and floats of the model that stay as they
-        # are. Without them it is slower, no more.
+        # Settings that torch has no public name for: weights compiled in (as an option of torch.compile `freezing` is
+        # read too late), and a model's floats as constants. Without them compiling and steps are slower, no more.
         with (
             torch._inductor.config.patch(self.settings),
             torch._dynamo.config.patch(specialize_float=True),

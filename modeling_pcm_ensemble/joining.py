@@ -2,10 +2,8 @@
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-from .cache import GrowingLayer, PCMEnsembleCache
+from .cache import PCMEnsembleCache, takes_padding
 from .preferences import Route
 from .prefixes import CachePart
 
@@ -20,7 +18,7 @@ def join_caches(caches: list[PCMEnsembleCache]) -> PCMEnsembleCache:
 
     Returns:
         [`PCMEnsembleCache`], whose rows are padded on the left. It knows what is masked: go on without an
-        `attention_mask`.
+        `attention_mask`. Its length counts what all parts have of prefixes as context.
 
     Raises:
         ValueError: if there are none, one is empty or of another ensemble than the first, or caches are static,
@@ -29,7 +27,7 @@ def join_caches(caches: list[PCMEnsembleCache]) -> PCMEnsembleCache:
     if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
         raise ValueError("`join_caches` takes one or more caches that one ensemble has filled.")
     for cache in caches:
-        if not all(_takes_padding(part.cache) for part in cache.parts.values()):
+        if not all(takes_padding(part.cache) for part in cache.parts.values()):
             raise ValueError(
                 "`join_caches` takes dynamic caches of full attention: others have no room for padding, or none that "
                 "they could leave out."
@@ -39,10 +37,10 @@ def join_caches(caches: list[PCMEnsembleCache]) -> PCMEnsembleCache:
     for name in dict.fromkeys(name for cache in caches for name in cache.parts):
         order = _order([cache.route for cache in caches], name)
         _fill(joined.part(name), [cache.parts[name] for cache in caches if name in cache.parts], order)
-    # A row's prefix and context are told apart by nothing but lengths, of which the context's must be one for all.
-    longest = min(part.length for part in joined.parts.values())
+    # Rows have prefixes of unlike lengths now. Contexts have one length in all parts: the shortest part's at most.
+    context_length = min(part.length for part in joined.parts.values())
     for part in joined.parts.values():
-        part.prefix_length = part.length - longest
+        part.prefix_length = part.length - context_length
     return joined
 
 
@@ -82,10 +80,6 @@ def _fill(joined: CachePart, parts: list[CachePart], order: list[int]):
         )
         layer.update(keys, values)
     joined.length, joined.attention_mask = width, None if mask.all() else mask
-
-
-def _takes_padding(cache: Cache) -> bool:
-    return not cache.offloading and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
 
 
 def _of_width(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:

@@ -138,6 +138,7 @@ class LoraLayer(nn.Module):
 
     @property
     def adapter_weights(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The group's A, `(columns, in)`, and the layer's B, `(out, columns of the layer)`."""
         return self.group[0].lora_A, self.lora_B
 
     def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:

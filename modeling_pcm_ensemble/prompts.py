@@ -6,10 +6,10 @@ from itertools import chain
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
 
-from .cache import GrowingLayer
+from .cache import takes_padding
 from .prefixes import CachePart, SubmodelInputs
 from .weights import WeightSnapshot
 
@@ -52,7 +52,9 @@ class KeptPrompts:
             `bool`: whether it has; not where prompts are short, or the cache has no place for padding between rows.
         """
         texts = {expert: ids[:-1] for expert, ids in prompts.items()}
-        if sum(map(len, texts.values())) < MIN_TOKENS_KEPT or not _takes_padding(part.cache):
+        if sum(map(len, texts.values())) < MIN_TOKENS_KEPT or part.cache is None:
+            return False
+        if not takes_padding(part.cache, StaticLayer):
             return False
         if self.weights is None or not self.weights.is_of(model):
             self.weights, self.of_experts = WeightSnapshot(model), {}
@@ -78,12 +80,6 @@ def _states_of(ids: list[int], model: PreTrainedModel, read: Callable, device: t
     part, input_ids = CachePart(DynamicCache(config=model.config)), torch.tensor([ids], device=device)
     read(SubmodelInputs(input_ids, None, torch.arange(len(ids), device=device)[None], 1), part)
     return [(layer.keys[0], layer.values[0]) for layer in part.cache.layers]
-
-
-def _takes_padding(cache: Cache | None) -> bool:
-    if cache is None or getattr(cache, "offloading", False) or any(cache.is_sliding):
-        return False
-    return all(type(layer) in (StaticLayer, DynamicLayer, GrowingLayer) for layer in cache.layers)
 
 
 def _rows(tensors: list[torch.Tensor], num_rows: list[int], width: int) -> torch.Tensor:
