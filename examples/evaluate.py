@@ -47,10 +47,13 @@ from modeling_pcm_ensemble.evaluation.report import win_rate_table
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
+TOP_K = (1, 5, 20, 100)  # tokens of each expert that are kept
+
 
 def make_baselines(model, arguments) -> list:
     """The trained PCM first, then whatever it is compared with."""
     base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
+    own_top_k = model.config.expert_top_k
     descriptions = {expert["name"]: expert["description"] for expert in model.config.experts}
     baselines = [
         Mixture("trained PCM", model, tokens),
@@ -62,14 +65,17 @@ def make_baselines(model, arguments) -> list:
         return baselines
     return [
         *baselines,
+        PlainModel("vanilla, 20 best tokens", base, tokenizer, tokens, top_k=20),
         Mixture("Personalized Soup", model, tokens, use_pcm=False, merge="adapters"),
+        Mixture("Personalized Soup, 20 best tokens", model, tokens, use_pcm=False, merge="adapters", top_k=20),
         *([] if arguments.model else [average_of_adapters(base, tokenizer, tokens)]),
         Mixture("best static weights", model, tokens, use_pcm=False, weights=best_static_weights(model, arguments)),
         Mixture("logit merging", model, tokens, use_pcm=False, merge="logits"),
         *(Mixture(f"{name} alone", model, tokens, use_pcm=False, only=name) for name in model.config.expert_names),
         Mixture("PCM without description", model, tokens, use_description=False),
         Mixture("PCM without context", model, tokens, use_context=False),
-        *(Mixture(f"PCM, experts' top {k}", model, tokens, expert_top_k=k) for k in (1, 5, 20, 100)),
+        *(Mixture(f"PCM, experts' top {k}", model, tokens, expert_top_k=k) for k in TOP_K if k != own_top_k),
+        *([Mixture("PCM, experts whole", model, tokens, expert_top_k=0)] if own_top_k else []),
     ]
 
 

@@ -162,23 +162,23 @@ class PCMEnsembleCache(Cache):
         self.parts.clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
-        self._select(beam_idx, "reorder_cache")
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor):
-        self._select(torch.arange(self.batch_size, device=indices.device)[indices], "batch_select_indices")
+        self._select(torch.arange(self.batch_size, device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int):
         rows = torch.arange(self.batch_size, device=self.route.weights.device)
-        self._select(rows.repeat_interleave(repeats), "batch_select_indices")
+        self._select(rows.repeat_interleave(repeats))
 
-    def _select(self, rows: torch.LongTensor, method: str):
-        """Make row `rows[i]` the cache's row i, in each part by the `Cache` method of that name."""
+    def _select(self, rows: torch.LongTensor):
+        """Make row `rows[i]` the cache's row i."""
         rows = rows.to(self.route.weights.device)
         self.route, pairs = self.route.select(rows)
         part_rows = {"pcm": rows} | {f"backbones.{backbone}": index for backbone, index in pairs.items()}
         self.parts = {name: part for name, part in self.parts.items() if name in part_rows}
         for name, part in self.parts.items():
-            getattr(part.cache, method)(part_rows[name])
+            part.cache.reorder_cache(part_rows[name])  # which every kind has, and which takes any number of rows
             part.select(part_rows[name])
 
 

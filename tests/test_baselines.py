@@ -68,6 +68,13 @@ def test_parts_can_be_changed_and_are_put_back(model):
     assert len({tuple(texts) for texts in written.values()}) == len(written), written
     assert torch.equal(model.pcm.head.weight, head)
     assert sampled(model, preference=PREFERENCES) == whole
+    assert sampled(model, preference=PREFERENCES, top_k=1) == answers(Mixture("m", model, TOKENS, top_k=1)) != whole
+    model.config.expert_top_k = 1  # of the ensemble itself: kept, but for whoever asks for all, or merges otherwise
+    assert answers(Mixture("m", model, TOKENS)) == written["top 1"]
+    assert answers(Mixture("m", model, TOKENS, expert_top_k=0)) == whole
+    assert answers(Mixture("m", model, TOKENS, use_pcm=False, merge="logits")) == written["logits"]
+    assert model.config.expert_top_k == 1
+    model.config.expert_top_k = None
     torch.nn.init.zeros_(model.pcm.head.weight)
     assert written["no PCM"] == sampled(model, preference=PREFERENCES)
     model.config.merge = "adapters"
@@ -125,6 +132,7 @@ def test_answers_of_other_settings_are_told_apart(model, folders):
         {"use_context": False},
         {"merge": "logits"},
         {"expert_top_k": 1},
+        {"top_k": 1},
         {"weights": {"a": {"a": 2.0}}},
         {"words": {"a": "be a"}},
         {"only": "a"},
@@ -134,6 +142,9 @@ def test_answers_of_other_settings_are_told_apart(model, folders):
     without_pcm = Mixture("m", model, TOKENS, use_pcm=False).settings()
     torch.nn.init.ones_(model.pcm.head.weight)
     settings.append(Mixture("m", model, TOKENS).settings())
+    model.config.expert_top_k = 3
+    settings.append(Mixture("m", model, TOKENS).settings())
+    model.config.expert_top_k = None
     assert len(set(settings)) == len(settings)
     assert Mixture("m", model, TOKENS, use_pcm=False).settings() == without_pcm  # another PCM does not matter to it
 

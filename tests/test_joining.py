@@ -16,7 +16,7 @@ REQUESTS = [
     ([41, 42, 43, 44, 45, 46, 47], [0.0, 2.0, 0.3]),
     ([51, 52, 53], [1.0, 1.0, 1.0]),
 ]
-TOKENS = [61, 62, 63, 64, 65, 66]  # what every row goes on with
+TOKENS = [61, 62, 63, 64, 65, 66, 67, 68]  # what every row goes on with
 
 
 @pytest.fixture(params=["prompts", "adapters", "merged adapters"])
@@ -38,17 +38,18 @@ def alone(model, index: int, tokens: int) -> torch.Tensor:
     return model(ids, preference=torch.tensor([weights])).logits[0, len(prompt) - 1 :]
 
 
-def read(model, *indexes: int) -> PCMEnsembleCache:
-    cache = PCMEnsembleCache(model.config)
+def read(model, *indexes: int, static: bool = False) -> PCMEnsembleCache:
+    cache = PCMEnsembleCache(model.config, "static", 9) if static else PCMEnsembleCache(model.config)
     weights = torch.tensor([REQUESTS[index][1] for index in indexes])
     model(**left_pad([REQUESTS[index][0] for index in indexes]), past_key_values=cache, preference=weights)
     return cache
 
 
 @torch.no_grad()
-def test_requests_that_join_and_leave_read_what_they_would_alone(model):
+@pytest.mark.parametrize("room", [None, 3], ids=["dynamic", "static"])
+def test_requests_that_join_and_leave_read_what_they_would_alone(model, room):
     running, done = [0, 1], [0, 0]  # requests, and how many tokens each has read
-    cache = read(model, 0, 1)
+    cache = read(model, 0, 1, static=room is not None)
 
     def step():
         tokens = torch.tensor([[TOKENS[number]] for number in done])
@@ -58,16 +59,22 @@ def test_requests_that_join_and_leave_read_what_they_would_alone(model):
             assert_close(found[row], alone(model, index, done[row])[-1], atol=1e-4, rtol=1e-4)
 
     step()
-    cache = join_caches([cache, read(model, 2)])
+    cache = join_caches([cache, read(model, 2)], room)
     running, done = [0, 1, 2], [*done, 0]
     step()
     cache.batch_select_indices(torch.tensor([1, 2]))
     running, done = [1, 2], done[1:]
     step()
-    cache = join_caches([cache, read(model, 3)])
+    cache = join_caches([cache, read(model, 3, static=room is not None)], room)
     running, done = [1, 2, 3], [*done, 0]
     step()
     step()
+    if room is not None:
+        step()
+        with pytest.raises(ValueError, match="a static cache of 12"):
+            step()
+        cache = join_caches([cache], room)
+        step()
 
 
 @torch.no_grad()
@@ -100,13 +107,12 @@ def test_each_request_keeps_its_description():
 def test_caches_without_room_for_padding_are_refused():
     sliding = make_ensemble([tiny_mistral(1)], [(0, [], [11])])
     full = make_ensemble([tiny_llama(1)], [(0, [], [11])])
-    static = PCMEnsembleCache(full.config, "static", 8)
-    full(torch.tensor([[21, 22]]), past_key_values=static)
     cache = PCMEnsembleCache(sliding.config)
     sliding(torch.tensor([[21, 22]]), past_key_values=cache)
-    for refused in (static, cache):
-        with pytest.raises(ValueError, match="dynamic caches of full attention"):
-            join_caches([refused])
+    with pytest.raises(ValueError, match="dynamic and static caches of full attention"):
+        join_caches([cache])
     for refused in ([], [PCMEnsembleCache(full.config)]):
         with pytest.raises(ValueError, match="one or more caches that one ensemble has filled"):
             join_caches(refused)
+    with pytest.raises(ValueError, match="`room` must be at least 1"):
+        join_caches([PCMEnsembleCache(full.config)], room=0)

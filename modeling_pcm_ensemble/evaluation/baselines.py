@@ -55,6 +55,7 @@ class PlainModel(Baseline):
         model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): the base model.
         max_new_tokens (`int`): most tokens of an answer.
         descriptions (`Mapping[str, str]`, *optional*): what is said for each wanted expert.
+        top_k (`int`): tokens that are sampled from; 0 for all.
     """
 
     name: str
@@ -62,9 +63,10 @@ class PlainModel(Baseline):
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
     descriptions: Mapping[str, str] | None = None
+    top_k: int = 0
 
     def settings(self) -> str:
-        return json.dumps([self.max_new_tokens, self.descriptions, digest(self.model)])
+        return json.dumps([self.max_new_tokens, self.descriptions, self.top_k, digest(self.model)])
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         if self.descriptions is not None:
@@ -72,7 +74,7 @@ class PlainModel(Baseline):
                 raise ValueError(f"Baseline {self.name!r} has no description of {', '.join(sorted(missing))}.")
             words = [" ".join(self.descriptions[name] for name in preference) for preference in preferences]
             prompts = [[{"role": "system", "content": text}, *prompt] for text, prompt in zip(words, prompts)]
-        return sample_answers(self.model, self.tokenizer, prompts, self.max_new_tokens)
+        return sample_answers(self.model, self.tokenizer, prompts, self.max_new_tokens, top_k=self.top_k)
 
 
 @dataclass
@@ -87,7 +89,9 @@ class Mixture(Baseline):
         use_pcm (`bool`): whether α is the PCM's; else it is the weights given.
         use_description (`bool`): whether the PCM reads what is wanted, or the context alone.
         use_context (`bool`): whether α follows the context, or is held at what it is for an empty prompt.
-        merge (`str`, *optional*), expert_top_k (`int`, *optional*): in place of the ensemble's own.
+        merge (`str`, *optional*): in place of the ensemble's own; without its `expert_top_k` then.
+        expert_top_k (`int`, *optional*): in place of the ensemble's own; 0 keeps all tokens.
+        top_k (`int`): tokens of the merged distribution that are sampled from; 0 for all.
         weights (`Mapping[str, Preference]`, *optional*): other weights, by [`label`].
         words (`Mapping[str, str]`, *optional*): what the PCM reads in place of the descriptions, by [`label`]; every
             expert is active then, and the PCM must choose.
@@ -105,6 +109,7 @@ class Mixture(Baseline):
     use_context: bool = True
     merge: str | None = None
     expert_top_k: int | None = None
+    top_k: int = 0
     weights: Mapping[str, Preference] | None = None
     words: Mapping[str, str] | None = None
     only: str | None = None
@@ -116,8 +121,10 @@ class Mixture(Baseline):
 
     def settings(self) -> str:
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
+        config = self.model.config
+        options |= {"merge": config.merge, "expert_top_k": config.expert_top_k} | self._config_changes()
         read = ("name", "backbone", "prompt_ids", *(("description_ids",) if self.use_pcm else ()))
-        experts = [[expert[field] for field in read] for expert in self.model.config.experts]
+        experts = [[expert[field] for field in read] for expert in config.experts]
         return json.dumps([options, experts, digest(self.model if self.use_pcm else self.model.backbones)])
 
     def applies(self, preference: Preference) -> bool:
@@ -135,11 +142,17 @@ class Mixture(Baseline):
             options["preference"] = self._weights_of_descriptions(preferences)
         if not self.use_description:
             options["preference_ids"] = torch.full((1,), -1)
-        changes = {"merge": self.merge, "expert_top_k": self.expert_top_k}
-        changes = {name: value for name, value in changes.items() if value is not None}
         pcm = nullcontext() if self.use_pcm and self.use_context else untrained_pcm(self.model)
-        with changed(self.model.config, changes), pcm:
-            return sample_answers(self.model, self.model.tokenizer, prompts, self.max_new_tokens, **options)
+        with changed(self.model.config, self._config_changes()), pcm:
+            return sample_answers(
+                self.model, self.model.tokenizer, prompts, self.max_new_tokens, top_k=self.top_k, **options
+            )
+
+    def _config_changes(self) -> dict:
+        changes = {} if self.merge is None else {"merge": self.merge}
+        if changes or self.expert_top_k is not None:
+            changes["expert_top_k"] = self.expert_top_k or None
+        return changes
 
     def _weights_of_descriptions(self, preferences: list[Preference]) -> list[Preference]:
         """α where the answer to an empty prompt would begin."""
@@ -211,10 +224,10 @@ def sample_answers(
     max_new_tokens: int,
     **options,
 ) -> list[str]:
-    """One answer to each conversation from the whole distribution at temperature 1; options are `generate`'s."""
+    """One answer to each conversation at temperature 1, from all tokens unless options, `generate`'s, say other."""
     inputs = chat_inputs(model, tokenizer, prompts)
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
-    sequences = model.generate(**inputs, **sampling, **options)
+    sequences = model.generate(**inputs, **sampling | options)
     return tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -13,6 +13,7 @@ from test_lora import lora_ensemble, peft_adapter
 from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.joining import join_caches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 ROWS = [[21, 22, 23, 24, 25], [31, 32, 33], [41, 42, 43, 44]]
@@ -66,6 +67,28 @@ def test_other_preferences_rows_and_lengths_run_what_is_compiled(warm, nothing_c
 def test_each_row_may_have_a_preference_of_its_own(warm, nothing_compiles):
     preferences = [{"a": 1.0}, {"b": 1.0, "c": 0.5}, {"d": 1.0}]
     assert greedy(warm, ROWS, preferences, **COMPILED) == greedy(warm, ROWS, preferences)
+
+
+@torch.no_grad()
+def test_requests_that_join_run_what_is_compiled(warm, nothing_compiles):
+    caches, step = [], warm.get_compiled_call(COMPILED["compile_config"])
+    for row, preference in zip(ROWS, ("a", ["b", "d"], ["a", "c"])):
+        caches.append(PCMEnsembleCache(warm.config))
+        warm(torch.tensor([row]), preference=preference, past_key_values=caches[-1])
+    tokens, eager = torch.tensor([[7], [8], [9]]), join_caches(caches)
+    joined = join_caches(caches, room=2)
+    torch.testing.assert_close(
+        step(tokens, past_key_values=joined).logits, warm(tokens, past_key_values=eager).logits, atol=1e-4, rtol=1e-4
+    )
+    kept = torch.tensor([2, 0])
+    for cache in (joined, eager):
+        cache.batch_select_indices(kept)
+    torch.testing.assert_close(
+        step(tokens[kept], past_key_values=joined).logits,
+        warm(tokens[kept], past_key_values=eager).logits,
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_beams_are_not_compiled_as_in_transformers(ensemble):
