@@ -1,5 +1,6 @@
 """
-Requests under different preferences that join and leave a running batch, against one batch at a time.
+Requests under different preferences that join and leave a running batch, against one batch at a time; eager steps and
+compiled ones.
 
     python examples/continuous_batching.py
     python examples/continuous_batching.py --requests 64 --rate 2 --rows 16
@@ -10,6 +11,7 @@ one of a backbone's for each active expert.
 """
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -21,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.joining import join_caches
@@ -49,10 +52,18 @@ class Scheduler:
         model (`PCMEnsembleForCausalLM`): the ensemble.
         max_rows (`int`): most requests that run at once.
         joins (`bool`): whether requests join a running batch; else they wait until it has ended.
+        compile_config (`CompileConfig`, *optional*): how steps are compiled; prompts are read by eager ones.
     """
 
-    def __init__(self, model: PCMEnsembleForCausalLM, max_rows: int, joins: bool = True):
-        self.model, self.max_rows, self.joins = model, max_rows, joins
+    def __init__(
+        self,
+        model: PCMEnsembleForCausalLM,
+        max_rows: int,
+        joins: bool = True,
+        compile_config: CompileConfig | None = None,
+    ):
+        self.model, self.max_rows, self.joins, self.compiled = model, max_rows, joins, compile_config is not None
+        self.decode = model.get_compiled_call(compile_config) if self.compiled else model
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.cache: PCMEnsembleCache | None = None
@@ -64,7 +75,7 @@ class Scheduler:
         ended = []
         if self.running:
             tokens = torch.tensor([[request.tokens[-1]] for request in self.running], device=self.model.device)
-            self._take(self.running, self.model(tokens, past_key_values=self.cache, logits_to_keep=1).logits)
+            self._take(self.running, self.decode(tokens, past_key_values=self.cache, logits_to_keep=1).logits)
             ended += self._leave()
         room = self.max_rows - len(self.running) if self.joins or not self.running else 0
         new, self.waiting = self.waiting[:room], self.waiting[room:]
@@ -74,8 +85,10 @@ class Scheduler:
             inputs = self._padded(new)
             logits = self.model(**inputs, past_key_values=cache, preference=preferences, logits_to_keep=1).logits
             self._take(new, logits)
-            self.cache = join_caches([self.cache, cache] if self.running else [cache])
+            caches = [self.cache, cache] if self.running else [cache]
             self.running += new
+            longest = max(request.max_new_tokens - len(request.tokens) for request in self.running)
+            self.cache = join_caches(caches, max(longest, 1) if self.compiled else None)
             ended += self._leave()
         return ended
 
@@ -145,11 +158,15 @@ def main():
     if arguments.requests < 2 or arguments.rate <= 0 or arguments.rows < 1 or arguments.tokens < 8:
         parser.error("needs --requests of at least 2, --rate above 0, --rows of at least 1, --tokens of at least 8")
     model = demo.trained_ensemble(EXAMPLES / "artifacts", dtype=demo.fast_dtype())
-    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)  # a first pass reads the weights
     rows = []
-    for title, joins in (("one batch at a time", False), ("requests join and leave", True)):
+    for compile_config, joins in itertools.product((None, CompileConfig(mode="default")), (False, True)):
+        title = "requests join and leave" if joins else "one batch at a time"
+        title += ", compiled" if compile_config else ""
+        for number in (1, 2):  # one row and several are compiled apart; eager steps read the weights once before
+            first = [Request([1, 2, 3], {"concise": 1.0, "friendly": 1.0}, 3) for _ in range(number)]
+            serve(Scheduler(model, number, joins, compile_config), first, "warm-up")
         requests = make_requests(model, arguments)
-        seconds = serve(Scheduler(model, arguments.rows, joins), requests, title)
+        seconds = serve(Scheduler(model, arguments.rows, joins, compile_config), requests, title)
         latency = [request.finished - request.arrival for request in requests]
         rows.append(
             {

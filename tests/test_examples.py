@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_ensemble, tiny_gpt2, tiny_llama, tiny_tokenizer
-from transformers import set_seed
+from transformers import CompileConfig, set_seed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -111,8 +111,8 @@ def test_new_preferences_are_what_their_kind_says(example):
     assert module.with_added(paper) == [{"elementary": 1.0, "concise": 1.0, "cheerful": 1.0}]
 
 
-@pytest.mark.parametrize("joins", [True, False])
-def test_scheduled_requests_get_the_answers_that_they_would_get_alone(example, joins):
+@pytest.mark.parametrize(("joins", "compiled"), [(True, False), (False, False), (True, True)], ids=str)
+def test_scheduled_requests_get_the_answers_that_they_would_get_alone(example, joins, compiled):
     module = example("continuous_batching")
     model = make_ensemble([tiny_llama(1), tiny_gpt2(2)], [(0, [5, 6], [11]), (0, [], [13]), (1, [8], [14, 15])])
     model._tokenizer = tiny_tokenizer()
@@ -121,7 +121,7 @@ def test_scheduled_requests_get_the_answers_that_they_would_get_alone(example, j
         module.Request([21 + 3 * i + j for j in range(2 + i)], preference, max_new_tokens=1 + 2 * i)
         for i, preference in enumerate(preferences)
     ]
-    scheduler, ended = module.Scheduler(model, max_rows=2, joins=joins), []
+    scheduler, ended = module.Scheduler(model, 2, joins, CompileConfig(backend="eager") if compiled else None), []
     scheduler.waiting += requests
     while scheduler.waiting or scheduler.running:
         ended += scheduler.step()
