@@ -1,4 +1,7 @@
-"""Greedy answers with drafts: by prompt lookup, the experts' base model, the PCM's body; beside one plain model."""
+"""
+Greedy answers with drafts, by preference: by prompt lookup, the experts' base model, the PCM's body. Beside them one
+plain model, and compiled steps, which transformers takes no drafts for.
+"""
 
 import copy
 import itertools
@@ -7,20 +10,27 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from modeling_pcm_ensemble import demo
 
 from .common import DTYPE, grouped_bars, interleaved, load_backbone, summary, write_results
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PREFERENCE = ["elementary", "concise", "friendly"]
-PLAIN, LOOKUP, BASE, PCM = "no drafts", "prompt lookup", "base model", "PCM through the LM head"
+PREFERENCES = (["friendly"], ["knowledgeable", "informative"], ["elementary", "concise", "friendly"])
+PLAIN, COMPILED, LOOKUP, BASE, PCM = (
+    "no drafts",
+    "no drafts, compiled",
+    "prompt lookup",
+    "base model",
+    "PCM through the LM head",
+)
+FAST = {"cache_implementation": "static", "compile_config": CompileConfig(mode="default")}
 
 
 def add_arguments(parser):
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--drafted", type=int, nargs="+", default=[2, 4, 8], help="tokens drafted at once")
 
 
@@ -40,25 +50,36 @@ def run(arguments):
     passes, base = CountedPasses(model), model.backbones[0]  # its adapters are off when it is called on its own
     drafters = {BASE: base, PCM: pcm_drafter(model)}
 
-    def answer(name: str, number: int = 0):
-        drafts = {"prompt_lookup_num_tokens": number} if name == LOOKUP else {}
+    def plain():
+        backbone.generate(**next(turns), **options)
+
+    def answer(preference: list[str], name: str, number: int = 0):
+        way = {"prompt_lookup_num_tokens": number} if name == LOOKUP else FAST if name == COMPILED else {}
         if name in drafters:
             drafters[name].generation_config.num_assistant_tokens = number
-            drafts = {"assistant_model": drafters[name]}
+            way = {"assistant_model": drafters[name]}
         passes.number = 0
-        model.generate(**next(turns), preference=PREFERENCE, **options, **drafts)
+        model.generate(**next(turns), preference=preference, **options, **way)
         passes.of_answers.setdefault(f"{name}, {number}" if number else name, []).append(passes.number)
 
-    steps = {"one plain model": lambda: backbone.generate(**next(turns), **options), PLAIN: lambda: answer(PLAIN)}
-    for name, number in itertools.product((LOOKUP, BASE, PCM), arguments.drafted):
-        steps[f"{name}, {number}"] = partial(answer, name, number)
-    turns = itertools.cycle(context for context in contexts for _ in steps)
-    rows = summary(interleaved(steps, len(contexts), warm_up=0, title="drafts"), PLAIN)
-    for row in rows:
-        numbers = passes.of_answers.get(row["name"])
-        row |= {"batch": 1, "tokens a pass": numbers and arguments.tokens * len(numbers) / sum(numbers)}
-    columns = ["name", "seconds", "ratio", "tokens a pass"]
-    write_results("drafts", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "batch", "time without drafts"))  # fmt: skip  # noqa: E501
+    rows = []
+    for preference in PREFERENCES:
+        model.generate(**contexts[0], preference=preference, **FAST, max_new_tokens=3)  # compiles
+        passes.of_answers.clear()
+        steps = {"one plain model": plain}
+        steps |= {name: partial(answer, preference, name) for name in (PLAIN, COMPILED)}
+        for name, number in itertools.product((LOOKUP, BASE, PCM), arguments.drafted):
+            steps[f"{name}, {number}"] = partial(answer, preference, name, number)
+        turns = itertools.cycle(context for context in contexts for _ in steps)
+        title = " + ".join(preference)
+        for row in summary(interleaved(steps, len(contexts), warm_up=0, title=title), PLAIN):
+            numbers = passes.of_answers.get(row["name"])
+            passed = numbers and arguments.tokens * len(numbers) / sum(numbers)
+            rows.append(row | {"preference": title, "tokens a pass": passed})
+    columns = ["preference", "name", "seconds", "ratio", "tokens a pass"]
+    write_results(
+        "drafts", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "preference", "time without drafts")
+    )
 
 
 def pcm_drafter(model) -> PreTrainedModel:

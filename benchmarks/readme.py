@@ -139,10 +139,16 @@ def new_preferences_table(report: dict) -> str:
 
 
 def drafts_table(results: dict) -> str:
-    lines = ["| | time | tokens a pass |", "|---|---|---|"]
-    for row in results["rows"]:
-        tokens = "" if row["tokens a pass"] is None else f"{row['tokens a pass']:.2f}"
-        lines.append(f"| {row['name']} | {row['ratio']:.2f} | {tokens} |")
+    """By preference the time, as a multiple of that without drafts, and tokens a pass of the mixture."""
+    rows = results["rows"]
+    preferences = list(dict.fromkeys(row["preference"] for row in rows))
+    found = {(row["name"], row["preference"]): row for row in rows}
+    lines = ["| | " + " | ".join(preferences) + " |", "|---" * (len(preferences) + 1) + "|"]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [found[name, preference] for preference in preferences]
+        tokens = ["" if row["tokens a pass"] is None else f" / {row['tokens a pass']:.2f}" for row in mine]
+        cells = [f"{row['ratio']:.2f}{passed}" for row, passed in zip(mine, tokens)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -90,6 +90,15 @@ def average_of_adapters(base, tokenizer, tokens: int) -> WeightAverage:
 
 def best_static_weights(model, arguments) -> dict[str, dict]:
     """For each preference the weights whose answers to training prompts have the best mean reward."""
+    means = static_rewards(model, arguments)
+    best = {name: max(STATIC, key=lambda static: means[name, static]) for name, _ in means}
+    return {
+        label(preference): dict(zip(preference, best[label(preference)])) for preference in paper_preferences(model)
+    }
+
+
+def static_rewards(model, arguments) -> dict[tuple[str, tuple], float]:
+    """By preference and weights, the mean reward of answers to training prompts."""
     rewards = proxy_rewards(model.backbones[0], model.tokenizer)
     judge, guard = RewardJudge("training rewards", rewards), next(iter(rewards.values())).guard
     prompts = spread(training_prompts(), arguments.static_prompts)
@@ -101,7 +110,7 @@ def best_static_weights(model, arguments) -> dict[str, dict]:
 
     vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens))
     read_by_all(guard, jobs, vanilla)
-    means = {}  # of a preference's weights
+    means = {}
     for static in STATIC:
         weights = {label(preference): dict(zip(preference, static)) for preference in preferences}
         name = "static " + ":".join(map(str, static))
@@ -111,8 +120,7 @@ def best_static_weights(model, arguments) -> dict[str, dict]:
         outcome = judge_answers(judge, jobs, answered, vanilla)
         by_preference = np.nanmean(list(outcome.dimensions.values()), axis=(0, 1))
         means |= {(name, static): mean for name, mean in zip(weights, by_preference)}
-    best = {name: max(STATIC, key=lambda static: means[name, static]) for name in map(label, preferences)}
-    return {label(preference): dict(zip(preference, best[label(preference)])) for preference in preferences}
+    return means
 
 
 def paper_preferences(model) -> list[dict[str, float]]:

@@ -10,189 +10,180 @@ Measure what trained Preference Control Models have won, on prompts that they ha
    choosing anew for each prompt and token.
 3. The PCM told in words alone, with all six experts active: where does it put α?
 
-Run again, it goes on where it stopped. examples/inspect_pcm.py draws what it found. --quick measures one prompt of
-each set, in OUTPUT/quick.
+Answers are kept in OUTPUT, where examples/evaluate.py finds them too; run again, it goes on where it stopped. What it
+found is in OUTPUT/pcm, for examples/inspect_pcm.py to draw. --quick measures one prompt of each set, in OUTPUT/quick.
 """
 
 import argparse
-import hashlib
-import itertools
 import json
-from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-import torch
-from answers import ARTIFACTS, DEVICE, STATIC, KeptLines, evaluation_prompts, training_prompts, with_references
+from answers import ARTIFACTS, DEVICE, evaluation_prompts, spread
+from evaluate import best_static_weights, chats, paper_preferences, static_rewards
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from modeling_pcm_ensemble import demo
-from modeling_pcm_ensemble.evaluation import bootstrap_interval, holm, permutation_p_value
-from modeling_pcm_ensemble.training import RebelConfig
-from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference, PreferenceSampler, reward_shares
+from modeling_pcm_ensemble.evaluation import (
+    Job,
+    Mixture,
+    PlainModel,
+    RewardJudge,
+    bootstrap_interval,
+    collect_answers,
+    expert_weights_over,
+    holm,
+    judge_answers,
+    label,
+    make_jobs,
+    permutation_p_value,
+    processes,
+    read_by_all,
+)
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
-from modeling_pcm_ensemble.training.rollouts import RolloutSampler
-from modeling_pcm_ensemble.training.scoring import Scorer
 
 MEASURES = ("static", "mean", "words")
-WORDS = ("preference_text", "system")  # where the PCM finds a preference that is told in words
 
 
-class Evaluator:
-    """Answers prompts under all eight preferences, and keeps the answers, their rewards and their α in JSONL files."""
-
-    def __init__(self, folder: Path, tokens: int, batch_size: int):
-        self.folder, self.tokens, self.batch_size = folder, tokens, batch_size
-        self.model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE)).to(DEVICE)
-        self.untrained = {name: value.clone() for name, value in self.model.pcm.state_dict().items()}
-        self.pcm = "untrained"
-        self.base = self.model.backbones[0]  # runs without adapters when called on its own
-        scorer = Scorer(proxy_rewards(self.base, self.model.tokenizer))
-        config = RebelConfig(str(folder), max_completion_length=tokens, use_cpu=DEVICE == "cpu")
-        self.sampler = RolloutSampler(self.model, self.model.tokenizer, scorer, config)
-        self.preferences = PreferenceSampler(self.model.config).sets
-        self.names = self.model.config.expert_names
-
-    def rows(self, prompts: list[str]) -> list[dict]:
-        path = self.folder / "evaluation-references.jsonl"
-        return with_references(self.base, self.model.tokenizer, prompts, path, self.tokens)
-
-    def load(self, folder: Path | None):
-        """A trained PCM, or the untrained one, under which the weights given are the weights of the mixture."""
-        path = folder and folder / "pcm.safetensors"
-        self.model.pcm.load_state_dict(self.untrained | (load_file(path) if path else {}))
-        self.pcm = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else "untrained"
-
-    def answers(
-        self, name: str, rows: list[dict], weights=None, words: str | None = None, seed: int = 0
-    ) -> list[dict]:
-        """A line for each prompt and preference. `weights`: of a preference's experts, by preference; else equal."""
-        kept = KeptLines(self.folder / f"answers-{name}.jsonl")
-
-        def key(row: dict, draw: DrawnPreference) -> str:
-            given = None if weights is None else weights[draw.name]
-            return json.dumps([row, draw.name, given, words, seed, self.tokens, self.pcm])
-
-        jobs = [(row, draw) for row in rows for draw in self.preferences]
-        batches = [jobs[start : start + self.batch_size] for start in range(0, len(jobs), self.batch_size)]
-        for number, batch in enumerate(tqdm(batches, desc=name)):
-            if not all(key(*job) in kept for job in batch):
-                lines = self._answer(batch, weights, words, 1000 * seed + number)
-                kept.add({"key": key(*job)} | line for job, line in zip(batch, lines))
-        return [kept[key(*job)] for job in jobs]
-
-    def _answer(self, batch: list, weights, words: str | None, seed: int) -> list[dict]:
-        rows, wanted = zip(*batch)
-        draws = []
-        for draw in wanted:
-            given = iter((1, 1, 1) if weights is None else weights[draw.name])
-            draws.append(DrawnPreference(draw.name, tuple(next(given) if w else 0.0 for w in draw.weights), words))
-        rollout, scores = self.sampler.sample(list(rows), draws, seed, reward_shares(list(wanted)))
-        expert_weights = self._expert_weights(rollout)
-        dimensions = {name: iter(values) for name, values in scores.dimensions.items()}
-        lines = []
-        for i, draw in enumerate(wanted):
-            length = int(rollout.completion_mask[i].sum())
-            lines.append(
-                {
-                    "prompt": rows[i]["prompt"][0]["content"],
-                    "preference": draw.name,
-                    "token_ids": rollout.completion_ids[i, :length].tolist(),
-                    "reward": scores.rewards[i],
-                    "dimensions": {n: next(dimensions[n]) for n, w in zip(self.names, draw.weights) if w},
-                    "expert_weights": [[round(a, 4) for a in token] for token in expert_weights[i, :length].tolist()],
-                }
-            )
-        return lines
-
-    @torch.no_grad()
-    def _expert_weights(self, rollout) -> torch.Tensor:
-        """α that each completion token was drawn under, `(rows, seq, experts)`."""
-        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
-        mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
-        preference = {"preference": rollout.weights, "preference_ids": rollout.prefix_ids}
-        return self.model.compute_expert_weights(ids, mask, **preference)[:, rollout.prompt_ids.shape[1] - 1 : -1]
-
-
-def best_static_weights(evaluator: Evaluator, rows: list[dict], console: Console) -> dict[str, tuple]:
-    """Each preference's best weights on training prompts, all tried with the same random numbers."""
-    found = defaultdict(dict)
-    for static in STATIC:
-        weights = {draw.name: static for draw in evaluator.preferences}
-        for line in evaluator.answers("headroom-" + "-".join(map(str, static)), rows, weights, seed=1):
-            found[line["preference"]].setdefault(static, []).append(line["reward"])
-    table = Table("preference", *(":".join(map(str, s)) for s in STATIC), title="reward of static weights, training")
-    for name, rewards in [*found.items(), ("all", {s: [x for r in found.values() for x in r[s]] for s in STATIC})]:
-        table.add_row(name, *(f"{fmean(rewards[static]):.3f}" for static in STATIC))
+def show_headroom(means: dict[tuple[str, tuple], float], console: Console):
+    """Rewards of static weights on training prompts, by preference."""
+    preferences, weights = (list(dict.fromkeys(keys)) for keys in zip(*means))
+    table = Table("preference", *(":".join(map(str, w)) for w in weights), title="reward of static weights, training")
+    for name in preferences:
+        table.add_row(name, *(f"{means[name, w]:.3f}" for w in weights))
+    table.add_row("all", *(f"{fmean(means[name, w] for name in preferences):.3f}" for w in weights))
     console.print(table)
-    return {name: max(rewards, key=lambda static: fmean(rewards[static])) for name, rewards in found.items()}
 
 
-def prompt_means(lines: list[dict], preference: str | None) -> np.ndarray:
-    """Mean reward of each prompt, over all preferences or under one, `(prompts,)`."""
-    rewards = defaultdict(list)
-    for line in lines:
-        if preference in (None, line["preference"]):
-            rewards[line["prompt"]].append(line["reward"])
-    return np.array([fmean(values) for values in rewards.values()])
-
-
-def compare(arms: dict[str, list[list[dict]]], console: Console) -> dict:
-    """
+def compare(arms: dict[str, list[dict[str, np.ndarray]]], preferences: list[str], console: Console) -> dict:
+    r"""
     Rewards by preference and dimension, and by how much the PCMs are above the others; p-values of preferences are
-    Holm's. An arm is a list of runs.
+    Holm's.
+
+    Args:
+        arms (`dict`): the runs of each arm, each with its rewards by dimension, `(prompts, preferences)`, NaN where a
+            dimension is not wanted.
+        preferences (`list[str]`): what they are called.
     """
-    preferences = list(dict.fromkeys(line["preference"] for line in arms["pcm"][0]))
     others = [arm for arm in arms if arm != "pcm"]
     table = Table("preference", *arms, *(f"pcm − {arm}" for arm in others), title="reward on the evaluation prompts")
-    report = {"preferences": {}}
-    for name in [*preferences, None]:
-        means = {arm: np.array([prompt_means(run, name) for run in runs]) for arm, runs in arms.items()}
+    report, rewards = {"preferences": {}}, {}
+    for arm, runs in arms.items():
+        rewards[arm] = np.array(
+            [np.nanmean(list(run.values()), axis=0) for run in runs]
+        )  # (runs, prompts, preferences)
+    for name, columns in [*((name, [i]) for i, name in enumerate(preferences)), ("all", range(len(preferences)))]:
+        means = {arm: values[:, :, list(columns)].mean(axis=2) for arm, values in rewards.items()}  # (runs, prompts)
         entry = {arm: list(bootstrap_interval(values)) for arm, values in means.items()}
         for other in others:
             entry[f"pcm − {other}"] = list(bootstrap_interval(means["pcm"] - means[other]))
             entry[f"pcm − {other}, each run"] = (means["pcm"] - means[other]).mean(axis=1).tolist()
             entry[f"pcm − {other}, p"] = permutation_p_value(means["pcm"] - means[other])
-        report["preferences"][name or "all"] = entry
+        report["preferences"][name] = entry
         cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry[f"pcm − {other}"]) for other in others]
-        table.add_row(name or "all", *(f"{entry[arm][0]:.3f}" for arm in arms), *cells)
+        table.add_row(name, *(f"{entry[arm][0]:.3f}" for arm in arms), *cells)
     console.print(table)
     for other in others:  # one of eight preferences may look worse by chance
         entries = [report["preferences"][name] for name in preferences]
         for entry, p in zip(entries, holm([entry[f"pcm − {other}, p"] for entry in entries])):
             entry[f"pcm − {other}, p"] = p
     report["dimensions"] = {
-        arm: {
-            name: fmean(line["dimensions"][name] for run in runs for line in run if name in line["dimensions"])
-            for name in demo.PREFERENCES
-        }
-        for arm, runs in arms.items()
+        arm: {name: float(np.nanmean([run[name] for run in runs])) for name in runs[0]} for arm, runs in arms.items()
     }
     return report
 
 
-def mean_weights(lines: list[dict], names: list[str]) -> dict[str, list[float]]:
+def weights_over(model, jobs: list[Job], answers: list[str], told: list[dict] | None = None) -> list[dict]:
+    """A line for each answer: its tokens and their α, under the jobs' preferences or as the PCM was `told`."""
+    lines, told = [], told or [{"preference": job.preference} for job in jobs]
+    for job, answer, preference in tqdm(list(zip(jobs, answers, told)), desc="expert weights", leave=False):
+        ids, values = expert_weights_over(model, job.prompt, answer, **preference)
+        facts = {"prompt": job.prompt[-1]["content"], "preference": label(job.preference)}
+        rounded = [[round(a, 4) for a in token] for token in values.tolist()]
+        lines.append(facts | {"experts": list(job.preference), "token_ids": ids, "expert_weights": rounded})
+    return lines
+
+
+def mean_weights(lines: list[dict], names: list[str]) -> dict[str, dict[str, float]]:
     """Mean α of each preference's experts over all tokens."""
-    tokens = defaultdict(list)
-    for line in lines:
-        wanted = [name in line["dimensions"] for name in names]
-        tokens[line["preference"]] += [list(itertools.compress(token, wanted)) for token in line["expert_weights"]]
-    return {name: np.mean(values, axis=0).round(3).tolist() for name, values in tokens.items()}
+    means = {}
+    for preference in dict.fromkeys(line["preference"] for line in lines):
+        mine = [line for line in lines if line["preference"] == preference]
+        mean = np.mean([token for line in mine for token in line["expert_weights"]], axis=0)
+        means[preference] = {name: round(float(mean[names.index(name)]), 3) for name in mine[0]["experts"]}
+    return means
 
 
-def in_words(lines: list[dict], names: list[str]) -> dict[str, float]:
-    """Reward, and the mean share of α that the wanted experts have."""
-    wanted = [[name in line["dimensions"] for name in names] for line in lines]
-    shares = [
-        sum(itertools.compress(token, experts))
-        for line, experts in zip(lines, wanted)
-        for token in line["expert_weights"]
-    ]
-    return {"reward": fmean(line["reward"] for line in lines), "share of wanted experts": fmean(shares)}
+def share_of_wanted(lines: list[dict], names: list[str]) -> float:
+    """Mean share of α that the wanted experts have."""
+    wanted = [[names.index(name) for name in line["experts"]] for line in lines]
+    return fmean(sum(token[i] for i in own) for line, own in zip(lines, wanted) for token in line["expert_weights"])
+
+
+class Evaluation:
+    """Answers, kept in a folder, and their rewards."""
+
+    def __init__(self, arguments):
+        self.model = demo.trained_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE)).to(processes().device)
+        self.names, self.arguments = self.model.config.expert_names, arguments
+        self.jobs = make_jobs(chats(evaluation_prompts(arguments.prompts)), paper_preferences(self.model))
+        self.preferences = [label(preference) for preference in paper_preferences(self.model)]
+        rewards = proxy_rewards(self.model.backbones[0], self.model.tokenizer)
+        self.judge, self.guard = RewardJudge("training rewards", rewards), next(iter(rewards.values())).guard
+        base = PlainModel("vanilla", self.model.backbones[0], self.model.tokenizer, arguments.tokens)
+        self.vanilla = self.answers(base)
+        self.mixture = partial(Mixture, model=self.model, max_new_tokens=arguments.tokens)
+
+    def load(self, folder: Path):
+        """Put the trained PCM of a folder in place."""
+        learnt = load_file(folder / "pcm.safetensors")
+        self.model.pcm.load_state_dict(self.model.pcm.state_dict() | learnt)
+
+    def answers(self, baseline, jobs: list[Job] | None = None, seed: int = 0) -> list[str]:
+        return collect_answers(baseline, jobs or self.jobs, self.arguments.output, seed, self.arguments.batch_size)
+
+    def rewards(self, answers: list[str], places: list[int] | None = None) -> dict[str, np.ndarray]:
+        """Of answers to all jobs, or to those at `places`: by dimension, `(prompts, preferences)`."""
+        places = range(len(self.jobs)) if places is None else places
+        jobs, vanilla = ([values[i] for i in places] for values in (self.jobs, self.vanilla))
+        read_by_all(self.guard, jobs, answers, vanilla)
+        return judge_answers(self.judge, jobs, answers, vanilla).dimensions
+
+    def in_words(self, seed: int = 0) -> dict[str, dict[str, float]]:
+        """Reward, and share of α of the experts meant, where all six are active and words alone say what is wanted."""
+        prompts = spread(list(dict.fromkeys(json.dumps(job.prompt) for job in self.jobs)), self.arguments.word_prompts)
+        places = [i for i, job in enumerate(self.jobs) if json.dumps(job.prompt) in prompts]
+        descriptions = {expert["name"]: expert["description"] for expert in self.model.config.experts}
+        jobs = [self.jobs[i] for i in places]
+        words = {label(job.preference): " ".join(descriptions[name] for name in job.preference) for job in jobs}
+        texts = [words[label(job.preference)] for job in jobs]
+        turned = [
+            Job([{"role": "system", "content": text}, *job.prompt], job.preference) for text, job in zip(texts, jobs)
+        ]
+        everyone = {"weights": dict.fromkeys(words, dict.fromkeys(self.names, 1.0))}
+        arms = {  # how they are told, what is asked, and what the PCM is given beside the context
+            "nothing": (self.mixture("told nothing", use_pcm=False, **everyone), jobs, None),
+            "text": (self.mixture("told as text", words=words), jobs, [{"preference_text": text} for text in texts]),
+            "system": (
+                self.mixture("told in a system message", **everyone),
+                turned,
+                [{"preference": self.names}] * len(jobs),
+            ),
+        }
+        found = {}
+        for name, (baseline, asked, told) in arms.items():
+            answers = self.answers(baseline, asked, seed)
+            rewards = np.nanmean(list(self.rewards(answers, places).values()), axis=0)
+            found[name] = {"reward": float(rewards.mean())}
+            if told is not None:
+                lines = weights_over(self.model, asked, answers, told)
+                found[name]["share of wanted experts"] = share_of_wanted(lines, self.names)
+        return found
 
 
 def main():
@@ -200,11 +191,11 @@ def main():
     parser.add_argument(
         "--pcm", type=Path, nargs="*", default=[], help="folders with pcm.safetensors; without any, headroom alone"
     )
-    parser.add_argument("--output", type=Path, default=Path("pcm"))
+    parser.add_argument("--output", type=Path, default=Path("evaluation"))
     parser.add_argument(
         "--measure", nargs="*", choices=MEASURES, default=MEASURES, help="beside uniform weights; by default all"
     )
-    parser.add_argument("--static-prompts", type=int, default=64, help="training prompts that static weights are from")
+    parser.add_argument("--static-prompts", type=int, default=32, help="training prompts that static weights are from")
     parser.add_argument("--prompts", type=int, help="the shortest evaluation prompts only; by default all")
     parser.add_argument("--word-prompts", type=int, default=10, help="of these, answered with the preference in words")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
@@ -214,43 +205,47 @@ def main():
     if arguments.quick:
         arguments.output /= "quick"
         arguments.static_prompts, arguments.prompts, arguments.word_prompts, arguments.tokens = 1, 1, 1, 16
-    console = Console(width=160)
-    evaluator = Evaluator(arguments.output, arguments.tokens, arguments.batch_size)
-    known, unseen = training_prompts(), evaluator.rows(evaluation_prompts(arguments.prompts))
-    known = known[:: len(known) // arguments.static_prompts][: arguments.static_prompts]
-    told = unseen[:: max(len(unseen) // arguments.word_prompts, 1)][: arguments.word_prompts]
-
+    console = Console(width=160, quiet=not processes().is_main_process)
+    evaluation = Evaluation(arguments)
+    model, mixture, names = evaluation.model, evaluation.mixture, evaluation.names
+    arms = {"uniform": [evaluation.answers(mixture("uniform mixture", use_pcm=False))]}
     if "static" in arguments.measure:
-        static = best_static_weights(evaluator, evaluator.rows(known), console)
+        show_headroom(static_rewards(model, arguments), console)
+        static = best_static_weights(model, arguments)
+        arms["static"] = [evaluation.answers(mixture("best static weights", use_pcm=False, weights=static))]
     if not arguments.pcm:
         return
-    arms, words = {"uniform": [evaluator.answers("uniform", unseen)]}, {}
-    if "static" in arguments.measure:
-        arms["static"] = [evaluator.answers("static", unseen, static)]
-    if "words" in arguments.measure:
-        words = {f"untrained, {w}": evaluator.answers(f"untrained-{w}", told, words=w) for w in WORDS}
-        words |= {w: [] for w in WORDS}
-    arms["pcm"] = []
+    arms["pcm"], words, weights = [], [], {}
     for seed, folder in enumerate(arguments.pcm):
-        evaluator.load(folder)
+        evaluation.load(folder)
         # The first run draws the same random numbers as the other arms, so that less of a difference is chance.
-        arms["pcm"].append(evaluator.answers(f"pcm-{folder.name}", unseen, seed=seed))
-        for w in WORDS if words else ():
-            words[w] += evaluator.answers(f"pcm-{folder.name}-{w}", told, words=w, seed=seed)
+        arms["pcm"].append(evaluation.answers(mixture("trained PCM"), seed=seed))
+        weights[folder.name] = weights_over(model, evaluation.jobs, arms["pcm"][-1])
+        if "words" in arguments.measure:
+            words.append(evaluation.in_words(seed))
     if "mean" in arguments.measure:
-        evaluator.load(None)
         arms["mean"] = [
-            evaluator.answers(f"mean-{folder.name}", unseen, mean_weights(lines, evaluator.names), seed=seed)
-            for seed, (folder, lines) in enumerate(zip(arguments.pcm, arms["pcm"]))
+            evaluation.answers(mixture("mean α", use_pcm=False, weights=mean_weights(lines, names)), seed=seed)
+            for seed, lines in enumerate(weights.values())
         ]
-    report = compare(arms, console)
-    report["in words"] = {name: in_words(lines, evaluator.names) for name, lines in words.items()}
+    rewards = {arm: [evaluation.rewards(answers) for answers in runs] for arm, runs in arms.items()}
+    if not processes().is_main_process:
+        return
+    report = compare(rewards, evaluation.preferences, console)
+    if words:
+        report["in words"] = {
+            told: {name: fmean(run[told][name] for run in words) for name in words[0][told]} for told in words[0]
+        }
+        console.print(report["in words"])
     if "static" in arguments.measure:
         report["static weights"] = static
-    if words:
-        console.print(report["in words"])
-    (arguments.output / "evaluation.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    folder = arguments.output / "pcm"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    for name, lines in weights.items():
+        (folder / f"expert-weights-{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":
     main()
+    processes().destroy_process_group()

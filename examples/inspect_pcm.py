@@ -1,7 +1,7 @@
 """
 Draw what examples/evaluate_pcm.py found: rewards of every arm, and what a trained PCM's α depends on.
 
-    python examples/inspect_pcm.py pcm --run seed-0
+    python examples/inspect_pcm.py evaluation/pcm --run seed-0
 
 Prints how much of α's variance preference, position and token explain, and draws α over the answer in which it moves
 most from one expert to another.
@@ -33,7 +33,7 @@ def explained(lines: list[dict]) -> dict[str, float]:
         # the α of a token was given when the one before it was read
         for place, (token, weights) in enumerate(zip([None, *line["token_ids"]], line["expert_weights"]))
         for i, expert in enumerate(NAMES)
-        if expert in line["dimensions"]
+        if expert in line["experts"]
     ]
     cells, places, tokens, values = zip(*rows)
     return {
@@ -60,7 +60,7 @@ def hand_over(line: dict) -> float:
 
 def draw_expert_weights(line: dict, tokens: list[str], path: Path):
     """α over an answer, as stacked areas above its tokens."""
-    experts = [i for i, name in enumerate(NAMES) if name in line["dimensions"]]
+    experts = [i for i, name in enumerate(NAMES) if name in line["experts"]]
     weights = np.array(line["expert_weights"])[:, experts]  # (tokens, experts)
     figure, axis = plt.subplots(figsize=(14, 3.6), layout="constrained")
     axis.stackplot(range(len(weights)), weights.T, labels=[NAMES[i] for i in experts], alpha=0.85)
@@ -97,11 +97,11 @@ def draw_rewards(report: dict, path: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the --output of examples/evaluate_pcm.py")
+    parser.add_argument("folder", type=Path, help="where examples/evaluate_pcm.py has written: OUTPUT/pcm")
     parser.add_argument("--run", default="seed-0", help="whose α to look at")
     arguments = parser.parse_args()
     folder, console = arguments.folder, Console()
-    lines = [json.loads(line) for line in (folder / f"answers-pcm-{arguments.run}.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / f"expert-weights-{arguments.run}.jsonl").read_text().splitlines()]
     report = {"explained": explained(lines), "mean": mean_weights(lines)}
     console.print("variance of α explained by", {name: round(share, 3) for name, share in report["explained"].items()})
     console.print("mean α", report["mean"])

@@ -66,7 +66,7 @@ def test_variance_of_alpha_is_ascribed_to_what_it_depends_on(example):
         rows = [[0.0] * 6 for _ in tokens]
         for place, read in enumerate([None, *tokens[:-1]]):
             rows[place][0 if experts[0] == "elementary" else 1] = weight(preference, place, read)
-        return {"preference": preference, "token_ids": tokens, "dimensions": {experts[0]: 0.5}, "expert_weights": rows}
+        return {"preference": preference, "token_ids": tokens, "experts": experts[:1], "expert_weights": rows}
 
     def shares(weight) -> dict:
         preferences = ("elementary + concise", "elementary + friendly")
@@ -92,9 +92,13 @@ def test_training_and_evaluation_run_from_end_to_end(tmp_path):
     run("train_pcm", "--quick")
     for _ in range(2):  # the second time all answers are there already
         run("evaluate_pcm", "--quick", "--pcm", "pcm/quick/seed-0")
-    run("inspect_pcm", "pcm/quick")
-    for name in ("curves.png", "rewards.png", "expert_weights.png", "evaluation.json"):
-        assert (tmp_path / "pcm" / "quick" / name).exists()
+    found = tmp_path / "evaluation" / "quick" / "pcm"
+    run("inspect_pcm", str(found))
+    for path in (tmp_path / "pcm" / "quick" / "curves.png", found / "rewards.png", found / "expert_weights.png"):
+        assert path.exists()
+    report = json.loads((found / "evaluation.json").read_text())
+    assert set(report["dimensions"]) == {"uniform", "static", "pcm", "mean"}
+    assert 0 < report["in words"]["system"]["share of wanted experts"] < 1
 
 
 def test_new_preferences_are_what_their_kind_says(example):

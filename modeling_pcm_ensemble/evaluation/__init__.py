@@ -16,7 +16,7 @@ from .comparison import (
     summarise,
 )
 from .cost import measure_cost
-from .evaluation import evaluate
+from .evaluation import evaluate, expert_weights_over
 from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge, Verdict, write_ballot
 from .kept_lines import KeptLines
 from .report import eval_results, write_report
@@ -42,6 +42,7 @@ __all__ = [
     "collect_answers",
     "eval_results",
     "evaluate",
+    "expert_weights_over",
     "holm",
     "judge_answers",
     "label",

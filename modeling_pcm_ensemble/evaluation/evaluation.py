@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..training.rewards import Guard
-from .baselines import Baseline, label
+from .baselines import Baseline, Conversation, label
 from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, processes, read_by_all, summarise
 from .cost import measure_cost
 from .judges import Judge
@@ -115,21 +115,29 @@ def text_quality(guard: Guard, jobs: list[Job], answers: list[str | None]) -> di
 
 
 @torch.no_grad()
+def expert_weights_over(
+    model: PCMEnsembleForCausalLM, prompt: Conversation, answer: str, **preference
+) -> tuple[list[int], torch.Tensor]:
+    """An answer's tokens, and the α that each is drawn under, `(tokens, experts)`; preference as for `forward`."""
+    tokenizer = model.tokenizer
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    start = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(text + answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+    return ids[0, start:].tolist(), model.compute_expert_weights(ids, **preference)[0, start - 1 : -1]
+
+
 def expert_weights_example(model: PCMEnsembleForCausalLM, jobs: list[Job], answers: list[str]) -> dict:
     """α over the answer, of those longer than 100 characters or else of all, in which it moves most."""
-    tokenizer, names, found = model.tokenizer, model.config.expert_names, []
+    names, found = model.config.expert_names, []
     given = [(job, answer) for job, answer in zip(jobs, answers) if answer]
     given = [pair for pair in given if len(pair[1]) > 100] or given
     for job, answer in tqdm(given, desc="expert weights", leave=False):
-        prompt = tokenizer.apply_chat_template(job.prompt, add_generation_prompt=True, tokenize=False)
-        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        ids = tokenizer(prompt + answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-        values = model.compute_expert_weights(ids, preference=job.preference)[0, start - 1 : -1]  # (tokens, experts)
-        found.append((values.std(dim=0, correction=0).sum().item(), job, ids[0, start:].tolist(), values))
+        ids, values = expert_weights_over(model, job.prompt, answer, preference=job.preference)
+        found.append((values.std(dim=0, correction=0).sum().item(), job, ids, values))
     _, job, ids, values = max(found, key=lambda entry: entry[0])
     return {
         "title": f"{job.prompt[-1]['content']} [{label(job.preference)}]",
         "names": list(job.preference),
-        "tokens": [tokenizer.decode([token]) for token in ids],
+        "tokens": [model.tokenizer.decode([token]) for token in ids],
         "values": values[:, [names.index(name) for name in job.preference]].tolist(),
     }
