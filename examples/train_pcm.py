@@ -135,7 +135,7 @@ def main():
     parser.add_argument("--rollouts", type=int, default=5)
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
     parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout, in updates of 64")
-    parser.add_argument("--description-steps", type=int, default=80, help="updates that teach descriptions")
+    parser.add_argument("--description-steps", type=int, default=240, help="updates that teach descriptions")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")

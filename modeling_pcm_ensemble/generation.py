@@ -100,6 +100,19 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
             config._compile_all_devices = True
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
+    @property
+    def init_continuous_batching(self):
+        """Not there: servers ask for it, and without it run requests one after the other."""
+        raise AttributeError("init_continuous_batching")
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: the paged cache of transformers' continuous batching is one model's."""
+        raise NotImplementedError(
+            "transformers' continuous batching pages one model's cache, and an ensemble has several. Pass a batch to "
+            "`generate`, or let requests join and leave by `modeling_pcm_ensemble.joining.join_caches` (the scheduler "
+            "in examples/continuous_batching.py)."
+        )
+
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """The ensemble's call, with the steps of the PCM and of each backbone compiled; what joins them is not."""
         for model in (self.pcm.body, *self.backbones):

@@ -149,8 +149,14 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             model_kwargs: passed to `from_pretrained`.
 
         Raises:
-            TypeError, ValueError: as [`from_experts`], or if the name is taken; the ensemble stays as it was.
+            TypeError, ValueError: as [`from_experts`], or if the name is taken, or tensor parallelism has split the
+                ensemble; it stays as it was.
         """
+        if (self.tp_size or 1) > 1:
+            raise ValueError(
+                "Tensor parallelism has split this ensemble, and would not split what is added. Add the expert first, "
+                "save, and load it with `distributed_config`."
+            )
         entry, parts = build_expert(self, name, expert, model_kwargs)
         if len(parts.backbones) > len(self.backbones):
             self.config.eos_token_id = self.generation_config.eos_token_id = all_end_tokens(parts.backbones)

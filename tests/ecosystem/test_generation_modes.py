@@ -167,3 +167,9 @@ def test_processes_that_wait_for_one_another_generate_to_the_longest(ensemble, t
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_transformers_own_continuous_batching_is_refused(ensemble):
+    assert not hasattr(ensemble, "init_continuous_batching")  # `transformers serve` then does without
+    with pytest.raises(NotImplementedError, match="pages one model's cache, and an ensemble has several"):
+        ensemble.generate_batch([[21, 22, 23]])

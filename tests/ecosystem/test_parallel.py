@@ -59,6 +59,12 @@ def test_tensor_parallel_backbones_give_the_tokens_of_one_process(tmp_path):
             assert weight.to_local().shape[0] == weight.shape[0] // 2
         tokens = model.generate(torch.tensor(eval(sys.argv[2])), max_new_tokens=8, do_sample=False)
         assert tokens.tolist() == eval(sys.argv[3])
+        try:
+            model.add_expert("late", {"model": model.backbones[0]})
+        except ValueError as error:
+            assert "Tensor parallelism has split this ensemble" in str(error)
+        else:
+            raise AssertionError("an expert was added")
     """
     result = launch(tmp_path, script, str(tmp_path / "ensemble"), str(ROWS), str(greedy(model)))
     assert result.returncode == 0, result.stderr
