@@ -142,6 +142,7 @@ def grouped_bars(axes, rows: list[dict], group: str, label: str):
     """Ratios as bars, one colour for each name, side by side in each group, with their quartiles."""
     groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, "name"))
     width = 0.8 / len(names)
+    axes.set_prop_cycle(color=plt.get_cmap("tab20" if len(names) > 10 else "tab10").colors)
     for i, name in enumerate(names):
         mine = [row for row in rows if row["name"] == name]
         places = [groups.index(row[group]) + (i - len(names) / 2 + 0.5) * width for row in mine]

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.evaluation import KeptLines
+from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
 HERE = Path(__file__).parent
 ARTIFACTS = HERE / "artifacts"
@@ -49,6 +50,16 @@ def spread(prompts: list[str], number: int) -> list[str]:
     if number >= len(prompts):
         return prompts
     return [prompts[round(i * (len(prompts) - 1) / max(number - 1, 1))] for i in range(number)]
+
+
+def chats(prompts: list[str]) -> list[list[dict[str, str]]]:
+    """Each prompt as a conversation."""
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def paper_preferences(model) -> list[dict[str, float]]:
+    """The eight: one expert of each dimension."""
+    return [dict.fromkeys(names, 1.0) for names in default_preference_sets(model.config)]
 
 
 def base_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

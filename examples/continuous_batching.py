@@ -5,7 +5,7 @@ compiled ones.
     python examples/continuous_batching.py
     python examples/continuous_batching.py --requests 64 --rate 2 --rows 16
 
-A small scheduler over rows of one cache (`modeling_pcm_ensemble.joining`). It is not transformers' own continuous
+A small scheduler over rows of one cache (`PCMEnsembleCache.join`). It is not transformers' own continuous
 batching, whose paged cache gives each request the blocks of one model: here a request is a row of the PCM's cache and
 one of a backbone's for each active expert.
 """
@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
-from modeling_pcm_ensemble.joining import join_caches
 
 EXAMPLES = Path(__file__).parent
 
@@ -88,7 +87,7 @@ class Scheduler:
             caches = [self.cache, cache] if self.running else [cache]
             self.running += new
             longest = max(request.max_new_tokens - len(request.tokens) for request in self.running)
-            self.cache = join_caches(caches, max(longest, 1) if self.compiled else None)
+            self.cache = PCMEnsembleCache.join(caches, max(longest, 1) if self.compiled else None)
             ended += self._leave()
         return ended
 
@@ -164,7 +163,9 @@ def main():
         title += ", compiled" if compile_config else ""
         for number in (1, 2):  # one row and several are compiled apart; eager steps read the weights once before
             first = [Request([1, 2, 3], {"concise": 1.0, "friendly": 1.0}, 3) for _ in range(number)]
-            serve(Scheduler(model, number, joins, compile_config), first, "warm-up")
+            scheduler = Scheduler(model, number, joins, compile_config)
+            scheduler.ends = set()
+            serve(scheduler, first, "warm-up")
         requests = make_requests(model, arguments)
         seconds = serve(Scheduler(model, arguments.rows, joins, compile_config), requests, title)
         latency = [request.finished - request.arrival for request in requests]

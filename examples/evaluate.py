@@ -19,10 +19,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-from answers import ARTIFACTS, DEVICE, KOALA, STATIC, evaluation_prompts, spread, training_prompts
+from answers import ARTIFACTS, DEVICE, KOALA, chats, evaluation_prompts, paper_preferences
 from rich.console import Console
 from rich.markdown import Markdown
+from static_weights import best_static_weights, static_rewards
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.evaluation import (
@@ -33,18 +33,13 @@ from modeling_pcm_ensemble.evaluation import (
     PlainModel,
     RewardJudge,
     WeightAverage,
-    collect_answers,
     evaluate,
-    judge_answers,
-    label,
     make_jobs,
     processes,
-    read_by_all,
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.report import win_rate_table
-from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 TOP_K = (1, 5, 20, 100)  # tokens of each expert that are kept
@@ -52,80 +47,42 @@ TOP_K = (1, 5, 20, 100)  # tokens of each expert that are kept
 
 def make_baselines(model, arguments) -> list:
     """The trained PCM first, then whatever it is compared with."""
-    base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
-    own_top_k = model.config.expert_top_k
-    descriptions = {expert["name"]: expert["description"] for expert in model.config.experts}
-    baselines = [
-        Mixture("trained PCM", model, tokens),
-        PlainModel("vanilla", base, tokenizer, tokens),
-        PlainModel("prompting", base, tokenizer, tokens, descriptions),
-        Mixture("uniform mixture", model, tokens, use_pcm=False),
-    ]
+    tokens, own_top_k = arguments.tokens, model.config.expert_top_k
+    ours, uniform = Mixture("trained PCM", model, tokens), Mixture("uniform mixture", model, tokens, use_pcm=False)
+    others = single_models(model, arguments)
     if arguments.quick:
-        return baselines
+        return [ours, *others[:2], uniform]
+    static = best_static_weights(model, static_rewards(model, arguments))
     return [
-        *baselines,
-        PlainModel("vanilla, 20 best tokens", base, tokenizer, tokens, top_k=20),
-        Mixture("Personalized Soup", model, tokens, use_pcm=False, merge="adapters"),
-        Mixture("Personalized Soup, 20 best tokens", model, tokens, use_pcm=False, merge="adapters", top_k=20),
-        *([] if arguments.model else [average_of_adapters(base, tokenizer, tokens)]),
-        Mixture("best static weights", model, tokens, use_pcm=False, weights=best_static_weights(model, arguments)),
-        Mixture("logit merging", model, tokens, use_pcm=False, merge="logits"),
+        ours,
+        *others,
+        uniform,
+        Mixture("best static weights", model, tokens, use_pcm=False, weights=static),
         *(Mixture(f"{name} alone", model, tokens, use_pcm=False, only=name) for name in model.config.expert_names),
         Mixture("PCM without description", model, tokens, use_description=False),
         Mixture("PCM without context", model, tokens, use_context=False),
         *(Mixture(f"PCM, experts' top {k}", model, tokens, expert_top_k=k) for k in TOP_K if k != own_top_k),
         *([Mixture("PCM, experts whole", model, tokens, expert_top_k=0)] if own_top_k else []),
+        *(single_models(model, arguments, own_top_k) if own_top_k else []),
     ]
 
 
-def average_of_adapters(base, tokenizer, tokens: int) -> WeightAverage:
-    adapters = {name: str(ARTIFACTS / name) for name in demo.PREFERENCES}
-    average = WeightAverage(
-        "weight average (PEFT)", demo.fetch_smollm2(), adapters, tokenizer, tokens, dtype=base.dtype
-    )
-    average.model.to(base.device)
-    return average
-
-
-def best_static_weights(model, arguments) -> dict[str, dict]:
-    """For each preference the weights whose answers to training prompts have the best mean reward."""
-    means = static_rewards(model, arguments)
-    best = {name: max(STATIC, key=lambda static: means[name, static]) for name, _ in means}
-    return {
-        label(preference): dict(zip(preference, best[label(preference)])) for preference in paper_preferences(model)
-    }
-
-
-def static_rewards(model, arguments) -> dict[tuple[str, tuple], float]:
-    """By preference and weights, the mean reward of answers to training prompts."""
-    rewards = proxy_rewards(model.backbones[0], model.tokenizer)
-    judge, guard = RewardJudge("training rewards", rewards), next(iter(rewards.values())).guard
-    prompts = spread(training_prompts(), arguments.static_prompts)
-    preferences = paper_preferences(model)
-    jobs = make_jobs(chats(prompts), preferences)
-
-    def answers(baseline) -> list[str]:
-        return collect_answers(baseline, jobs, arguments.output / "static", seed=1, batch_size=arguments.batch_size)
-
-    vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens))
-    read_by_all(guard, jobs, vanilla)
-    means = {}
-    for static in STATIC:
-        weights = {label(preference): dict(zip(preference, static)) for preference in preferences}
-        name = "static " + ":".join(map(str, static))
-        mixture = Mixture(name, model, arguments.tokens, use_pcm=False, weights=weights)
-        answered = answers(mixture)
-        read_by_all(guard, jobs, answered)
-        outcome = judge_answers(judge, jobs, answered, vanilla)
-        by_preference = np.nanmean(list(outcome.dimensions.values()), axis=(0, 1))
-        means |= {(name, static): mean for name, mean in zip(weights, by_preference)}
-    return means
-
-
-def paper_preferences(model) -> list[dict[str, float]]:
-    """The eight: one expert of each dimension."""
-    return [dict.fromkeys(names, 1.0) for names in default_preference_sets(model.config)]
+def single_models(model, arguments, top_k: int = 0) -> list:
+    """What gives one distribution, sampled whole or, as the PCM's experts are, from its `top_k` best tokens."""
+    base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
+    descriptions = {expert["name"]: expert["description"] for expert in model.config.experts}
+    part = f", {top_k} best tokens" if top_k else ""
+    found = [
+        PlainModel(f"vanilla{part}", base, tokenizer, tokens, top_k=top_k),
+        PlainModel(f"prompting{part}", base, tokenizer, tokens, descriptions, top_k),
+        Mixture(f"Personalized Soup{part}", model, tokens, use_pcm=False, merge="adapters", top_k=top_k),
+        Mixture(f"logit merging{part}", model, tokens, use_pcm=False, merge="logits", top_k=top_k),
+    ]
+    if not (arguments.model or arguments.quick):
+        name, adapters = f"weight average (PEFT){part}", {name: str(ARTIFACTS / name) for name in demo.PREFERENCES}
+        found.append(WeightAverage(name, demo.fetch_smollm2(), adapters, tokenizer, tokens, top_k, dtype=base.dtype))
+        found[-1].model.to(base.device)
+    return found
 
 
 def make_judges(rewards, arguments) -> list:
@@ -175,10 +132,6 @@ def load_model(source: str | None):
     if len(model.backbones) > 1 or not all(e["adapter"] and e["description"] and not e["prompt"] for e in experts):
         raise ValueError(f"The experts of {source} must be described adapters on one base model, without prompts.")
     return model
-
-
-def chats(prompts: list[str]) -> list:
-    return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def main():

@@ -21,11 +21,11 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from answers import ARTIFACTS, DEVICE, evaluation_prompts, spread
-from evaluate import best_static_weights, chats, paper_preferences, static_rewards
+from answers import ARTIFACTS, DEVICE, chats, evaluation_prompts, paper_preferences, spread
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from static_weights import best_static_weights, static_rewards
 from tqdm import tqdm
 
 from modeling_pcm_ensemble import demo
@@ -93,7 +93,8 @@ def compare(arms: dict[str, list[dict[str, np.ndarray]]], preferences: list[str]
         for entry, p in zip(entries, holm([entry[f"pcm − {other}, p"] for entry in entries])):
             entry[f"pcm − {other}, p"] = p
     report["dimensions"] = {
-        arm: {name: float(np.nanmean([run[name] for run in runs])) for name in runs[0]} for arm, runs in arms.items()
+        arm: {name: float(np.nanmean([run[name] for run in runs])) for name in demo.PREFERENCES if name in runs[0]}
+        for arm, runs in arms.items()
     }
     return report
 
@@ -103,6 +104,8 @@ def weights_over(model, jobs: list[Job], answers: list[str], told: list[dict] | 
     lines, told = [], told or [{"preference": job.preference} for job in jobs]
     for job, answer, preference in tqdm(list(zip(jobs, answers, told)), desc="expert weights", leave=False):
         ids, values = expert_weights_over(model, job.prompt, answer, **preference)
+        if not ids:  # an empty answer
+            continue
         facts = {"prompt": job.prompt[-1]["content"], "preference": label(job.preference)}
         rounded = [[round(a, 4) for a in token] for token in values.tolist()]
         lines.append(facts | {"experts": list(job.preference), "token_ids": ids, "expert_weights": rounded})
@@ -145,7 +148,8 @@ class Evaluation:
         self.model.pcm.load_state_dict(self.model.pcm.state_dict() | learnt)
 
     def answers(self, baseline, jobs: list[Job] | None = None, seed: int = 0) -> list[str]:
-        return collect_answers(baseline, jobs or self.jobs, self.arguments.output, seed, self.arguments.batch_size)
+        jobs = self.jobs if jobs is None else jobs
+        return collect_answers(baseline, jobs, self.arguments.output, seed, self.arguments.batch_size)
 
     def rewards(self, answers: list[str], places: list[int] | None = None) -> dict[str, np.ndarray]:
         """Of answers to all jobs, or to those at `places`: by dimension, `(prompts, preferences)`."""
@@ -169,11 +173,8 @@ class Evaluation:
         arms = {  # how they are told, what is asked, and what the PCM is given beside the context
             "nothing": (self.mixture("told nothing", use_pcm=False, **everyone), jobs, None),
             "text": (self.mixture("told as text", words=words), jobs, [{"preference_text": text} for text in texts]),
-            "system": (
-                self.mixture("told in a system message", **everyone),
-                turned,
-                [{"preference": self.names}] * len(jobs),
-            ),
+            "system, untrained": (self.mixture("system message, untrained", use_pcm=False, **everyone), turned, None),
+            "system": (self.mixture("system message", **everyone), turned, [{"preference": self.names}] * len(jobs)),
         }
         found = {}
         for name, (baseline, asked, told) in arms.items():
@@ -205,28 +206,33 @@ def main():
     if arguments.quick:
         arguments.output /= "quick"
         arguments.static_prompts, arguments.prompts, arguments.word_prompts, arguments.tokens = 1, 1, 1, 16
+    if len({folder.name for folder in arguments.pcm}) < len(arguments.pcm):
+        parser.error("--pcm takes folders of different names: what is written about a run is named after its folder")
+    if arguments.word_prompts < 1:
+        parser.error("--word-prompts must be at least 1")
     console = Console(width=160, quiet=not processes().is_main_process)
     evaluation = Evaluation(arguments)
     model, mixture, names = evaluation.model, evaluation.mixture, evaluation.names
     arms = {"uniform": [evaluation.answers(mixture("uniform mixture", use_pcm=False))]}
     if "static" in arguments.measure:
-        show_headroom(static_rewards(model, arguments), console)
-        static = best_static_weights(model, arguments)
+        headroom = static_rewards(model, arguments)
+        show_headroom(headroom, console)
+        static = best_static_weights(model, headroom)
         arms["static"] = [evaluation.answers(mixture("best static weights", use_pcm=False, weights=static))]
     if not arguments.pcm:
         return
-    arms["pcm"], words, weights = [], [], {}
+    arms["pcm"], words, weights = [], [], []
     for seed, folder in enumerate(arguments.pcm):
         evaluation.load(folder)
         # The first run draws the same random numbers as the other arms, so that less of a difference is chance.
         arms["pcm"].append(evaluation.answers(mixture("trained PCM"), seed=seed))
-        weights[folder.name] = weights_over(model, evaluation.jobs, arms["pcm"][-1])
+        weights.append(weights_over(model, evaluation.jobs, arms["pcm"][-1]))
         if "words" in arguments.measure:
             words.append(evaluation.in_words(seed))
     if "mean" in arguments.measure:
         arms["mean"] = [
             evaluation.answers(mixture("mean α", use_pcm=False, weights=mean_weights(lines, names)), seed=seed)
-            for seed, lines in enumerate(weights.values())
+            for seed, lines in enumerate(weights)
         ]
     rewards = {arm: [evaluation.rewards(answers) for answers in runs] for arm, runs in arms.items()}
     if not processes().is_main_process:
@@ -242,8 +248,8 @@ def main():
     folder = arguments.output / "pcm"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    for name, lines in weights.items():
-        (folder / f"expert-weights-{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for run, lines in zip(arguments.pcm, weights):
+        (folder / f"expert-weights-{run.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

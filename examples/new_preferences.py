@@ -19,8 +19,7 @@ import json
 import random
 from pathlib import Path
 
-from answers import ARTIFACTS, DEVICE, evaluation_prompts, spread
-from evaluate import chats, paper_preferences
+from answers import ARTIFACTS, DEVICE, chats, evaluation_prompts, paper_preferences, spread
 from rich.console import Console
 from rich.markdown import Markdown
 

@@ -67,8 +67,7 @@ def check_length(config: PCMEnsembleConfig, route: Route, length: int, cache: PC
     if 0 <= room < length:
         raise ValueError(
             f"The context of {length} tokens is too long for `past_key_values`, a static cache of {room}. Make it "
-            "with a larger `max_length`, let it grow by `joining.join_caches([cache], room)`, or leave it out: "
-            "`generate` makes one that is long enough."
+            "with a larger `max_length`, or leave it out, so that `generate` makes one that is long enough."
         )
     prefixes = [("the PCM", config.pcm, 0 if route.prefix_ids is None else route.prefix_ids.shape[1])]
     for backbone, expert_rows in route.expert_rows.items():

@@ -103,14 +103,14 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
     @property
     def init_continuous_batching(self):
         """Not there: servers ask for it, and without it run requests one after the other."""
-        raise AttributeError("init_continuous_batching")
+        raise AttributeError
 
     def generate_batch(self, *args, **kwargs):
         """Refused: the paged cache of transformers' continuous batching is one model's."""
         raise NotImplementedError(
             "transformers' continuous batching pages one model's cache, and an ensemble has several. Pass a batch to "
-            "`generate`, or let requests join and leave by `modeling_pcm_ensemble.joining.join_caches` (the scheduler "
-            "in examples/continuous_batching.py)."
+            "`generate`, or let requests join and leave by `PCMEnsembleCache.join` (the scheduler in "
+            "examples/continuous_batching.py)."
         )
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:

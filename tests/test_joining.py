@@ -7,7 +7,6 @@ from test_lora import lora_ensemble, peft_adapter
 from torch.testing import assert_close
 
 from modeling_pcm_ensemble import PCMEnsembleCache
-from modeling_pcm_ensemble.joining import join_caches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 REQUESTS = [
@@ -59,13 +58,13 @@ def test_requests_that_join_and_leave_read_what_they_would_alone(model, room):
             assert_close(found[row], alone(model, index, done[row])[-1], atol=1e-4, rtol=1e-4)
 
     step()
-    cache = join_caches([cache, read(model, 2)], room)
+    cache = PCMEnsembleCache.join([cache, read(model, 2)], room)
     running, done = [0, 1, 2], [*done, 0]
     step()
     cache.batch_select_indices(torch.tensor([1, 2]))
     running, done = [1, 2], done[1:]
     step()
-    cache = join_caches([cache, read(model, 3, static=room is not None)], room)
+    cache = PCMEnsembleCache.join([cache, read(model, 3, static=room is not None)], room)
     running, done = [1, 2, 3], [*done, 0]
     step()
     step()
@@ -73,21 +72,30 @@ def test_requests_that_join_and_leave_read_what_they_would_alone(model, room):
         step()
         with pytest.raises(ValueError, match="a static cache of 12"):
             step()
-        cache = join_caches([cache], room)
+        cache = PCMEnsembleCache.join([cache], room)
         step()
 
 
 @torch.no_grad()
 def test_columns_that_no_row_needs_are_left_out(model):
-    cache = join_caches([read(model, 1), read(model, 2)])
+    cache = PCMEnsembleCache.join([read(model, 1), read(model, 2)])
     assert cache.get_seq_length() >= 7
     cache.batch_select_indices(torch.tensor([0]))
-    trimmed = join_caches([cache])
+    trimmed = PCMEnsembleCache.join([cache])
     for name, part in trimmed.parts.items():
         assert part.cache.layers[0].keys.shape[2] == part.length < cache.parts[name].length
         assert part.attention_mask is None
     found = model(torch.tensor([TOKENS[:1]]), past_key_values=trimmed).logits[0, -1]
     assert_close(found, alone(model, 1, 1)[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_prefixes_do_not_count_as_context(model):
+    prompt, weights = REQUESTS[2]
+    cache = PCMEnsembleCache.join([read(model, 2)])
+    assert cache.get_seq_length() == len(prompt)
+    more, options = torch.tensor([prompt + TOKENS[:3]]), {"max_new_tokens": 4, "do_sample": False}
+    found = model.generate(more, past_key_values=PCMEnsembleCache.join([cache], room=12), **options)
+    assert found.tolist() == model.generate(more, preference=torch.tensor([weights]), **options).tolist()
 
 
 @torch.no_grad()
@@ -97,7 +105,7 @@ def test_each_request_keeps_its_description():
     caches = [PCMEnsembleCache(model.config) for _ in texts]
     for text, cache in zip(texts, caches):
         model(torch.tensor([[21, 22]]), past_key_values=cache, preference_ids=text)
-    found = model(torch.tensor([[23], [23]]), past_key_values=join_caches(caches)).logits[:, -1]
+    found = model(torch.tensor([[23], [23]]), past_key_values=PCMEnsembleCache.join(caches)).logits[:, -1]
     for row, text in enumerate(texts):
         expected = model(torch.tensor([[21, 22, 23]]), preference_ids=text).logits[0, -1]
         assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
@@ -110,9 +118,9 @@ def test_caches_without_room_for_padding_are_refused():
     cache = PCMEnsembleCache(sliding.config)
     sliding(torch.tensor([[21, 22]]), past_key_values=cache)
     with pytest.raises(ValueError, match="dynamic and static caches of full attention"):
-        join_caches([cache])
+        PCMEnsembleCache.join([cache])
     for refused in ([], [PCMEnsembleCache(full.config)]):
         with pytest.raises(ValueError, match="one or more caches that one ensemble has filled"):
-            join_caches(refused)
+            PCMEnsembleCache.join(refused)
     with pytest.raises(ValueError, match="`room` must be at least 1"):
-        join_caches([PCMEnsembleCache(full.config)], room=0)
+        PCMEnsembleCache.join([PCMEnsembleCache(full.config)], room=0)

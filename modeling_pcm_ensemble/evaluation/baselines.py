@@ -173,18 +173,25 @@ class WeightAverage(Baseline):
         name (`str`): see [`Baseline`].
         model (`str`): the base model, a folder or repository.
         adapters (`Mapping[str, str]`): each expert's PEFT adapter.
-        tokenizer (`PreTrainedTokenizerBase`), max_new_tokens (`int`): as for [`PlainModel`].
+        tokenizer (`PreTrainedTokenizerBase`), max_new_tokens, top_k (`int`): as for [`PlainModel`].
         model_kwargs: passed to `from_pretrained`.
 
     Source: arXiv 2310.11564.
     """
 
     def __init__(
-        self, name: str, model: str, adapters: Mapping[str, str], tokenizer, max_new_tokens: int, **model_kwargs
+        self,
+        name: str,
+        model: str,
+        adapters: Mapping[str, str],
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        top_k: int = 0,
+        **model_kwargs,
     ):
         from peft import PeftModel
 
-        self.name, self.tokenizer, self.max_new_tokens = name, tokenizer, max_new_tokens
+        self.name, self.tokenizer, self.max_new_tokens, self.top_k = name, tokenizer, max_new_tokens, top_k
         self.model = None
         for expert, folder in adapters.items():
             if self.model is None:
@@ -194,14 +201,15 @@ class WeightAverage(Baseline):
                 self.model.load_adapter(folder, adapter_name=expert)
 
     def settings(self) -> str:
-        return json.dumps([self.max_new_tokens, digest(self.model)])
+        return json.dumps([self.max_new_tokens, self.top_k, digest(self.model)])
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         answers: dict[int, str] = {}
         for preference in {tuple(sorted(p.items())): p for p in preferences}.values():
             rows = [i for i, p in enumerate(preferences) if p == preference]
             self._average(preference)
-            texts = sample_answers(self.model, self.tokenizer, [prompts[i] for i in rows], self.max_new_tokens)
+            mine = [prompts[i] for i in rows]
+            texts = sample_answers(self.model, self.tokenizer, mine, self.max_new_tokens, top_k=self.top_k)
             answers |= dict(zip(rows, texts))
         return [answers[i] for i in range(len(prompts))]
 

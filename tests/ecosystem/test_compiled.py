@@ -13,7 +13,6 @@ from test_lora import lora_ensemble, peft_adapter
 from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.joining import join_caches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 ROWS = [[21, 22, 23, 24, 25], [31, 32, 33], [41, 42, 43, 44]]
@@ -21,6 +20,8 @@ COMPILED = {
     "cache_implementation": "static",
     "compile_config": CompileConfig(dynamic=True, mode="default", fullgraph=True),  # a break in a graph is an error
 }
+
+TRACED = COMPILED | {"compile_config": CompileConfig(dynamic=True, backend="eager", fullgraph=True)}  # a shorter wait
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,8 @@ def test_requests_that_join_run_what_is_compiled(warm, nothing_compiles):
     for row, preference in zip(ROWS, ("a", ["b", "d"], ["a", "c"])):
         caches.append(PCMEnsembleCache(warm.config))
         warm(torch.tensor([row]), preference=preference, past_key_values=caches[-1])
-    tokens, eager = torch.tensor([[7], [8], [9]]), join_caches(caches)
-    joined = join_caches(caches, room=2)
+    tokens, eager = torch.tensor([[7], [8], [9]]), PCMEnsembleCache.join(caches)
+    joined = PCMEnsembleCache.join(caches, room=2)
     torch.testing.assert_close(
         step(tokens, past_key_values=joined).logits, warm(tokens, past_key_values=eager).logits, atol=1e-4, rtol=1e-4
     )
@@ -109,7 +110,7 @@ def test_threads_do_not_read_each_others_adapters_while_one_compiles(ensemble):
     thread = threading.Thread(target=eagerly)
     thread.start()
     try:
-        assert greedy(model, ROWS[:2], "a", **COMPILED) == expected["a"]
+        assert greedy(model, ROWS[:2], "a", **TRACED) == expected["a"]
     finally:
         done.set()
         thread.join()
@@ -122,14 +123,14 @@ def test_adapters_that_come_later_are_compiled_in(tmp_path):
     backbone = tiny_llama(1)
     model = PCMEnsembleForCausalLM.from_experts({"plain": backbone, "other": tiny_gpt2(2)}, pcm=tiny_llama(3))
     model.generation_config.eos_token_id = None
-    plain = greedy(model, ROWS[:2], "plain", **COMPILED)
+    plain = greedy(model, ROWS[:2], "plain", **TRACED)
     adapter = peft_adapter(tmp_path / "a", backbone, 1)
     model.add_expert("adapted", {"model": backbone, "adapter": adapter})
-    found = greedy(model, ROWS[:2], "adapted", **COMPILED)
+    found = greedy(model, ROWS[:2], "adapted", **TRACED)
     assert found == greedy(model, ROWS[:2], "adapted") != plain
     second = lora_ensemble(backbone, {"b": peft_adapter(tmp_path / "b", backbone, 2)})
-    assert greedy(second, ROWS[:2], "b", **COMPILED) == greedy(second, ROWS[:2], "b") != found
-    assert greedy(model, ROWS[:2], "adapted", **COMPILED) == found
+    assert greedy(second, ROWS[:2], "b", **TRACED) == greedy(second, ROWS[:2], "b") != found
+    assert greedy(model, ROWS[:2], "adapted", **TRACED) == found
 
 
 def test_a_compiled_model_is_pickled_and_a_users_config_stays(ensemble):
@@ -190,8 +191,8 @@ def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
     model.backbones[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
     expected = greedy(model, ROWS[:2], ["a", "d"])
     with caplog.at_level("WARNING", logger="modeling_pcm_ensemble"):
-        assert greedy(model, ROWS[:2], ["a", "d"], **COMPILED) == expected
-        assert greedy(model, ROWS[:1], "d", **COMPILED) == greedy(model, ROWS[:1], "d")
+        assert greedy(model, ROWS[:2], ["a", "d"], **TRACED) == expected
+        assert greedy(model, ROWS[:1], "d", **TRACED) == greedy(model, ROWS[:1], "d")
     warnings = [record.message for record in caplog.records if "does not compile" in record.message]
     assert len(warnings) == 1
     assert warnings[0].startswith("GPT2LMHeadModel does not compile")
