@@ -52,6 +52,18 @@ def test_selected_rows_go_on_as_those_rows_and_parts_without_rows_are_dropped(mi
     check_next_tokens(mixed, cache, rows)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [("static", 8, None), ("quantized", None, {"backend": "fp8"})], ids=lambda k: k[0])
+def test_rows_of_other_kinds_of_caches_are_selected_too(prompted, kind):
+    caches = [PCMEnsembleCache(prompted.config, *kind) for _ in range(2)]
+    for cache in caches:
+        prompted(torch.tensor([ROWS[0]] * 3), preference=[["e0"], ["e1", "e2"], ["e2"]], past_key_values=cache)
+    whole = prompted(torch.tensor([[50], [51], [52]]), past_key_values=caches[0]).logits
+    caches[1].batch_select_indices(torch.tensor([2, 0]))
+    selected = prompted(torch.tensor([[52], [50]]), past_key_values=caches[1]).logits
+    assert_close(selected, whole[[2, 0]], atol=1e-5, rtol=1e-5)
+
+
 def test_a_cropped_cache_goes_on_from_the_tokens_left(prompted):
     with torch.no_grad():
         cache = prompted(torch.tensor([[21, 22, 23, 24], [31, 32, 33, 34]]), preference=[["e0"], ["e1", "e2"]])
