@@ -30,7 +30,7 @@ FAST = {"cache_implementation": "static", "compile_config": CompileConfig(mode="
 
 def add_arguments(parser):
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--drafted", type=int, nargs="+", default=[2, 4, 8], help="tokens drafted at once")
 
 
