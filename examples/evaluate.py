@@ -12,7 +12,8 @@ Does the trained PCM win? Compare it with what a user would do instead, and writ
 
 Run again, it goes on where it stopped; other judges judge the same answers. --model takes another ensemble of the
 paper's six experts as adapters on one model (without the average by PEFT, which needs their files), --prompt-file
-another set. --quick takes ten prompts, two preferences and three baselines.
+another set. --ablations compares the PCM with itself: without what it reads, and with other numbers of the experts'
+best tokens. --quick takes ten prompts, two preferences and three baselines.
 """
 
 import argparse
@@ -49,21 +50,32 @@ def make_baselines(model, arguments) -> list:
     """The trained PCM first, then whatever it is compared with."""
     tokens, own_top_k = arguments.tokens, model.config.expert_top_k
     ours, uniform = Mixture("trained PCM", model, tokens), Mixture("uniform mixture", model, tokens, use_pcm=False)
-    others = single_models(model, arguments)
+    vanilla, prompting, *merged = single_models(model, arguments)
     if arguments.quick:
-        return [ours, *others[:2], uniform]
+        return [ours, vanilla, prompting, uniform]
+    if arguments.ablations:
+        return [ours, vanilla, uniform, *ablations(model, tokens)]
     static = best_static_weights(model, static_rewards(model, arguments))
     return [
         ours,
-        *others,
+        vanilla,
+        prompting,
+        *merged,
         uniform,
         Mixture("best static weights", model, tokens, use_pcm=False, weights=static),
         *(Mixture(f"{name} alone", model, tokens, use_pcm=False, only=name) for name in model.config.expert_names),
+        *(single_models(model, arguments, own_top_k) if own_top_k else []),
+    ]
+
+
+def ablations(model, tokens: int) -> list:
+    """The trained PCM with a part left out, or other numbers of the experts' best tokens."""
+    own_top_k = model.config.expert_top_k
+    return [
         Mixture("PCM without description", model, tokens, use_description=False),
         Mixture("PCM without context", model, tokens, use_context=False),
         *(Mixture(f"PCM, experts' top {k}", model, tokens, expert_top_k=k) for k in TOP_K if k != own_top_k),
         *([Mixture("PCM, experts whole", model, tokens, expert_top_k=0)] if own_top_k else []),
-        *(single_models(model, arguments, own_top_k) if own_top_k else []),
     ]
 
 
@@ -78,7 +90,7 @@ def single_models(model, arguments, top_k: int = 0) -> list:
         Mixture(f"Personalized Soup{part}", model, tokens, use_pcm=False, merge="adapters", top_k=top_k),
         Mixture(f"logit merging{part}", model, tokens, use_pcm=False, merge="logits", top_k=top_k),
     ]
-    if not (arguments.model or arguments.quick):
+    if not (arguments.model or arguments.quick or arguments.ablations):
         name, adapters = f"weight average (PEFT){part}", {name: str(ARTIFACTS / name) for name in demo.PREFERENCES}
         found.append(WeightAverage(name, demo.fetch_smollm2(), adapters, tokenizer, tokens, top_k, dtype=base.dtype))
         found[-1].model.to(base.device)
@@ -113,6 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--judge-url", help="an endpoint of OpenAI's form, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", default="judge", help="the judge's name there")
     parser.add_argument("--votes", type=Path, help="people's votes, see HumanVotes")
+    parser.add_argument("--ablations", action="store_true", help="see above; the report is in OUTPUT/ablations")
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -157,15 +170,17 @@ def main():
         return
     command = " ".join(["python", "examples/evaluate.py", *sys.argv[1:]])
     asked = f"{len(prompts)} prompts of {arguments.prompt_file.stem}"
-    title = f"The trained PCM against what a user would do instead, on {asked}"
+    against = "itself with parts changed" if arguments.ablations else "what a user would do instead"
+    title = f"The trained PCM against {against}, on {asked}"
     static = {baseline.name: baseline.weights for baseline in others if getattr(baseline, "weights", None)}
     facts = {"title": title, "command": command, "dataset": arguments.prompt_file.stem, "static weights": static}
-    write_report(facts | report, arguments.output)
+    folder = arguments.output / "ablations" if arguments.ablations else arguments.output
+    write_report(facts | report, folder)
     console = Console()
     for judge, entry in report["judges"].items():
         console.print(f"\nWin rate of the {ours.name}, judge: {judge}")
         console.print(Markdown(win_rate_table(entry)))
-    console.print(f"Written to {arguments.output / 'report.md'}")
+    console.print(f"Written to {folder / 'report.md'}")
 
 
 if __name__ == "__main__":
