@@ -93,7 +93,7 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     if (folder / "pcm.safetensors").exists():
         return folder
     set_seed(seed)
-    model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE), expert_top_k=demo.EXPERT_TOP_K)
+    model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE))
     teach_descriptions(model, dataset, folder, seed, arguments)
     trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
