@@ -183,7 +183,8 @@ def main():
         table.add_row(*(value if isinstance(value, str) else f"{value:.2f}" for value in row.values()))
     Console().print(table)
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps({"settings": vars(arguments), "rows": rows}, indent=2) + "\n")
+        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
+        Path(arguments.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

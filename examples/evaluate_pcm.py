@@ -25,7 +25,7 @@ from answers import ARTIFACTS, DEVICE, chats, evaluation_prompts, paper_preferen
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from static_weights import best_static_weights, static_rewards
+from static_weights import best_static_weights, show_headroom, static_rewards
 from tqdm import tqdm
 
 from modeling_pcm_ensemble import demo
@@ -48,16 +48,6 @@ from modeling_pcm_ensemble.evaluation import (
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 MEASURES = ("static", "mean", "words")
-
-
-def show_headroom(means: dict[tuple[str, tuple], float], console: Console):
-    """Rewards of static weights on training prompts, by preference."""
-    preferences, weights = (list(dict.fromkeys(keys)) for keys in zip(*means))
-    table = Table("preference", *(":".join(map(str, w)) for w in weights), title="reward of static weights, training")
-    for name in preferences:
-        table.add_row(name, *(f"{means[name, w]:.3f}" for w in weights))
-    table.add_row("all", *(f"{fmean(means[name, w] for name in preferences):.3f}" for w in weights))
-    console.print(table)
 
 
 def compare(arms: dict[str, list[dict[str, np.ndarray]]], preferences: list[str], console: Console) -> dict:

@@ -1,7 +1,11 @@
 """The best weights that stay the same over prompts and tokens: what a trained PCM must beat."""
 
+from statistics import fmean
+
 import numpy as np
 from answers import STATIC, chats, paper_preferences, spread, training_prompts
+from rich.console import Console
+from rich.table import Table
 
 from modeling_pcm_ensemble.evaluation import (
     Mixture,
@@ -47,3 +51,13 @@ def static_rewards(model, arguments) -> dict[tuple[str, tuple], float]:
         by_preference = np.nanmean(list(outcome.dimensions.values()), axis=(0, 1))
         means |= {(name, static): mean for name, mean in zip(weights, by_preference)}
     return means
+
+
+def show_headroom(means: dict[tuple[str, tuple], float], console: Console):
+    """Rewards of static weights on training prompts, by preference."""
+    preferences, weights = (list(dict.fromkeys(keys)) for keys in zip(*means))
+    table = Table("preference", *(":".join(map(str, w)) for w in weights), title="reward of static weights, training")
+    for name in preferences:
+        table.add_row(name, *(f"{means[name, w]:.3f}" for w in weights))
+    table.add_row("all", *(f"{fmean(means[name, w] for name in preferences):.3f}" for w in weights))
+    console.print(table)

@@ -4,12 +4,15 @@ import importlib
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_ensemble, tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import CompileConfig, set_seed
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -113,6 +116,23 @@ def test_new_preferences_are_what_their_kind_says(example):
     assert all(0 < weight <= 2 for weight in weights)
     assert sorted(map(len, kinds["five experts"] + kinds["all six"])) == [5] * 6 + [6]
     assert module.with_added(paper) == [{"elementary": 1.0, "concise": 1.0, "cheerful": 1.0}]
+
+
+def test_single_models_are_also_sampled_from_as_many_tokens_as_the_experts_keep(example):
+    experts = {
+        "a": {"model": tiny_llama(1), "description": "be a"},
+        "b": {"model": tiny_gpt2(2), "description": "be b"},
+    }
+    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(3), tokenizer=tiny_tokenizer())
+    arguments = Namespace(tokens=8, model="elsewhere", quick=False, ablations=False)
+    whole, best = (example("evaluate").single_models(model, arguments, top_k) for top_k in (0, 20))
+    assert [baseline.name for baseline in best] == [f"{baseline.name}, 20 best tokens" for baseline in whole]
+    assert ({baseline.top_k for baseline in whole}, {baseline.top_k for baseline in best}) == ({0}, {20})
+    names = [baseline.name for baseline in example("evaluate").ablations(model, 8)]
+    assert names[2:] == [f"PCM, experts' top {k}" for k in (1, 5, 20, 100)]
+    model.config.expert_top_k = 20
+    names = [baseline.name for baseline in example("evaluate").ablations(model, 8)]
+    assert names[2:] == [*(f"PCM, experts' top {k}" for k in (1, 5, 100)), "PCM, experts whole"]
 
 
 @pytest.mark.parametrize(("joins", "compiled"), [(True, False), (False, False), (True, True)], ids=str)

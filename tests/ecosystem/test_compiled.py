@@ -20,7 +20,6 @@ COMPILED = {
     "cache_implementation": "static",
     "compile_config": CompileConfig(dynamic=True, mode="default", fullgraph=True),  # a break in a graph is an error
 }
-
 TRACED = COMPILED | {"compile_config": CompileConfig(dynamic=True, backend="eager", fullgraph=True)}  # a shorter wait
 
 
