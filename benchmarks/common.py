@@ -150,7 +150,7 @@ def grouped_bars(axes, rows: list[dict], group: str, label: str):
         spread = [[abs(row["ratio"] - row["quartiles"][end]) for row in mine] for end in (0, 1)]
         bars = axes.bar(places, heights, width, label=name, yerr=spread, error_kw={"linewidth": 0.8})
         axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
-    axes.set_xticks(range(len(groups)), [f"{group} {value}" for value in groups])
+    axes.set_xticks(range(len(groups)), [f"{group} {value}".replace(" + ", "\n+ ") for value in groups])
     axes.set_ylabel(label)
     axes.axhline(1, color="black", linewidth=0.6)
-    axes.legend(fontsize=7)
+    axes.figure.legend(loc="outside right upper", fontsize=7)
