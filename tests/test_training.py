@@ -303,6 +303,7 @@ trainer.train()
 losses = trainer.accelerator.reduce(torch.stack(losses), "mean")
 if trainer.is_world_process_zero():
     torch.save((trainer._pcm.state_dict(), losses), sys.argv[4])
+torch.distributed.destroy_process_group()  # whose threads may else abort a process that ends
 """
 
 

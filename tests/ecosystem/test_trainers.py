@@ -113,6 +113,7 @@ trainer.train()
 check_only_the_pcm_learnt(ensemble, before)
 if trainer.is_world_process_zero():
     print("losses", losses(trainer))
+torch.distributed.destroy_process_group()  # whose threads may else abort a process that ends
 """
 
 
