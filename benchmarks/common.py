@@ -21,13 +21,14 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 DTYPE = torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK = 16
 PCM_LAYERS = 4
 EXPERTS, CONTEXT = 3, 64
 
 
 def load_backbone(arguments) -> PreTrainedModel:
-    """SmolLM2-135M, or a random Llama of the size asked for, in bfloat16 and in memory of its own."""
+    """SmolLM2-135M, or a random Llama of the size asked for, in bfloat16 and in memory of its own; on a GPU if any."""
     torch.manual_seed(0)
     if arguments.layers is None:
         model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=DTYPE)
@@ -41,7 +42,9 @@ def load_backbone(arguments) -> PreTrainedModel:
             num_key_value_heads=max(1, arguments.hidden // 256),
             tie_word_embeddings=True,
         )
-        model = LlamaForCausalLM(config).to(DTYPE)
+        with torch.device(DEVICE):
+            model = LlamaForCausalLM(config).to(DTYPE)
+    model.to(DEVICE)
     for parameter in model.parameters():  # a checkpoint is mapped from disk, which a first pass would have to read
         parameter.data = parameter.data.clone()
     return model.eval().requires_grad_(False)
@@ -61,7 +64,7 @@ def random_adapter(backbone: PreTrainedModel, seed: int) -> dict:
 
 def lora_ensemble(backbone: PreTrainedModel, num_experts: int, **kwargs) -> PCMEnsembleForCausalLM:
     experts = {f"lora{i}": {"model": backbone, "adapter": random_adapter(backbone, i)} for i in range(num_experts)}
-    return PCMEnsembleForCausalLM.from_experts(experts, pcm=backbone, pcm_layers=PCM_LAYERS, **kwargs)
+    return PCMEnsembleForCausalLM.from_experts(experts, pcm=backbone, pcm_layers=PCM_LAYERS, **kwargs).to(DEVICE)
 
 
 def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length: int = 18) -> PCMEnsembleForCausalLM:
@@ -71,15 +74,25 @@ def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length
     )
     for i, expert in enumerate(model.config.experts):
         expert["prompt_ids"] = [(i * 31 + j) % 40000 + 100 for j in range(prompt_length)]
-    return model
+    return model.to(DEVICE)
+
+
+def some_ids(batch: int, context: int = CONTEXT) -> torch.LongTensor:
+    """A context of which every row has the same, `(batch, context)`. Decode time depends on shapes only."""
+    ids = torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))
+    return ids.expand(batch, -1).to(DEVICE)
+
+
+def one_token(batch: int) -> torch.LongTensor:
+    """What is decoded, `(batch, 1)`."""
+    return torch.full((batch, 1), 500, device=DEVICE)
 
 
 def cached_step(model, token: torch.Tensor, context: int = CONTEXT):
-    """A step of `model` behind a context of which every row has the same. Decode time depends on shapes only."""
-    ids = torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))
+    """A step of `model` behind a context."""
     is_ensemble = isinstance(model, PCMEnsembleForCausalLM)
     cache = PCMEnsembleCache(model.config) if is_ensemble else DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(some_ids(1, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
     if len(token) > 1:
         cache.batch_repeat_interleave(len(token))
     return lambda: model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -94,6 +107,8 @@ def interleaved(
         for name, step in steps.items():
             start = time.perf_counter()
             step()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
             if done >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -116,24 +131,26 @@ def write_results(name: str, rows: list[dict], columns: list[str], arguments, pi
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": str(DTYPE),
         "model": model,
     }
-    table = Table(*columns, title=f"{name}: {model}, {machine['threads']} threads, bfloat16")
+    where = f"{machine['threads']} CPU threads" if DEVICE == "cpu" else machine["device"]
+    table = Table(*columns, title=f"{name}: {model}, {where}, bfloat16")
     for row in rows:
         table.add_row(*(f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
     Console().print(table)
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     stem = name if arguments.layers is None else f"{name}-llama-{arguments.layers}x{arguments.hidden}"
+    stem += "" if DEVICE == "cpu" else "-gpu"
     (folder / f"{stem}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     if picture is not None:
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         picture(axes)
-        axes.set_title(f"{model}, {machine['threads']} CPU threads, bfloat16")
+        axes.set_title(f"{model}, {where}, bfloat16")
         figure.savefig(folder / f"{stem}.png", dpi=120)
         plt.close(figure)
 

@@ -1,4 +1,4 @@
-"""One decode step of three experts, as a ratio to one step of one plain model of the same batch."""
+"""One decode step of several experts, as a ratio to one step of one plain model of the same batch."""
 
 import copy
 import tempfile
@@ -12,15 +12,16 @@ from modeling_pcm_ensemble.merging import ExpertLogits, log_expert_weights, mixt
 
 from . import fast
 from .common import (
-    CONTEXT,
+    DEVICE,
     DTYPE,
-    EXPERTS,
     cached_step,
     grouped_bars,
     interleaved,
     load_backbone,
     lora_ensemble,
+    one_token,
     prompted_ensemble,
+    some_ids,
     summary,
     write_results,
 )
@@ -28,6 +29,8 @@ from .common import (
 
 def add_arguments(parser):
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=["prompted", "LoRA"], default=["prompted", "LoRA"])
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--fast", action="store_true", help="compiled steps instead, which take minutes to compile")
     parser.add_argument("--xlora", action="store_true", help="X-LoRA too, which runs the whole context at each step")
@@ -38,30 +41,31 @@ def run(arguments):
     if arguments.fast:
         fast.run(arguments)
         return
-    backbone = load_backbone(arguments)
-    lora = lora_ensemble(backbone, EXPERTS)
+    backbone, experts = load_backbone(arguments), arguments.experts
+    lora = lora_ensemble(backbone, experts)
     models = {
         "plain model": backbone,
-        "prompted experts": prompted_ensemble(backbone, EXPERTS),
+        "prompted experts": prompted_ensemble(backbone, experts),
         "LoRA experts": lora,
-        'LoRA, merge="adapters"': lora_ensemble(backbone, EXPERTS, merge="adapters"),
+        'LoRA, merge="adapters"': lora_ensemble(backbone, experts, merge="adapters"),
     }
-    copies = [copy.deepcopy(backbone) for _ in range(EXPERTS)]
+    models = {name: model for name, model in models.items() if name.startswith(("plain", *arguments.kinds))}
+    copies = [copy.deepcopy(backbone) for _ in range(experts)]
     peft = with_peft_adapters(copy.deepcopy(backbone), lora)
     xlora = with_xlora(copy.deepcopy(backbone), lora) if arguments.xlora else None
     rows = []
     for batch in arguments.batches:
-        token = torch.full((batch, 1), 500)
+        token = one_token(batch)
         steps = {name: cached_step(model, token) for name, model in models.items()}
         steps["separate models"] = one_after_another([cached_step(model, token) for model in copies])
         steps["PEFT mixed batch"] = peft_step(peft, backbone, lora.config.expert_names, token)
-        steps["mixture alone"] = mixture_step(backbone.config.vocab_size, batch)
+        steps["mixture alone"] = mixture_step(backbone.config.vocab_size, batch, experts)
         if xlora is not None and batch == 1:
-            context = torch.randint(100, 40000, (batch, CONTEXT))
+            context = some_ids(batch)
             steps["PEFT X-LoRA"] = lambda context=context: xlora(context, use_cache=False)
         rounds = arguments.rounds if batch < 32 else arguments.rounds // 2
         measured = summary(interleaved(steps, rounds, title=f"batch {batch}"), "plain model")
-        rows += [{"batch": batch, "experts": EXPERTS} | row for row in measured]
+        rows += [{"batch": batch, "experts": experts} | row for row in measured]
     columns = ["batch", "name", "seconds", "ratio"]
     write_results("decode", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "batch", "time of one plain step"))  # fmt: skip  # noqa: E501
 
@@ -70,13 +74,14 @@ def one_after_another(steps: list):
     return lambda: [step() for step in steps]
 
 
-def mixture_step(vocab_size: int, batch: int):
-    """What joins three experts' logits, with the weights of a PCM."""
-    logits = torch.randn(EXPERTS, batch, 1, vocab_size).to(DTYPE)
-    scores, weights = torch.randn(batch, 1, EXPERTS), torch.ones(batch, EXPERTS)
+def mixture_step(vocab_size: int, batch: int, num_experts: int):
+    """What joins the experts' logits, with the weights of a PCM."""
+    logits = torch.randn(num_experts, batch, 1, vocab_size, device=DEVICE).to(DTYPE)
+    scores = torch.randn(batch, 1, num_experts, device=DEVICE)
+    weights = torch.ones(batch, num_experts, device=DEVICE)
 
     def step():
-        experts = [ExpertLogits(i, None, logits[i]) for i in range(EXPERTS)]
+        experts = [ExpertLogits(i, None, logits[i]) for i in range(num_experts)]
         return mixture_log_probs(experts, log_expert_weights(scores, weights.log()), exact=False)
 
     return step
@@ -90,14 +95,13 @@ def with_peft_adapters(model, lora: PCMEnsembleForCausalLM) -> PeftModel:
         model = PeftModel.from_pretrained(model, f"{folder}/{first}", adapter_name=first)
         for name in others:
             model.load_adapter(f"{folder}/{name}", name)
-    return model.to(DTYPE).eval()
+    return model.to(DEVICE, DTYPE).eval()
 
 
 def peft_step(peft: PeftModel, backbone, names: list[str], token: torch.Tensor):
     """Every row once for each expert in one batch, each under its adapter; the mixture is not computed."""
     cache = DynamicCache(config=backbone.config)
-    ids = torch.randint(100, 40000, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
-    backbone(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    backbone(some_ids(1), past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(len(token) * len(names))
     rows, adapters = token.repeat(len(names), 1), [name for name in names for _ in range(len(token))]
     return lambda: peft(rows, past_key_values=cache, use_cache=True, logits_to_keep=1, adapter_names=adapters)

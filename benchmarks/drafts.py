@@ -25,7 +25,7 @@ PLAIN, COMPILED, LOOKUP, BASE, PCM = (
     "base model",
     "PCM through the LM head",
 )
-FAST = {"cache_implementation": "static", "compile_config": CompileConfig(mode="default")}
+FAST = {"cache_implementation": "static", "compile_config": CompileConfig()}
 
 
 def add_arguments(parser):

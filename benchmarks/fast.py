@@ -11,33 +11,34 @@ from modeling_pcm_ensemble.compiling import compiled_call, let_sizes_vary
 
 from .common import (
     CONTEXT,
-    EXPERTS,
+    DEVICE,
     cached_step,
     grouped_bars,
     interleaved,
     load_backbone,
     lora_ensemble,
+    one_token,
     prompted_ensemble,
+    some_ids,
     summary,
     write_results,
 )
 
 PLAIN = "plain model"
-COMPILED = CompileConfig(dynamic=True, mode="default")
+COMPILED = CompileConfig(dynamic=True)
 
 
 @torch.no_grad()
 def run(arguments):
     backbone = load_backbone(arguments)
-    own = [load_backbone(arguments) for _ in range(3)]  # what is compiled has no other ensemble's adapters hooked
-    compiled = {
-        PLAIN: own[0],
-        "prompted experts": prompted_ensemble(own[1], EXPERTS),
-        "LoRA experts": lora_ensemble(own[2], EXPERTS),
-    }
+    experts = arguments.experts
+    make = {"prompted": prompted_ensemble, "LoRA": lora_ensemble}
+    # On backbones of their own: what is compiled has no other ensemble's adapters hooked.
+    compiled = {PLAIN: load_backbone(arguments)}
+    compiled |= {f"{kind} experts": make[kind](load_backbone(arguments), experts) for kind in arguments.kinds}
     rows = []
     for batch in arguments.batches:
-        token = torch.full((batch, 1), 500)
+        token = one_token(batch)
         steps = {PLAIN: cached_step(backbone, token)}
         steps |= {f"{name}, eager": cached_step(model, token) for name, model in compiled.items() if name != PLAIN}
         warm_up = {}
@@ -56,7 +57,7 @@ def run(arguments):
         to_compiled = {row["name"]: row["ratio"] for row in summary(measured, f"{PLAIN}, compiled")}
         for row in summary(measured, PLAIN):
             name = row["name"]
-            rows.append({"batch": batch, "experts": EXPERTS} | row)
+            rows.append({"batch": batch, "experts": experts} | row)
             rows[-1] |= {"to compiled": to_compiled[name], "first token": first[name], "warm-up": warm_up.get(name)}
     columns = ["batch", "name", "seconds", "ratio", "to compiled", "first token", "warm-up"]
     picture = partial(grouped_bars, rows=rows, group="batch", label="time of one plain eager step")
@@ -65,7 +66,7 @@ def run(arguments):
 
 def first_token(model, batch: int, is_static: bool = False):
     """From the call of `generate` to one token. The prefill is not compiled; a static cache is filled by it."""
-    ids = torch.randint(100, 40000, (batch, CONTEXT), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(100, 40000, (batch, CONTEXT), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     if is_static:
         options |= {"cache_implementation": "static", "compile_config": COMPILED, "max_cache_len": 2 * CONTEXT}
@@ -74,17 +75,16 @@ def first_token(model, batch: int, is_static: bool = False):
 
 def compiled_step(model, token: torch.Tensor, rounds: int):
     """As `cached_step`, into static caches."""
-    ids = torch.randint(100, 40000, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
     batch, length = len(token), CONTEXT + rounds + 8  # warm-up too
     if isinstance(model, PCMEnsembleForCausalLM):
         cache = PCMEnsembleCache(model.config, "static", length)
-        model(ids.expand(batch, -1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
         call = model.get_compiled_call(COMPILED)
         return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache = StaticCache(model.config, max_cache_len=length)
-    model(ids.expand(batch, -1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
     let_sizes_vary(cache)
-    mask = torch.ones(batch, length, dtype=torch.long)
+    mask = torch.ones(batch, length, dtype=torch.long, device=DEVICE)
 
     def step():
         positions = cache.get_seq_length().expand(batch, 1).clone()

@@ -13,7 +13,7 @@ from .common import write_results
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PREFERENCES = (["elementary", "concise", "friendly"], ["knowledgeable", "informative"], ["friendly"])
-FAST = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=True, mode="default")}
+FAST = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=True)}
 
 
 def add_arguments(parser):

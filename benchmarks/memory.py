@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import CompileConfig
 
-from .common import load_backbone, lora_ensemble, prompted_ensemble, write_results
+from .common import DEVICE, load_backbone, lora_ensemble, prompted_ensemble, write_results
 
 BATCH, TOKENS = 8, 96
 VARIANTS = {  # name: (kind, experts)
@@ -55,10 +55,10 @@ def measure(arguments) -> dict:
         if kind != "plain":
             expected += sum(p.nbytes for p in model.pcm.parameters())
             expected += sum(p.nbytes for p in model.backbones.adapters.parameters())
-        ids = torch.randint(100, 40000, (BATCH, 32))
+        ids = torch.randint(100, 40000, (BATCH, 32), device=DEVICE)
         options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
         if arguments.variant.endswith("compiled"):
-            options |= {"cache_implementation": "static", "compile_config": CompileConfig(mode="default")}
+            options |= {"cache_implementation": "static", "compile_config": CompileConfig()}
         model.generate(ids, **options)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"peak_mb": peak, "weights_mb": weights / 2**20, "expected_weights_mb": expected / 2**20}

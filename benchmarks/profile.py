@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .common import load_backbone, lora_ensemble, prompted_ensemble
-from .decode import EXPERTS, cached_step
+from .common import EXPERTS, cached_step, load_backbone, lora_ensemble, one_token, prompted_ensemble
 
 
 def add_arguments(parser):
@@ -18,7 +17,7 @@ def add_arguments(parser):
 @torch.no_grad()
 def run(arguments):
     make = {"prompted": prompted_ensemble, "lora": lora_ensemble}[arguments.experts]
-    step = cached_step(make(load_backbone(arguments), EXPERTS), torch.full((arguments.batch, 1), 500))
+    step = cached_step(make(load_backbone(arguments), EXPERTS), one_token(arguments.batch))
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(arguments.steps):

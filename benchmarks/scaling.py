@@ -2,7 +2,7 @@
 
 import torch
 
-from .common import grouped_bars, interleaved, load_backbone, lora_ensemble, summary, write_results
+from .common import grouped_bars, interleaved, load_backbone, lora_ensemble, one_token, summary, write_results
 from .decode import cached_step
 
 
@@ -23,7 +23,7 @@ def run(arguments):
     points += [(3, 1, length) for length in arguments.contexts if length > context]
     rows = []
     for experts, batch, length in points:
-        token = torch.full((batch, 1), 500)
+        token = one_token(batch)
         ensemble = lora_ensemble(backbone, experts)
         steps = {
             "plain model": cached_step(backbone, token, length),

@@ -6,7 +6,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from .common import grouped_bars, load_backbone, lora_ensemble, summary, write_results
+from .common import DEVICE, grouped_bars, load_backbone, lora_ensemble, summary, write_results
 
 EXPERTS, ACTIVE = 6, 3
 
@@ -26,7 +26,7 @@ def run(arguments):
     mixture = lora_ensemble(backbone, EXPERTS)
     adapters = lora_ensemble(backbone, EXPERTS, merge="adapters")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 40000, (arguments.requests, arguments.prompt), generator=generator)
+    ids = torch.randint(100, 40000, (arguments.requests, arguments.prompt), generator=generator).to(DEVICE)
     weights = torch.zeros(arguments.requests, EXPERTS)
     for row in weights:
         row[torch.randperm(EXPERTS, generator=generator)[:ACTIVE]] = torch.rand(ACTIVE, generator=generator) + 0.1

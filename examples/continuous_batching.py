@@ -158,7 +158,7 @@ def main():
         parser.error("needs --requests of at least 2, --rate above 0, --rows of at least 1, --tokens of at least 8")
     model = demo.trained_ensemble(EXAMPLES / "artifacts", dtype=demo.fast_dtype())
     rows = []
-    for compile_config, joins in itertools.product((None, CompileConfig(mode="default")), (False, True)):
+    for compile_config, joins in itertools.product((None, CompileConfig()), (False, True)):
         title = "requests join and leave" if joins else "one batch at a time"
         title += ", compiled" if compile_config else ""
         for number in (1, 2):  # one row and several are compiled apart; eager steps read the weights once before

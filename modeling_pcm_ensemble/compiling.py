@@ -24,17 +24,12 @@ _config: ContextVar[CompileConfig | None] = ContextVar("compile_config", default
 
 @contextmanager
 def compiled_steps(config: CompileConfig | None) -> Iterator[None]:
-    """Compile what decodes inside; None takes the default of [`default_config`]."""
-    token = _config.set(config or default_config())
+    """Compile what decodes inside; None takes transformers' default, CUDA graphs where there is a GPU."""
+    token = _config.set(config or CompileConfig())
     try:
         yield
     finally:
         _config.reset(token)
-
-
-def default_config() -> CompileConfig:
-    """Without CUDA graphs, in which one submodel's step would overwrite another's output."""
-    return CompileConfig(mode="default")
 
 
 def compile_config() -> CompileConfig | None:
@@ -84,7 +79,7 @@ class CompiledCall:
                 self.call = self.model
                 output = self.call(input_ids=input_ids, **kwargs)
         self.has_run[single] = True
-        return output
+        return _copied(output) if self.model.device.type == "cuda" else output
 
     def _run(self, single: bool, **inputs) -> ModelOutput:
         if self.has_run[single] or self.call is self.model:
@@ -96,6 +91,16 @@ class CompiledCall:
 
     def __reduce__(self):
         return type(None), ()
+
+
+def _copied(output: ModelOutput) -> ModelOutput:
+    """Outputs that stay, where a CUDA graph would write the next step's."""
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor):
+            output[name] = value.clone()
+        elif isinstance(value, tuple):
+            output[name] = tuple(tensor.clone() for tensor in value)
+    return output
 
 
 def _inductor_settings(model: PreTrainedModel, config: CompileConfig) -> dict:
@@ -145,8 +150,10 @@ def let_sizes_vary(cache: Cache):
         held = vars(layer)
         for owner in (held, *(value for value in held.values() if isinstance(value, dict))):
             for name, tensor in owner.items():
-                if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                if isinstance(tensor, torch.Tensor):
                     owner[name] = tensor.detach()  # without its mark as one that stays, which would be compiled in
+                    if tensor.device.type == "cuda":  # another mark: a CUDA graph writes to where it is
+                        torch._dynamo.mark_static_address(owner[name], guard=False)
         for tensor in (held[name] for name in ("keys", "values") if held.get(name) is not None):
             torch._dynamo.mark_static(tensor, [1, 3])  # heads, which may be as many as rows by chance
 
