@@ -6,7 +6,8 @@ Train the Preference Control Model of the six LoRA experts online with REBEL, on
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. On these answers, teach each seed's PCM which experts a description names; no expert runs.
 3. Train it with REBEL; stopped and run again, it goes on from the last checkpoint.
-4. Write each seed's PCM, its log, and the curves of all.
+4. REBEL sees the eight preferences alone: remind it of descriptions of fewer experts, and of other wordings.
+5. Write each seed's PCM, its log, and the curves of all.
 
 examples/evaluate_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
 """
@@ -32,7 +33,7 @@ from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 
 def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
-    batch = min(arguments.completions, 64)
+    batch = min(arguments.completions, arguments.batch)
     updates = arguments.completions // batch * arguments.iterations  # of a rollout
     config = RebelConfig(
         output_dir=str(folder),
@@ -49,34 +50,28 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         text_only_fraction=arguments.text_only,
         description_coef=0.1,
         max_completion_length=arguments.tokens,
-        rollout_batch_size=64,
+        rollout_batch_size=64 if DEVICE == "cpu" else 768,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         logging_steps=1,
-        save_steps=updates,
+        save_steps=updates * max(arguments.rollouts // 5, 1),
         save_total_limit=1,
         report_to="none",
     )
     return RebelTrainer(model, config, rewards, dataset, processing_class=model.tokenizer)
 
 
-def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, arguments):
-    """The first part of a PCM's training, kept in a file."""
-    path = folder / "descriptions.safetensors"
-    if not path.exists():
-        config = DescriptionConfig(
-            output_dir=str(folder),
-            seed=seed,
-            max_steps=arguments.description_steps,
-            per_device_train_batch_size=16,
-            use_cpu=DEVICE == "cpu",
-            report_to="none",
-        )
-        written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
-        trainer = DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES)
-        trainer.train()
-        save_learnt(model.pcm, path)
-    model.pcm.load_state_dict(model.pcm.state_dict() | load_file(path))
+def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, **settings):
+    config = DescriptionConfig(
+        output_dir=str(folder),
+        seed=seed,
+        per_device_train_batch_size=16,
+        use_cpu=DEVICE == "cpu",
+        report_to="none",
+        **settings,
+    )
+    written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
+    DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES).train()
 
 
 def save_learnt(pcm, path: Path):
@@ -87,18 +82,31 @@ def save_learnt(pcm, path: Path):
     path.with_suffix(".part").replace(path)
 
 
+def load_learnt(pcm, path: Path):
+    pcm.load_state_dict(pcm.state_dict() | load_file(path))
+
+
 def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
-    """Train one PCM and write it, without its frozen embeddings."""
+    """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
-    if (folder / "pcm.safetensors").exists():
+    described, rewarded, reminded = (folder / f"{name}.safetensors" for name in ("descriptions", "rebel", "pcm"))
+    if reminded.exists():
         return folder
     set_seed(seed)
-    model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE))
-    teach_descriptions(model, dataset, folder, seed, arguments)
-    trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
-    (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
-    save_learnt(model.pcm, folder / "pcm.safetensors")
+    model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k)
+    if not rewarded.exists():
+        if not described.exists():
+            teach_descriptions(model, dataset, folder, seed, max_steps=arguments.description_steps)
+            save_learnt(model.pcm, described)
+        load_learnt(model.pcm, described)
+        trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+        save_learnt(model.pcm, rewarded)
+    load_learnt(model.pcm, rewarded)
+    reminder = {"max_steps": arguments.reminder_steps, "learning_rate": arguments.learning_rate, "target": "share"}
+    teach_descriptions(model, dataset, folder, seed, **reminder)
+    save_learnt(model.pcm, reminded)
     return folder
 
 
@@ -134,22 +142,26 @@ def main():
     parser.add_argument("--prompts", type=int, help="train on the shortest prompts only; by default on all")
     parser.add_argument("--rollouts", type=int, default=5)
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
-    parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout, in updates of 64")
+    parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout")
+    parser.add_argument("--batch", type=int, default=64, help="completions of an update")
     parser.add_argument("--description-steps", type=int, default=240, help="updates that teach descriptions")
+    parser.add_argument("--reminder-steps", type=int, default=60, help="updates that remind of them after REBEL")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
+    parser.add_argument("--expert-top-k", type=int, help="tokens that an expert keeps; by default all")
     parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.rollouts, arguments.completions, arguments.tokens = 8, 1, 8, 16
-        arguments.description_steps = 2
+        arguments.description_steps = arguments.reminder_steps = 2
     base, tokenizer = base_model()
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)
-    rewards = proxy_rewards(base, tokenizer)  # of all seeds: what its guard has read, it remembers
+    # Of all seeds: what its guard has read, it remembers
+    rewards = proxy_rewards(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256)
     folders = [train(Dataset.from_list(rows), rewards, seed, arguments) for seed in arguments.seeds]
     histories = [json.loads((folder / "history.json").read_text()) for folder in folders]
     draw_curves(histories, arguments.output / "curves.png")

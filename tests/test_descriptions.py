@@ -17,11 +17,11 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
 
 
-def make_trainer(folder, model, dataset=None, paraphrases=None, **settings):
+def make_trainer(folder, model, dataset=None, paraphrases=None, preference_sets=None, **settings):
     options = {"max_steps": 200, "learning_rate": 1e-2, "logging_steps": 20, "use_cpu": True}
     options |= {"report_to": "none", "disable_tqdm": True} | settings
     config, dataset = DescriptionConfig(str(folder), **options), dataset or Dataset.from_dict(TEXTS)
-    return DescriptionTrainer(model, config, dataset, paraphrases=paraphrases)
+    return DescriptionTrainer(model, config, dataset, preference_sets=preference_sets, paraphrases=paraphrases)
 
 
 def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
@@ -55,6 +55,18 @@ def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_pat
         for expert, words in ((0, "be big"), (0, "grow"), (2, "paint it"), (0, names[0]))
     }
     assert min(told.values()) > 0.8, told
+
+
+@pytest.mark.parametrize(("target", "kept"), [("share", True), ("weights", False)])
+def test_a_reminder_of_descriptions_may_leave_weights_among_the_described_experts(tmp_path, target, kept):
+    model = tiny_ensemble()
+    words = "".join(model.tokenizer.decode(model.config.experts[i]["description_ids"]) for i in (0, 2))
+    ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
+    make_trainer(tmp_path, model, preference_sets=[{"e0": 9.0, "e2": 1.0}], max_steps=60).train()
+    make_trainer(tmp_path, model, target=target).train()
+    e0, e1, e2 = model.compute_expert_weights(ids, preference_text=words)[0, -1].tolist()
+    assert e1 < 0.1
+    assert (e0 > 3 * e2) == kept
 
 
 @pytest.mark.parametrize(
@@ -106,6 +118,11 @@ def test_teaching_leaves_the_ensemble_as_it_was_but_for_its_pcm(tmp_path):
 def test_checkpoints_are_refused():
     with pytest.raises(ValueError, match="keeps no checkpoints"):
         DescriptionConfig("x", save_strategy="steps")
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(ValueError, match="`target` must be one of weights, share, got 'shares'"):
+        DescriptionConfig("x", target="shares")
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,20 @@ from .pcm_trainer import PCMTrainer, padding_tokenizer
 from .preference_sampling import PreferenceSampler, default_preference_sets, reward_shares
 from .rollouts import completion_weight_logits, describe, tokenize, with_words
 
+TARGETS = ("weights", "share")
+
 
 @dataclass
 class DescriptionConfig(TrainingArguments):
-    """Settings of [`DescriptionTrainer`]: those of [`~transformers.TrainingArguments`], with defaults of its own."""
+    """
+    Settings of [`DescriptionTrainer`]: those of [`~transformers.TrainingArguments`], with defaults of its own, and:
 
+        target (`str`, defaults to `"weights"`): what α should be: `"weights"`, those that the words stand for; or
+            `"share"`, on the experts that are meant, in whatever weights the PCM has for them. The second is for a PCM
+            that rewards have taught how to weight them.
+    """
+
+    target: str = field(default="weights", metadata={"help": "weights or share."})
     learning_rate: float = field(default=8e-4, metadata={"help": "Initial learning rate."})
     max_steps: int = field(default=80, metadata={"help": "Updates."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of an update."})
@@ -32,6 +41,8 @@ class DescriptionConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.target not in TARGETS:
+            raise ValueError(f"`target` must be one of {', '.join(TARGETS)}, got {self.target!r}.")
         if self.save_strategy != "no":
             raise ValueError(
                 "DescriptionTrainer takes minutes and keeps no checkpoints. Leave `save_strategy` at 'no', and write "
@@ -114,14 +125,15 @@ class DescriptionTrainer(PCMTrainer):
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """Cross-entropy of α, if all experts ran, from the declared weights; in nats a token."""
+        """Cross-entropy of α, if all experts ran, from the declared weights, or minus the log of its share on the
+        experts that have some; in nats a token."""
         shares, mask = inputs["shares"], inputs["completion_mask"]
         texts = {name: tensor for name, tensor in inputs.items() if name != "shares"}
         expert_weight_logits = completion_weight_logits(model, **texts)
-        loss = (declared_weights_loss(expert_weight_logits, shares) * mask).sum() / mask.sum()
-        with torch.no_grad():
-            share = log_described_share(expert_weight_logits, shares > 0).exp()
-            self._note({"described_share": ((share * mask).sum() / mask.sum()).item()})
+        log_share = log_described_share(expert_weight_logits, shares > 0)
+        by_token = declared_weights_loss(expert_weight_logits, shares) if self.args.target == "weights" else -log_share
+        loss = (by_token * mask).sum() / mask.sum()
+        self._note({"described_share": ((log_share.detach().exp() * mask).sum() / mask.sum()).item()})
         return (loss, expert_weight_logits) if return_outputs else loss
 
 
