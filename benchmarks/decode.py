@@ -30,7 +30,8 @@ from .common import (
 def add_arguments(parser):
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--experts", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", choices=["prompted", "LoRA"], default=["prompted", "LoRA"])
+    kinds = ["prompted", "LoRA"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of experts in our ensembles")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--fast", action="store_true", help="compiled steps instead, which take minutes to compile")
     parser.add_argument("--xlora", action="store_true", help="X-LoRA too, which runs the whole context at each step")
@@ -43,13 +44,11 @@ def run(arguments):
         return
     backbone, experts = load_backbone(arguments), arguments.experts
     lora = lora_ensemble(backbone, experts)
-    models = {
-        "plain model": backbone,
-        "prompted experts": prompted_ensemble(backbone, experts),
-        "LoRA experts": lora,
-        'LoRA, merge="adapters"': lora_ensemble(backbone, experts, merge="adapters"),
-    }
-    models = {name: model for name, model in models.items() if name.startswith(("plain", *arguments.kinds))}
+    models = {"plain model": backbone}
+    if "prompted" in arguments.kinds:
+        models["prompted experts"] = prompted_ensemble(backbone, experts)
+    if "LoRA" in arguments.kinds:
+        models |= {"LoRA experts": lora, 'LoRA, merge="adapters"': lora_ensemble(backbone, experts, merge="adapters")}
     copies = [copy.deepcopy(backbone) for _ in range(experts)]
     peft = with_peft_adapters(copy.deepcopy(backbone), lora)
     xlora = with_xlora(copy.deepcopy(backbone), lora) if arguments.xlora else None

@@ -25,9 +25,7 @@ def ensemble(tmp_path_factory):
     """Adapters on a Llama and a GPT-2, on the GPU."""
     folder, backbone = tmp_path_factory.mktemp("adapters"), tiny_llama(1)
     adapters = {name: peft_adapter(folder / name, backbone, seed) for seed, name in enumerate("abc")}
-    model = lora_ensemble(backbone, adapters, d=tiny_gpt2(2))
-    torch.nn.init.normal_(model.pcm.head.weight)
-    return model.cuda()
+    return lora_ensemble(backbone, adapters, d=tiny_gpt2(2)).cuda()
 
 
 def greedy(model, preference, rows=ROWS, tokens: int = 6, **options) -> list[list[int]]:

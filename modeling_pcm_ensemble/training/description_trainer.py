@@ -125,8 +125,10 @@ class DescriptionTrainer(PCMTrainer):
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """Cross-entropy of α, if all experts ran, from the declared weights, or minus the log of its share on the
-        experts that have some; in nats a token."""
+        """
+        How far α, if all experts ran, is from the target, in nats a token: its cross-entropy from the declared weights,
+        or minus the log of its share on the experts that have some.
+        """
         shares, mask = inputs["shares"], inputs["completion_mask"]
         texts = {name: tensor for name, tensor in inputs.items() if name != "shares"}
         expert_weight_logits = completion_weight_logits(model, **texts)
