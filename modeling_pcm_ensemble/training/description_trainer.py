@@ -126,8 +126,8 @@ class DescriptionTrainer(PCMTrainer):
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         """
-        How far α, if all experts ran, is from the target, in nats a token: its cross-entropy from the declared weights,
-        or minus the log of its share on the experts that have some.
+        How far α, if all experts ran, is from the target, in nats a token: its cross-entropy from the declared
+        weights, or minus the log of its share on the experts that have some.
         """
         shares, mask = inputs["shares"], inputs["completion_mask"]
         texts = {name: tensor for name, tensor in inputs.items() if name != "shares"}
