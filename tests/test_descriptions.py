@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
-from modeling_pcm_ensemble.training.losses import declared_weights_loss, log_described_share
+from modeling_pcm_ensemble.training.losses import log_described_share, target_weights_loss
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
@@ -57,16 +57,19 @@ def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_pat
     assert min(told.values()) > 0.8, told
 
 
-@pytest.mark.parametrize(("target", "kept"), [("share", True), ("weights", False)])
-def test_a_reminder_of_descriptions_may_leave_weights_among_the_described_experts(tmp_path, target, kept):
+@pytest.mark.parametrize(("target", "kept"), [("initial", True), ("weights", False)])
+def test_words_may_come_to_mean_the_weights_that_the_pcm_had_for_the_experts_they_name(tmp_path, target, kept):
+    """After rewards, which have taught it to prefer e0 to e2: in words that it had not read before, too."""
     model = tiny_ensemble()
-    words = "".join(model.tokenizer.decode(model.config.experts[i]["description_ids"]) for i in (0, 2))
     ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
     make_trainer(tmp_path, model, preference_sets=[{"e0": 9.0, "e2": 1.0}], max_steps=60).train()
-    make_trainer(tmp_path, model, target=target).train()
-    e0, e1, e2 = model.compute_expert_weights(ids, preference_text=words)[0, -1].tolist()
-    assert e1 < 0.1
-    assert (e0 > 3 * e2) == kept
+    given = model.compute_expert_weights(ids, preference=["e0", "e2"])[0, -1]
+    assert given[0] > 0.8
+    paraphrases = {"e0": ["big"], "e1": ["tiny"], "e2": ["red"]}
+    make_trainer(tmp_path, model, paraphrases=paraphrases, target=target).train()
+    told = model.compute_expert_weights(ids, preference_text="bigred")[0, -1]
+    assert told[1] < 0.1
+    assert torch.allclose(told, given, atol=0.1) == kept
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_the_losses_equal_their_formulas():
     probs = logits.softmax(-1)[0, 0]
     assert_close(log_described_share(logits, torch.tensor([[True, False, True]]))[0, 0], (probs[0] + probs[2]).log())
     expected = -(0.25 * probs[0].log() + 0.75 * probs[2].log())
-    assert_close(declared_weights_loss(logits, torch.tensor([[0.25, 0.0, 0.75]]))[0, 0], expected)
+    assert_close(target_weights_loss(logits, torch.tensor([[[0.25, 0.0, 0.75]]]))[0, 0], expected)
 
 
 def test_every_choice_of_at_most_one_expert_a_dimension_is_described(tmp_path):
@@ -121,7 +124,7 @@ def test_checkpoints_are_refused():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="`target` must be one of weights, share, got 'shares'"):
+    with pytest.raises(ValueError, match="`target` must be one of weights, initial, got 'shares'"):
         DescriptionConfig("x", target="shares")
 
 

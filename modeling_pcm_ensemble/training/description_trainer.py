@@ -3,21 +3,22 @@
 import copy
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
+from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..prefixes import encode_description, pad_left
 from .checks import check_lengths
-from .losses import declared_weights_loss, log_described_share
+from .losses import log_described_share, target_weights_loss
 from .pcm_trainer import PCMTrainer, padding_tokenizer
-from .preference_sampling import PreferenceSampler, default_preference_sets, reward_shares
+from .preference_sampling import DrawnPreference, PreferenceSampler, default_preference_sets, reward_shares
 from .rollouts import completion_weight_logits, describe, tokenize, with_words
 
-TARGETS = ("weights", "share")
+TARGETS = ("weights", "initial")
 
 
 @dataclass
@@ -26,11 +27,11 @@ class DescriptionConfig(TrainingArguments):
     Settings of [`DescriptionTrainer`]: those of [`~transformers.TrainingArguments`], with defaults of its own, and:
 
         target (`str`, defaults to `"weights"`): what α should be: `"weights"`, those that the words stand for; or
-            `"share"`, on the experts that are meant, in whatever weights the PCM has for them. The second is for a PCM
-            that rewards have taught how to weight them.
+            `"initial"`, what it is, when training begins, where the same preference is given by weights. The second
+            is for a PCM that rewards have taught how to weight the experts that run.
     """
 
-    target: str = field(default="weights", metadata={"help": "weights or share."})
+    target: str = field(default="weights", metadata={"help": "weights or initial."})
     learning_rate: float = field(default=8e-4, metadata={"help": "Initial learning rate."})
     max_steps: int = field(default=80, metadata={"help": "Updates."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of an update."})
@@ -98,21 +99,36 @@ class DescriptionTrainer(PCMTrainer):
         longest = _worded(model.config, [max(ids, key=len) for ids in self.wordings])
         _check_texts(train_dataset, longest, tokenizer)
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer)
+        self._initial_pcm = copy.deepcopy(model.pcm) if args.target == "initial" else None
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
     def _prepare_inputs(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
         """
-        What [`completion_weight_logits`] takes, and `shares`, `(rows, experts)`; each row's preference is drawn, and
-        how it is worded.
+        What [`completion_weight_logits`] takes; `targets`, α as it should be, `(rows, seq or 1, experts)`; and
+        `wanted`, `(rows, experts)`. Each row's preference is drawn, and how it is worded.
         """
-        config, tokenizer, generator = self.ensemble.config, self.processing_class, self._generator
+        config, generator = self.ensemble.config, self._generator
         configs = [config] * len(inputs)
         if any(len(ids) > 1 for ids in self.wordings):
             configs = [_worded(config, [generator.choice(ids) for ids in self.wordings]) for _ in inputs]
-        draws = [self.preferences.draw(self._generator) for _ in inputs]
-        prompts = [with_words(row["prompt"], *how, tokenizer) for row, *how in zip(inputs, draws, configs)]
+        draws = [self.preferences.draw(generator) for _ in inputs]
+        shares = reward_shares(draws).to(self.args.device)
+        targets = shares[:, None]
+        if self._initial_pcm is not None:
+            by_weights = self._texts(inputs, [replace(draw, words=None) for draw in draws], [config] * len(inputs))
+            with torch.no_grad():
+                expert_weight_logits = completion_weight_logits(self._initial_pcm, **by_weights)
+            targets = log_expert_weights(expert_weight_logits, shares.log()).exp()
+        return self._texts(inputs, draws, configs) | {"targets": targets, "wanted": shares > 0}
+
+    def _texts(
+        self, rows: list[dict], draws: list[DrawnPreference], configs: list[PCMEnsembleConfig]
+    ) -> dict[str, torch.Tensor]:
+        """What the PCM reads of each row, with the row's config's descriptions."""
+        tokenizer = self.processing_class
+        prompts = [with_words(row["prompt"], *how, tokenizer) for row, *how in zip(rows, draws, configs)]
         prompt_ids = pad_left(tokenize(tokenizer, prompts))
-        completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in inputs]
+        completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in rows]
         completion_ids = pad_left([ids[::-1] for ids in completions]).flip(1)  # padded on the right
         tensors = {
             "prompt_ids": prompt_ids.clamp(min=0),
@@ -120,22 +136,17 @@ class DescriptionTrainer(PCMTrainer):
             "completion_ids": completion_ids.clamp(min=0),
             "completion_mask": (completion_ids >= 0).long(),
             "prefix_ids": describe(configs, draws),
-            "shares": reward_shares(draws),
         }
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """
-        How far α, if all experts ran, is from the target, in nats a token: its cross-entropy from the declared
-        weights, or minus the log of its share on the experts that have some.
-        """
-        shares, mask = inputs["shares"], inputs["completion_mask"]
-        texts = {name: tensor for name, tensor in inputs.items() if name != "shares"}
+        """The cross-entropy of α, if all experts ran, from its target, in nats a token."""
+        targets, wanted, mask = inputs["targets"], inputs["wanted"], inputs["completion_mask"]
+        texts = {name: tensor for name, tensor in inputs.items() if name not in ("targets", "wanted")}
         expert_weight_logits = completion_weight_logits(model, **texts)
-        log_share = log_described_share(expert_weight_logits, shares > 0)
-        by_token = declared_weights_loss(expert_weight_logits, shares) if self.args.target == "weights" else -log_share
-        loss = (by_token * mask).sum() / mask.sum()
-        self._note({"described_share": ((log_share.detach().exp() * mask).sum() / mask.sum()).item()})
+        loss = (target_weights_loss(expert_weight_logits, targets) * mask).sum() / mask.sum()
+        share = log_described_share(expert_weight_logits.detach(), wanted).exp()
+        self._note({"described_share": ((share * mask).sum() / mask.sum()).item()})
         return (loss, expert_weight_logits) if return_outputs else loss
 
 
