@@ -145,7 +145,7 @@ class Evaluation:
         """Of answers to all jobs, or to those at `places`: by dimension, `(prompts, preferences)`."""
         places = range(len(self.jobs)) if places is None else places
         jobs, vanilla = ([values[i] for i in places] for values in (self.jobs, self.vanilla))
-        read_by_all(self.guard, jobs, answers, vanilla)
+        read_by_all(self.guard, jobs, self.arguments.output, answers, vanilla)
         return judge_answers(self.judge, jobs, answers, vanilla).dimensions
 
     def in_words(self, seed: int = 0) -> dict[str, dict[str, float]]:

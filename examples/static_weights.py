@@ -33,12 +33,12 @@ def static_rewards(model, arguments) -> dict[tuple[str, tuple], float]:
     """
     rewards = proxy_rewards(model.backbones[0], model.tokenizer)
     judge, guard = RewardJudge("training rewards", rewards), next(iter(rewards.values())).guard
-    preferences = paper_preferences(model)
+    preferences, folder = paper_preferences(model), arguments.output / "static"
     jobs = make_jobs(chats(spread(training_prompts(), arguments.static_prompts)), preferences)
 
     def answers(baseline) -> list[str]:
-        found = collect_answers(baseline, jobs, arguments.output / "static", 1, arguments.batch_size)
-        read_by_all(guard, jobs, found)
+        found = collect_answers(baseline, jobs, folder, 1, arguments.batch_size)
+        read_by_all(guard, jobs, folder, found)
         return found
 
     vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens))

@@ -6,7 +6,8 @@ Train the Preference Control Model of the six LoRA experts online with REBEL, on
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. On these answers, teach each seed's PCM which experts a description names; no expert runs.
 3. Train it with REBEL; stopped and run again, it goes on from the last checkpoint.
-4. REBEL sees the eight preferences alone: remind it of descriptions of fewer experts, and of other wordings.
+4. REBEL sees the eight preferences alone: teach the PCM descriptions again, of fewer experts and in other wordings.
+   This time they stand for the weights that it gives the same experts now.
 5. Write each seed's PCM, its log, and the curves of all.
 
 examples/evaluate_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
@@ -104,10 +105,10 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
         save_learnt(model.pcm, rewarded)
     load_learnt(model.pcm, rewarded)
-    # Gently, and where an answer begins: more would undo what REBEL won (docs/results/gpu).
-    openings = dataset.map(lambda row: {"reference": " ".join(row["reference"].split()[:3])})
+    # What a description asks for is forgotten, and learnt again, where an answer begins.
+    openings = dataset.map(lambda row: {"reference": " ".join(row["reference"].split()[:6])})
     teach_descriptions(
-        model, openings, folder, seed, max_steps=arguments.reminder_steps, learning_rate=5e-5, target="share"
+        model, openings, folder, seed, max_steps=arguments.reminder_steps, learning_rate=2e-4, target="initial"
     )
     save_learnt(model.pcm, reminded)
     return folder
@@ -148,12 +149,12 @@ def main():
     parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
     parser.add_argument("--description-steps", type=int, default=240, help="updates that teach descriptions")
-    parser.add_argument("--reminder-steps", type=int, default=16, help="updates that remind of them after REBEL")
+    parser.add_argument("--reminder-steps", type=int, default=160, help="updates that remind of them after REBEL")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
-    parser.add_argument("--expert-top-k", type=int, help="tokens that an expert keeps; by default all")
+    parser.add_argument("--expert-top-k", type=int, default=demo.EXPERT_TOP_K, help="tokens that an expert keeps")
     parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")
     arguments = parser.parse_args()
     if arguments.quick:

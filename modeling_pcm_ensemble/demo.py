@@ -56,6 +56,8 @@ PREFERENCES = {
     ),
 }
 
+EXPERT_TOP_K = 20  # of the trained experts: what a small model writes from its tail breaks a sentence off
+
 # Other words for the same, our own: the PCM learns from `PARAPHRASES`, and is judged by `UNSEEN_PARAPHRASES` too.
 PARAPHRASES = {
     "elementary": [
@@ -165,8 +167,9 @@ def lora_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
 
 
 def trained_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
-    """[`lora_ensemble`] with the trained PCM of `artifacts/pcm.safetensors`."""
-    model = lora_ensemble(artifacts, **kwargs)
+    """[`lora_ensemble`] with the trained PCM of `artifacts/pcm.safetensors` and the `expert_top_k` of its training."""
+    of_training = {} if "merge" in kwargs else {"expert_top_k": EXPERT_TOP_K}  # which other merges do not take
+    model = lora_ensemble(artifacts, **of_training | kwargs)
     model.pcm.load_state_dict(model.pcm.state_dict() | load_file(artifacts / "pcm.safetensors"))
     return model
 

@@ -23,9 +23,11 @@ from modeling_pcm_ensemble.evaluation import (
     label,
     make_jobs,
     measure_cost,
+    read_by_all,
     summarise,
 )
 from modeling_pcm_ensemble.evaluation.comparison import win_rate
+from modeling_pcm_ensemble.training.rewards import Guard
 
 PREFERENCES = [{"long": 1.0}, {"long": 1.0, "plain": 1.0}]
 JOBS = make_jobs([[{"role": "user", "content": f"Question {i}?"}] for i in range(3)], PREFERENCES)
@@ -233,7 +235,7 @@ answers = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5
 guard, read = Guard(tiny_llama(0), tiny_tokenizer()), []
 nll = guard.nll
 guard.nll = lambda prompts, texts: read.extend(texts) or nll(prompts, texts)
-read_by_all(guard, JOBS, answers)
+read_by_all(guard, JOBS, Path(sys.argv[2]), answers)
 seen = {"answers": answers, "read": len(read) // 2, "known": sorted(map(list, guard.known))}  # with prompt and without
 (Path(sys.argv[2]) / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 processes().destroy_process_group()
@@ -254,3 +256,7 @@ def test_two_processes_answer_and_read_as_one(tmp_path):
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
     assert all(entry["answers"] == alone and entry["known"] == list(map(list, texts)) for entry in seen)
     assert sum(entry["read"] for entry in seen) == len(texts)
+    guard = Guard(tiny_llama(0), tiny_tokenizer())
+    guard.nll = lambda *_: pytest.fail("what was kept is read again")
+    read_by_all(guard, JOBS, tmp_path, alone)
+    assert sorted(map(list, guard.known)) == list(map(list, texts))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from ..training.rewards import Guard
-from .baselines import Baseline, Conversation, Preference, label
+from .baselines import Baseline, Conversation, Preference, digest, label
 from .judges import FIRST, SECOND, TIE, Comparison, Judge, Verdict
 from .kept_lines import KeptLines, parse_lines
 from .statistics import bootstrap_interval, holm, permutation_p_value
@@ -69,10 +69,7 @@ def collect_answers(
         ValueError: if a baseline gives fewer or more answers than it was asked for.
     """
     state, settings = processes(), baseline.settings()
-    known: dict[str, dict] = {}
-    for path in sorted(folder.glob("answers-*.jsonl")):
-        known |= parse_lines(path.read_text(encoding="utf-8"))
-    mine = KeptLines(folder / f"answers-{state.process_index}.jsonl")
+    known, mine = kept_by_all(folder, "answers", state.process_index)
 
     def key(job: Job) -> str:
         return json.dumps([baseline.name, job.prompt, job.preference, settings, seed])
@@ -99,14 +96,32 @@ def collect_answers(
     return [None if k is None else known[k]["answer"] for k in keys]
 
 
-def read_by_all(guard: Guard, jobs: list[Job], *answers: list[str | None]):
-    """Let the processes of a launch share what a guard reads, which is the longest part of judging by rewards."""
-    state = processes()
+def read_by_all(guard: Guard, jobs: list[Job], folder: Path, *answers: list[str | None]):
+    """
+    Let the processes of a launch share what a guard reads, which is the longest part of judging by rewards. What it
+    has found is kept in `folder`, as answers are.
+    """
+    state, reader = processes(), digest(guard.model)
+    known, mine = kept_by_all(folder, "read", state.process_index)
     given = {(json.dumps(job.prompt), text) for texts in answers for job, text in zip(jobs, texts) if text is not None}
-    with state.split_between_processes(sorted(given)) as mine:  # answers to one prompt lie together
-        guard.features([json.loads(prompt) for prompt, _ in mine], [text for _, text in mine])
-    for known in gather_object([guard.known]):
-        guard.known |= known
+    keys = {pair: json.dumps([reader, *pair]) for pair in sorted(given)}  # answers to one prompt lie together
+    guard.known |= {pair: known[key]["features"] for pair, key in keys.items() if key in known}
+    with state.split_between_processes(list(keys)) as pairs:
+        new, size = [pair for pair in pairs if keys[pair] not in known], 4 * guard.batch_size
+        for start in tqdm(range(0, len(new), size), desc="reading answers", disable=not state.is_main_process):
+            batch = new[start : start + size]
+            found = guard.features([json.loads(prompt) for prompt, _ in batch], [text for _, text in batch])
+            mine.add({"key": keys[pair], "features": entry} for pair, entry in zip(batch, found))
+    for found in gather_object([{pair: guard.known[pair] for pair in pairs}]):  # other machines' files are not here
+        guard.known |= found
+
+
+def kept_by_all(folder: Path, name: str, process_index: int) -> tuple[dict[str, dict], KeptLines]:
+    """What the processes of runs before have kept in `folder` under a name, and this process's file to go on with."""
+    known: dict[str, dict] = {}
+    for path in sorted(folder.glob(f"{name}-*.jsonl")):
+        known |= parse_lines(path.read_text(encoding="utf-8"))
+    return known, KeptLines(folder / f"{name}-{process_index}.jsonl")
 
 
 def processes() -> PartialState:

@@ -53,7 +53,7 @@ def evaluate(
     names = [baseline.name for baseline in baselines]
     _check(baselines, jobs, judges, base)
     answers = {b.name: collect_answers(b, jobs, folder, seed, batch_size) for b in baselines}
-    read_by_all(guard, jobs, *answers.values())
+    read_by_all(guard, jobs, folder, *answers.values())
     if not processes().is_main_process:
         return None
     outcomes = {
