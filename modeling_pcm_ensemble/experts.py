@@ -188,7 +188,7 @@ class ExpertBackbones(PreTrainedModel):
     def _encode_prompts_once(self, backbone: int, expert_rows: list[ExpertRows], prompts, part: CachePart):
         """Each expert's prompt on one row, kept from an earlier call or read now."""
 
-        def read(experts: list[int], inputs: SubmodelInputs, part: CachePart):
+        def read(experts: tuple[int, ...], inputs: SubmodelInputs, part: CachePart):
             selection = None
             if str(backbone) in self.adapters:
                 names = [self.config.experts[expert]["name"] for expert in experts]
@@ -196,10 +196,11 @@ class ExpertBackbones(PreTrainedModel):
             with self._selected(backbone, selection):
                 run_rows(self[backbone], inputs, part)
 
-        numbers, experts = [entry.num_rows for entry in expert_rows], [entry.expert for entry in expert_rows]
-        texts = {expert: self.config.experts[expert]["prompt_ids"] for expert in experts}
+        experts = tuple(entry.expert for entry in expert_rows)
+        texts = {expert: ((expert,), tuple(self.config.experts[expert]["prompt_ids"])) for expert in experts}
+        rows = [texts[entry.expert] for entry in expert_rows for _ in range(entry.num_rows)]
         kept = self.kept_prompts.setdefault(backbone, KeptPrompts())
-        if not kept.fill(part, texts, numbers, self[backbone], read, prompts.device):
+        if not kept.fill(part, rows, self[backbone], read, prompts.device):
             groups = _entries(expert_rows).to(prompts.device)
             encode_prefixes_once(prompts, groups, part, partial(read, experts, part=part))
 

@@ -23,6 +23,7 @@ from .peft_format import write_adapter
 from .preferences import Route, build_route, preference_weights
 from .prefixes import CachePart
 from .pretrained import PCMEnsemblePreTrainedModel
+from .prompts import KeptPrompts
 
 
 @dataclass
@@ -219,10 +220,11 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
 
     def forget_weights(self):
         """
-        Forget what was computed from the weights: compiled steps, and prompts that are kept. Only needed after weights
-        were written through `.data`, which leaves no trace; other changes are noticed.
+        Forget what was computed from the weights: compiled steps, and prompts and descriptions that are kept. Only
+        needed after weights were written through `.data`, which leaves no trace; other changes are noticed.
         """
         self.backbones.kept_prompts.clear()
+        self.pcm.kept_descriptions = KeptPrompts()
         for part in (self.pcm.body, *self.backbones):
             forget_weights(part)
 

@@ -7,7 +7,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .prefixes import CachePart, repeated_rows, run_submodel, submodel_inputs
+from .prefixes import CachePart, SubmodelInputs, repeated_rows, run_submodel, submodel_inputs
+from .prompts import KeptPrompts
 
 
 class PreferenceControlModel(PreTrainedModel):
@@ -33,6 +34,7 @@ class PreferenceControlModel(PreTrainedModel):
         self.body = AutoModel.from_config(config.pcm) if body is None else body
         config.pcm = self.body.config
         self.head = nn.Linear(config.pcm.hidden_size, config.num_experts, bias=False, dtype=self.body.dtype)
+        self.kept_descriptions = KeptPrompts()
         self.post_init()
 
     @torch.no_grad()
@@ -79,11 +81,17 @@ class PreferenceControlModel(PreTrainedModel):
             expert_weight_logits, output = self.forward(*distinct, part, logits_to_keep)
             part.copy_rows(groups)
             return expert_weight_logits[groups], output
+        if prefix_ids is not None and part.length == 0 and not looked_into and not torch.is_grad_enabled():
+            texts = [((), tuple(token for token in row if token >= 0)) for row in prefix_ids.tolist()]
+            self.kept_descriptions.fill(part, texts, self.body, self._read, prefix_ids.device)
         inputs = submodel_inputs(
             input_ids, attention_mask, prefix_ids, part, logits_to_keep, self.config.prefix_bos_token_id
         )
         output = run_submodel(self.body, inputs, part, **kwargs)
         return self.head(slice_logits_to_keep(output.last_hidden_state, inputs.kept)), output
+
+    def _read(self, expert: tuple[()], inputs: SubmodelInputs, part: CachePart):
+        run_submodel(self.body, inputs, part)
 
 
 __all__ = ["PreferenceControlModel"]

@@ -1,4 +1,4 @@
-"""Long prompts are read once and kept from call to call, for every kind of cache that can hold them."""
+"""Long prompts and descriptions are read once and kept from call to call, for every cache that can hold them."""
 
 import copy
 
@@ -23,9 +23,9 @@ def model(monkeypatch):
     return make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts)
 
 
-def shapes_read(model, backbone: int = 0) -> list:
+def shapes_read(part) -> list:
     shapes = []
-    model.backbones[backbone].register_forward_hook(
+    part.register_forward_hook(
         lambda module, args, kwargs, output: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     return shapes
@@ -47,7 +47,7 @@ def test_each_request_reads_what_it_would_read_alone(model, kind, monkeypatch):
 
 @torch.no_grad()
 def test_a_prompt_is_read_once_and_again_when_it_or_a_weight_has_changed(model):
-    shapes, ids = shapes_read(model), torch.tensor([ROWS[0]])
+    shapes, ids = shapes_read(model.backbones[0]), torch.tensor([ROWS[0]])
     model(ids, preference=["e0"])
     model(ids, preference=["e0", "e1"])
     model(ids, preference=["e1", "e0"])
@@ -63,7 +63,7 @@ def test_a_prompt_is_read_once_and_again_when_it_or_a_weight_has_changed(model):
     model.backbones[0].model.layers[0].self_attn.k_proj.weight.data.neg_()
     model.forget_weights()
     assert_close(model(ids, preference="e0").logits, before, atol=1e-5, rtol=0)
-    assert not copy.deepcopy(model).backbones.kept_prompts[0].of_experts
+    assert not copy.deepcopy(model).backbones.kept_prompts[0].states
 
 
 @torch.no_grad()
@@ -92,6 +92,44 @@ def test_an_expert_without_a_prompt_joins_one_whose_prompt_is_kept(model, monkey
     found = model(ids, preference=["e0", "e2"]).logits
     monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", 10**6)
     assert_close(found, model(ids, preference=["e0", "e2"]).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_the_pcm_reads_what_it_would_read_without_kept_descriptions(model, kind, monkeypatch):
+    torch.nn.init.normal_(model.pcm.head.weight)
+    given = [[5, 6, 7, 8, 9], [11, 12], [5, 6, 7, 8, 9]]
+    options = {"preference_ids": torch.tensor([[-1] * (5 - len(ids)) + ids for ids in given])}
+    alpha = []
+    for threshold in (1, 1, 10**6):
+        monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", threshold)
+        cache = PCMEnsembleCache(model.config, kind, 8)
+        first = model(**left_pad(ROWS), **options, past_key_values=cache).expert_weights
+        alpha.append(torch.cat([first, model(torch.tensor([[1]] * 3), past_key_values=cache).expert_weights], dim=1))
+    mask = torch.cat([left_pad(ROWS)["attention_mask"], torch.ones(3, 1)], dim=1)[..., None]
+    for found in alpha[:2]:
+        assert_close(found * mask, alpha[2] * mask, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_descriptions_are_read_once_until_the_pcm_learns_and_the_last_ones_used_are_kept(model, monkeypatch):
+    monkeypatch.setattr(prompts, "MOST_KEPT", 2)
+    shapes, ids = shapes_read(model.pcm.body), torch.tensor([ROWS[0]])
+    for description in ([5, 6, 7], [8, 9, 10], [5, 6, 7], [11, 12, 13], [5, 6, 7]):
+        model(ids, preference_ids=torch.tensor([description]))
+    assert shapes == [(1, 2), (1, 6), (1, 2), (1, 6), (1, 6), (1, 2), (1, 6), (1, 6)]
+    model(ids, preference_ids=torch.tensor([[8, 9, 10]]))  # the one that was used the longest time ago is gone
+    assert shapes[8:] == [(1, 2), (1, 6)]
+    next(model.pcm.body.parameters()).mul_(2)
+    model(ids, preference_ids=torch.tensor([[8, 9, 10]]))
+    model(ids, preference_ids=torch.tensor([[8, 9, 10]]), output_hidden_states=True)  # of the whole text
+    assert shapes[10:] == [(1, 2), (1, 6), (1, 8)]
+
+
+def test_a_pcm_that_learns_reads_its_descriptions_with_the_context(model):
+    shapes, ids = shapes_read(model.pcm.body), torch.tensor([ROWS[0]])
+    model(ids, preference_ids=torch.tensor([[5, 6, 7]]), labels=ids, use_cache=True).loss.backward()
+    assert shapes == [(1, 8)]
 
 
 def test_weights_made_in_inference_mode_are_kept_track_of(monkeypatch):
