@@ -10,8 +10,9 @@ Measure what trained Preference Control Models have won, on prompts that they ha
    choosing anew for each prompt and token.
 3. The PCM told in words alone, with all six experts active: where does it put α?
 
-Answers are kept in OUTPUT, where examples/evaluate.py finds them too; run again, it goes on where it stopped. What it
-found is in OUTPUT/pcm, for examples/inspect_pcm.py to draw. --quick measures one prompt of each set, in OUTPUT/quick.
+Answers, and what guards read in them, are kept in OUTPUT, where examples/evaluate.py finds them too; run again, it
+goes on where it stopped. What it found is in OUTPUT/pcm, for examples/inspect_pcm.py to draw. --quick measures one
+prompt of each set, in OUTPUT/quick.
 """
 
 import argparse

@@ -6,8 +6,8 @@ Train the Preference Control Model of the six LoRA experts online with REBEL, on
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. On these answers, teach each seed's PCM which experts a description names; no expert runs.
 3. Train it with REBEL; stopped and run again, it goes on from the last checkpoint.
-4. REBEL sees the eight preferences alone: teach the PCM descriptions again, of fewer experts and in other wordings.
-   This time they stand for the weights that it gives the same experts now.
+4. REBEL sees the eight preferences alone. Remind the PCM of descriptions of fewer experts, and in other wordings: now
+   they stand for the α that it gives the same experts by weights.
 5. Write each seed's PCM, its log, and the curves of all.
 
 examples/evaluate_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
@@ -94,7 +94,7 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     if reminded.exists():
         return folder
     set_seed(seed)
-    model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k)
+    model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k or None)
     if not rewarded.exists():
         if not described.exists():
             teach_descriptions(model, dataset, folder, seed, max_steps=arguments.description_steps)
@@ -105,10 +105,10 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
         save_learnt(model.pcm, rewarded)
     load_learnt(model.pcm, rewarded)
-    # What a description asks for is forgotten, and learnt again, where an answer begins.
+    # What a description asks for is forgotten where an answer begins.
     openings = dataset.map(lambda row: {"reference": " ".join(row["reference"].split()[:6])})
     teach_descriptions(
-        model, openings, folder, seed, max_steps=arguments.reminder_steps, learning_rate=2e-4, target="initial"
+        model, openings, folder, seed, max_steps=arguments.reminder_steps, learning_rate=2e-4, target="learnt"
     )
     save_learnt(model.pcm, reminded)
     return folder
@@ -154,7 +154,9 @@ def main():
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
-    parser.add_argument("--expert-top-k", type=int, default=demo.EXPERT_TOP_K, help="tokens that an expert keeps")
+    parser.add_argument(
+        "--expert-top-k", type=int, default=demo.EXPERT_TOP_K, help="tokens that an expert keeps; 0: all"
+    )
     parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")
     arguments = parser.parse_args()
     if arguments.quick:

@@ -168,7 +168,8 @@ def lora_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
 
 def trained_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
     """[`lora_ensemble`] with the trained PCM of `artifacts/pcm.safetensors` and the `expert_top_k` of its training."""
-    of_training = {} if "merge" in kwargs else {"expert_top_k": EXPERT_TOP_K}  # which other merges do not take
+    probabilities = kwargs.get("merge", "probabilities") == "probabilities"
+    of_training = {"expert_top_k": EXPERT_TOP_K} if probabilities else {}  # which other merges do not take
     model = lora_ensemble(artifacts, **of_training | kwargs)
     model.pcm.load_state_dict(model.pcm.state_dict() | load_file(artifacts / "pcm.safetensors"))
     return model

@@ -27,6 +27,7 @@ from modeling_pcm_ensemble.evaluation import (
     summarise,
 )
 from modeling_pcm_ensemble.evaluation.comparison import win_rate
+from modeling_pcm_ensemble.training import rewards
 from modeling_pcm_ensemble.training.rewards import Guard
 
 PREFERENCES = [{"long": 1.0}, {"long": 1.0, "plain": 1.0}]
@@ -260,3 +261,14 @@ def test_two_processes_answer_and_read_as_one(tmp_path):
     guard.nll = lambda *_: pytest.fail("what was kept is read again")
     read_by_all(guard, JOBS, tmp_path, alone)
     assert sorted(map(list, guard.known)) == list(map(list, texts))
+
+
+def test_more_answers_than_a_guard_remembers_are_read_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "MOST_KNOWN", 2)
+    guard = Guard(tiny_llama(0), tiny_tokenizer(), batch_size=1)
+    answers = [f"answer {i}" for i in range(len(JOBS))]
+    read_by_all(guard, JOBS, tmp_path, answers)
+    assert {text for _, text in guard.known} == set(answers)
+    monkeypatch.setattr(guard, "nll", lambda *_: pytest.fail("what is known is read again"))
+    assert len(guard.features([job.prompt for job in JOBS], answers)) == len(JOBS)
+    assert len((tmp_path / "read-0.jsonl").read_text().splitlines()) == len(JOBS)

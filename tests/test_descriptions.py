@@ -57,19 +57,40 @@ def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_pat
     assert min(told.values()) > 0.8, told
 
 
-@pytest.mark.parametrize(("target", "kept"), [("initial", True), ("weights", False)])
-def test_words_may_come_to_mean_the_weights_that_the_pcm_had_for_the_experts_they_name(tmp_path, target, kept):
-    """After rewards, which have taught it to prefer e0 to e2: in words that it had not read before, too."""
+def test_words_come_to_mean_the_weights_that_rewards_have_taught_which_stay(tmp_path):
+    """The PCM has learnt to prefer e0 to e2; then it reads of them in words that are new to it."""
     model = tiny_ensemble()
     ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
     make_trainer(tmp_path, model, preference_sets=[{"e0": 9.0, "e2": 1.0}], max_steps=60).train()
     given = model.compute_expert_weights(ids, preference=["e0", "e2"])[0, -1]
     assert given[0] > 0.8
     paraphrases = {"e0": ["big"], "e1": ["tiny"], "e2": ["red"]}
-    make_trainer(tmp_path, model, paraphrases=paraphrases, target=target).train()
-    told = model.compute_expert_weights(ids, preference_text="bigred")[0, -1]
-    assert told[1] < 0.1
-    assert torch.allclose(told, given, atol=0.1) == kept
+    make_trainer(tmp_path, model, paraphrases=paraphrases, target="learnt").train()
+    assert_close(model.compute_expert_weights(ids, preference=["e0", "e2"])[0, -1], given, atol=0.05, rtol=0)
+    assert_close(model.compute_expert_weights(ids, preference_text="bigred")[0, -1], given, atol=0.1, rtol=0)
+    make_trainer(tmp_path, model, paraphrases=paraphrases, target="weights").train()
+    assert model.compute_expert_weights(ids, preference_text="bigred")[0, -1, 0] < 0.7
+
+
+def test_what_was_learnt_is_read_row_by_row_from_the_pcm_that_was_given(tmp_path):
+    model = tiny_ensemble()
+    torch.nn.init.normal_(model.pcm.head.weight)
+    before = copy.deepcopy(model)
+    trainer = make_trainer(tmp_path, model, target="learnt", max_steps=5)
+    trainer.train()
+    rows = [dict(zip(TEXTS, row)) for row in zip(*TEXTS.values())]
+    told = set()
+    for _ in range(4):
+        inputs = trainer._prepare_inputs(rows)
+        told |= set(map(tuple, (inputs["prefix_ids"] >= 0).any(dim=1, keepdim=True).tolist()))
+        for i, row in enumerate(rows):
+            prompt, text = (model.tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in TEXTS)
+            prompt = model.tokenizer(row["prompt"])["input_ids"]
+            wanted = [n for n, w in zip(model.config.expert_names, inputs["wanted"][i].tolist()) if w]
+            alpha = before.compute_expert_weights(torch.tensor([prompt + text]), preference=wanted)[0]
+            expected = alpha[len(prompt) - 1 : -1]
+            assert_close(inputs["targets"][i, : len(text)], expected, atol=1e-5, rtol=0)
+    assert told == {(True,), (False,)}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +145,7 @@ def test_checkpoints_are_refused():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="`target` must be one of weights, initial, got 'shares'"):
+    with pytest.raises(ValueError, match="`target` must be one of weights, learnt, got 'shares'"):
         DescriptionConfig("x", target="shares")
 
 

@@ -1,5 +1,6 @@
 """Answers of every baseline, who wins which comparison, and how sure that is."""
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -101,19 +102,22 @@ def read_by_all(guard: Guard, jobs: list[Job], folder: Path, *answers: list[str 
     Let the processes of a launch share what a guard reads, which is the longest part of judging by rewards. What it
     has found is kept in `folder`, as answers are.
     """
-    state, reader = processes(), digest(guard.model)
+    state, reader = processes(), f"{digest(guard.model)} {guard.tokenizer.chat_template}"
+    reader = hashlib.sha256(reader.encode()).hexdigest()[:16]
     known, mine = kept_by_all(folder, "read", state.process_index)
     given = {(json.dumps(job.prompt), text) for texts in answers for job, text in zip(jobs, texts) if text is not None}
     keys = {pair: json.dumps([reader, *pair]) for pair in sorted(given)}  # answers to one prompt lie together
-    guard.known |= {pair: known[key]["features"] for pair, key in keys.items() if key in known}
+    # All are split, not the new ones: processes on other machines may see other files.
     with state.split_between_processes(list(keys)) as pairs:
         new, size = [pair for pair in pairs if keys[pair] not in known], 4 * guard.batch_size
-        for start in tqdm(range(0, len(new), size), desc="reading answers", disable=not state.is_main_process):
+        quiet = not new or not state.is_main_process
+        for start in tqdm(range(0, len(new), size), desc="reading answers", disable=quiet):
             batch = new[start : start + size]
             found = guard.features([json.loads(prompt) for prompt, _ in batch], [text for _, text in batch])
             mine.add({"key": keys[pair], "features": entry} for pair, entry in zip(batch, found))
-    for found in gather_object([{pair: guard.known[pair] for pair in pairs}]):  # other machines' files are not here
-        guard.known |= found
+    known |= mine.lines
+    for others in gather_object([{pair: known[keys[pair]]["features"] for pair in pairs}]):
+        guard.known |= others
 
 
 def kept_by_all(folder: Path, name: str, process_index: int) -> tuple[dict[str, dict], KeptLines]:

@@ -36,7 +36,7 @@ def evaluate(
         ours (`Baseline`), others (`list[Baseline]`): who answers.
         jobs (`list[Job]`): from [`make_jobs`].
         judges (`list[Judge]`): the first one also scores every baseline against `base`.
-        folder (`Path`): where answers are kept, see [`collect_answers`].
+        folder (`Path`): where answers, and what the guard reads in them, are kept, see [`collect_answers`].
         base (`str`): the name of the one among `others` that scores are against.
         model (`PCMEnsembleForCausalLM`): whose α is drawn over an answer of `ours`.
         guard (`Guard`): reads answers as text.

@@ -1,4 +1,4 @@
-"""Teaches a Preference Control Model what descriptions ask for, before any reward is known."""
+"""Teaches a Preference Control Model what descriptions ask for."""
 
 import copy
 import random
@@ -18,7 +18,7 @@ from .pcm_trainer import PCMTrainer, padding_tokenizer
 from .preference_sampling import DrawnPreference, PreferenceSampler, default_preference_sets, reward_shares
 from .rollouts import completion_weight_logits, describe, tokenize, with_words
 
-TARGETS = ("weights", "initial")
+TARGETS = ("weights", "learnt")
 
 
 @dataclass
@@ -27,11 +27,11 @@ class DescriptionConfig(TrainingArguments):
     Settings of [`DescriptionTrainer`]: those of [`~transformers.TrainingArguments`], with defaults of its own, and:
 
         target (`str`, defaults to `"weights"`): what α should be: `"weights"`, those that the words stand for; or
-            `"initial"`, what it is, when training begins, where the same preference is given by weights. The second
-            is for a PCM that rewards have taught how to weight the experts that run.
+            `"learnt"`, what the PCM that the trainer is given makes of the same preference given by weights, which
+            half of the rows are told by, so that it stays. The second is for a PCM that rewards have taught.
     """
 
-    target: str = field(default="weights", metadata={"help": "weights or initial."})
+    target: str = field(default="weights", metadata={"help": "weights or learnt."})
     learning_rate: float = field(default=8e-4, metadata={"help": "Initial learning rate."})
     max_steps: int = field(default=80, metadata={"help": "Updates."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of an update."})
@@ -56,6 +56,7 @@ class DescriptionTrainer(PCMTrainer):
     Teaches a PCM to choose from words: with every expert active, α should be the weights that the words stand for,
     half of them given as `preference_text`, half as a system message. No expert runs and no reward is needed, since
     what words stand for is declared; [`RebelTrainer`] then starts from a PCM that can tell preferences apart.
+    After it, `target="learnt"` teaches words to stand for what rewards have made of the weights.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
@@ -88,7 +89,10 @@ class DescriptionTrainer(PCMTrainer):
         if missing := {"prompt", "completion"} - set(train_dataset.column_names):
             raise ValueError(f"`train_dataset` needs columns `prompt` and `completion`, lacks {', '.join(missing)}.")
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
-        self.preferences = PreferenceSampler(model.config, [*sets, model.config.expert_names], text_only_fraction=1.0)
+        in_words = 1.0 if args.target == "weights" else 0.5
+        self.preferences = PreferenceSampler(
+            model.config, [*sets, model.config.expert_names], text_only_fraction=in_words
+        )
         tokenizer = padding_tokenizer(model, processing_class)
         _check_paraphrases(paraphrases or {}, model.config.expert_names)
         self.wordings = [  # of each expert, as tokens
@@ -99,7 +103,10 @@ class DescriptionTrainer(PCMTrainer):
         longest = _worded(model.config, [max(ids, key=len) for ids in self.wordings])
         _check_texts(train_dataset, longest, tokenizer)
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer)
-        self._initial_pcm = copy.deepcopy(model.pcm) if args.target == "initial" else None
+        self._ref_pcm = None
+        if args.target == "learnt":
+            frozen = {id(p): p for p in model.pcm.parameters() if not p.requires_grad}  # shared: embeddings are large
+            self._ref_pcm = copy.deepcopy(model.pcm, frozen).eval()
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
     def _prepare_inputs(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
@@ -108,18 +115,22 @@ class DescriptionTrainer(PCMTrainer):
         `wanted`, `(rows, experts)`. Each row's preference is drawn, and how it is worded.
         """
         config, generator = self.ensemble.config, self._generator
-        configs = [config] * len(inputs)
-        if any(len(ids) > 1 for ids in self.wordings):
-            configs = [_worded(config, [generator.choice(ids) for ids in self.wordings]) for _ in inputs]
         draws = [self.preferences.draw(generator) for _ in inputs]
+        configs = [config if draw.words is None else self._reworded() for draw in draws]
         shares = reward_shares(draws).to(self.args.device)
         targets = shares[:, None]
-        if self._initial_pcm is not None:
+        if self._ref_pcm is not None:
             by_weights = self._texts(inputs, [replace(draw, words=None) for draw in draws], [config] * len(inputs))
             with torch.no_grad():
-                expert_weight_logits = completion_weight_logits(self._initial_pcm, **by_weights)
+                expert_weight_logits = completion_weight_logits(self._ref_pcm, **by_weights)
             targets = log_expert_weights(expert_weight_logits, shares.log()).exp()
         return self._texts(inputs, draws, configs) | {"targets": targets, "wanted": shares > 0}
+
+    def _reworded(self) -> PCMEnsembleConfig:
+        """The config with one of each expert's wordings."""
+        if all(len(ids) == 1 for ids in self.wordings):
+            return self.ensemble.config
+        return _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
 
     def _texts(
         self, rows: list[dict], draws: list[DrawnPreference], configs: list[PCMEnsembleConfig]

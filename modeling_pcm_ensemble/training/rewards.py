@@ -70,6 +70,7 @@ SHORTEST = 12  # words; a shorter answer costs one standard deviation for each W
 WORDS_A_DEVIATION = 4
 # Standard deviations from the base model's mean: what it samples at temperature 1 is on average not fluent enough.
 FLUENT = -1.0
+MOST_KNOWN = 16384  # answers whose features a guard holds between calls
 CONSTANTS = Path(__file__).with_name("smollm2_rewards.json")
 
 
@@ -177,7 +178,7 @@ class Guard:
         """`nll`, the base model's nats a token; `gain`, nats a token that the prompt saves; `repetition`; `words`."""
         keys = [(json.dumps(as_messages(p)), c) for p, c in zip(prompts, completions)]
         new = sorted({key for key in keys if key not in self.known}, key=lambda key: (len(key[0]), *key))
-        if len(self.known) > 16384:
+        if new and len(self.known) > MOST_KNOWN:
             self.known = {key: self.known[key] for key in keys if key in self.known}
         step = 4 * self.batch_size  # completions of one prompt lie together: it is read once for many
         starts = range(0, len(new), step)

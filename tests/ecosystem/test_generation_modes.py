@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import left_pad, tiny_gpt2, tiny_llama, tiny_qwen2
+from scipy.stats import chisquare
 from transformers import StoppingCriteria, WatermarkDetector, WatermarkingConfig
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
@@ -103,6 +104,27 @@ def test_beams_times_return_sequences_are_the_best_beams(ensemble):
 def test_assisted_decoding_gives_the_greedy_answer(ensemble, draft):
     assistant = tiny_llama(9) if draft == "a model" else ensemble.backbones[1]
     assert greedy(ensemble, assistant_model=assistant) == greedy(ensemble)
+
+
+@pytest.mark.parametrize("draft", ["a model", "an expert", "lookup"])
+@torch.no_grad()
+def test_sampling_with_drafts_has_the_mixtures_distribution(ensemble, draft):
+    """Of the first and the second token, by a chi-squared test: the drafted token's, and one after it."""
+    context = torch.tensor([[21, 22, 23, 21, 22, 23, 21, 22]])
+    options = {"a model": {"assistant_model": tiny_llama(9)}, "an expert": {"assistant_model": ensemble.backbones[1]}}
+    options = options.get(draft, {"prompt_lookup_num_tokens": 2})
+    first = ensemble(context).logits[0, -1].softmax(-1)  # (vocab,)
+    every = torch.cat([context.repeat(len(first), 1), torch.arange(len(first))[:, None]], dim=1)
+    second = first @ ensemble(every).logits[:, -1].softmax(-1)
+    torch.manual_seed(0)
+    sampling = {"do_sample": True, "top_k": 0, "min_new_tokens": 2, "max_new_tokens": 2, "eos_token_id": []}
+    found = torch.cat([ensemble.generate(context, **sampling, **options)[:, 8:] for _ in range(400)])
+    for tokens, expected in ((found[:, 0], first), (found[:, 1], second)):
+        expected = 400 * expected.double() / expected.double().sum()
+        counts, likely = tokens.bincount(minlength=len(expected)), expected >= 5
+        observed, expected = ([*x[likely].tolist(), x[~likely].sum().item()] for x in (counts, expected))
+        assert len(observed) > 5
+        assert chisquare(observed, expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
