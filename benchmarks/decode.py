@@ -59,6 +59,7 @@ def run(arguments):
         steps["separate models"] = one_after_another([cached_step(model, token) for model in copies])
         steps["PEFT mixed batch"] = peft_step(peft, backbone, lora.config.expert_names, token)
         steps["mixture alone"] = mixture_step(backbone.config.vocab_size, batch, experts)
+        steps["sampler alone"] = sampler_step(backbone.config.vocab_size, batch)
         if xlora is not None and batch == 1:
             context = some_ids(batch)
             steps["PEFT X-LoRA"] = lambda context=context: xlora(context, use_cache=False)
@@ -84,6 +85,12 @@ def mixture_step(vocab_size: int, batch: int, num_experts: int):
         return mixture_log_probs(experts, log_expert_weights(scores, weights.log()), exact=False)
 
     return step
+
+
+def sampler_step(vocab_size: int, batch: int):
+    """What draws a token from the mixture; part of no other step."""
+    probs = torch.randn(batch, vocab_size, device=DEVICE).softmax(-1)
+    return lambda: torch.multinomial(probs, 1)
 
 
 def with_peft_adapters(model, lora: PCMEnsembleForCausalLM) -> PeftModel:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "examples/artifacts/README.md")
@@ -42,26 +43,32 @@ def decode_table(results: dict) -> str:
 
 
 def fast_table(results: dict) -> str:
-    """Steps as multiples of an eager and of a compiled plain one; the first token in milliseconds."""
+    """Steps as multiples of an eager and of a compiled plain one; the first token in ms, and compiling in seconds."""
     rows = results["rows"]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     found = {(row["name"], row["batch"]): row for row in rows}
-    first = f"first token, ms, batch {' / '.join(map(str, batches))}"
-    lines = ["| | " + " | ".join([*(f"batch {batch}" for batch in batches), first]) + " |"]
-    lines.append("|---" * (len(batches) + 2) + "|")
+    more = [f"{what}, batch {' / '.join(map(str, batches))}" for what in ("first token, ms", "warm-up, s")]
+    lines = ["| | " + " | ".join([*(f"batch {batch}" for batch in batches), *more]) + " |"]
+    lines.append("|---" * (len(batches) + 3) + "|")
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [found[name, batch] for batch in batches]
         cells = [f"{row['ratio']:.2f} / {row['to compiled']:.2f}" for row in mine]
         cells.append(" / ".join(f"{1000 * row['first token']:.0f}" for row in mine))
+        cells.append("–" if mine[0]["warm-up"] is None else " / ".join(f"{row['warm-up']:.0f}" for row in mine))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def greedy_table(results: dict) -> str:
-    lines = ["| | answers | the same | largest margin where not, nats | time of compiled to eager |", "|---" * 5 + "|"]
+    """Of answers that differ, how many do so at a tie, and the largest margin."""
+    lines = [
+        "| | answers | the same | others at a tie (below 0.001) | largest margin, nats | time of compiled to eager |",
+        "|---" * 6 + "|",
+    ]
     for row in results["rows"]:
-        margin, ratio = row["largest margin of another choice"], row["compiled to eager"]
-        lines.append(f"| {row['dtype']} | {row['answers']} | {row['equal']} | {margin:.3f} | {ratio:.2f} |")
+        ties, margin = sum(m < 1e-3 for m in row["margins"]), row["largest margin of another choice"]
+        cells = [row["dtype"], row["answers"], row["equal"], ties, f"{margin:.3f}", f"{row['compiled to eager']:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -127,6 +134,15 @@ def win_rates_table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def average_table(report: dict) -> str:
+    """The mean of the win rates against the baselines of the paper's average."""
+    paper = ("vanilla", "prompting", "Personalized Soup")
+    means = [fmean(entry[name]["win_rate"][0] for name in paper) for entry in report["judges"].values()]
+    lines = ["| | " + " | ".join(report["judges"]) + " |", "|---" * (len(means) + 1) + "|"]
+    cells = " | ".join(f"{100 * mean:.1f} %" for mean in means)
+    return "\n".join([*lines, f"| average of vanilla, prompting and Personalized Soup | {cells} |"]) + "\n"
+
+
 def new_preferences_table(report: dict) -> str:
     """Of every kind of preference the win rate against either baseline, by each judge."""
     against = ("weights as given", "prompting")
@@ -170,4 +186,6 @@ TABLES = {  # by marker: the results, and the table of them
     "drafts": ("benchmarks/results/drafts.json", drafts_table),
     "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
     "win rates": ("docs/results/report.json", win_rates_table),
+    "average": ("docs/results/report.json", average_table),
+    "ablations": ("docs/results/ablations/report.json", win_rates_table),
 }

@@ -3,6 +3,7 @@
 import csv
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import fmean, pstdev
 
@@ -123,11 +124,17 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
+LATE = 0  # as a status: no reply within a second
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.questions.append(body["messages"][-1]["content"])
         status, text = self.server.replies[min(len(self.server.questions), len(self.server.replies)) - 1]
+        if status == LATE:
+            time.sleep(1)
+            return
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
         payload = json.dumps(answer if status == 200 else {"error": {"message": text}}).encode()
@@ -158,9 +165,10 @@ def test_a_language_model_is_asked_once_about_each_dimension(tmp_path):
         assert len(server.questions) == 2
 
 
-def test_a_server_that_fails_at_first_is_asked_again(tmp_path):
-    with Server([(503, "busy"), (429, "slow down"), (200, "TIE")]) as server:
-        judge = LanguageModelJudge("lm", ChatEndpoint(server.url, "m"), DESCRIPTIONS, tmp_path / "replies.jsonl")
+def test_a_server_that_fails_or_is_late_at_first_is_asked_again(tmp_path):
+    with Server([(503, "busy"), (429, "slow down"), (LATE, ""), (200, "TIE")]) as server:
+        endpoint = ChatEndpoint(server.url, "m", timeout=0.3)
+        judge = LanguageModelJudge("lm", endpoint, DESCRIPTIONS, tmp_path / "replies.jsonl", workers=1)
         assert judge.judge([PAIR]) == [Verdict(0.5, {"concise": 0.5, "friendly": 0.5})]
 
 

@@ -130,7 +130,8 @@ class LanguageModelJudge(Judge):
 
     Args:
         name (`str`): see [`Judge`]; replies kept under another name are not taken for its.
-        ask (`Callable[[str], str]`): a question → the model's reply, such as [`ChatEndpoint`] or a pipeline.
+        ask (`Callable[[str], str]`): a question → the model's reply, such as [`ChatEndpoint`], of a local model too
+            if `transformers serve` runs it.
         descriptions (`Mapping[str, str]`): what each dimension asks of an answer.
         path (`Path`): a JSONL file that replies are kept in, so that none is asked for twice.
         workers (`int`): questions that are asked at once.
