@@ -6,8 +6,8 @@ Train the Preference Control Model of the six LoRA experts online with REBEL, on
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. On these answers, teach each seed's PCM which experts a description names; no expert runs.
 3. Train it with REBEL; stopped and run again, it goes on from the last checkpoint.
-4. REBEL sees the eight preferences alone. Remind the PCM of descriptions of fewer experts, and in other wordings: now
-   they stand for the α that it gives the same experts by weights.
+4. REBEL sees the eight preferences alone. Teach the PCM descriptions again: of the eight, in any wording, they stand
+   for the α that it gives them by now; of fewer experts, for equal weights, as before.
 5. Write each seed's PCM, its log, and the curves of all.
 
 examples/evaluate_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
@@ -22,7 +22,7 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
-from answers import ARTIFACTS, DEVICE, base_model, training_prompts, with_references
+from answers import ARTIFACTS, DEVICE, base_model, paper_preferences, training_prompts, with_references
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
@@ -62,7 +62,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
     return RebelTrainer(model, config, rewards, dataset, processing_class=model.tokenizer)
 
 
-def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, **settings):
+def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, learnt_sets=None, **settings):
     config = DescriptionConfig(
         output_dir=str(folder),
         seed=seed,
@@ -72,7 +72,8 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, **setti
         **settings,
     )
     written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
-    DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES).train()
+    options = {"paraphrases": demo.PARAPHRASES, "learnt_sets": learnt_sets}
+    DescriptionTrainer(model, config, written, **options).train()
 
 
 def save_learnt(pcm, path: Path):
@@ -107,9 +108,8 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     load_learnt(model.pcm, rewarded)
     # What a description asks for is forgotten where an answer begins.
     openings = dataset.map(lambda row: {"reference": " ".join(row["reference"].split()[:6])})
-    teach_descriptions(
-        model, openings, folder, seed, max_steps=arguments.reminder_steps, learning_rate=2e-4, target="learnt"
-    )
+    settings = {"max_steps": arguments.reminder_steps, "learning_rate": 2e-4}
+    teach_descriptions(model, openings, folder, seed, paper_preferences(model), **settings)
     save_learnt(model.pcm, reminded)
     return folder
 

@@ -17,11 +17,12 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
 
 
-def make_trainer(folder, model, dataset=None, paraphrases=None, preference_sets=None, **settings):
+def make_trainer(folder, model, dataset=None, paraphrases=None, preference_sets=None, learnt_sets=None, **settings):
     options = {"max_steps": 200, "learning_rate": 1e-2, "logging_steps": 20, "use_cpu": True}
     options |= {"report_to": "none", "disable_tqdm": True} | settings
     config, dataset = DescriptionConfig(str(folder), **options), dataset or Dataset.from_dict(TEXTS)
-    return DescriptionTrainer(model, config, dataset, preference_sets=preference_sets, paraphrases=paraphrases)
+    sets = {"preference_sets": preference_sets, "learnt_sets": learnt_sets}
+    return DescriptionTrainer(model, config, dataset, paraphrases=paraphrases, **sets)
 
 
 def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
@@ -58,39 +59,45 @@ def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_pat
 
 
 def test_words_come_to_mean_the_weights_that_rewards_have_taught_which_stay(tmp_path):
-    """The PCM has learnt to prefer e0 to e2; then it reads of them in words that are new to it."""
+    """The PCM has learnt to prefer e0 where e0 and e2 are wanted; then it reads words that are new to it."""
     model = tiny_ensemble()
     ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
     make_trainer(tmp_path, model, preference_sets=[{"e0": 9.0, "e2": 1.0}], max_steps=60).train()
     given = model.compute_expert_weights(ids, preference=["e0", "e2"])[0, -1]
     assert given[0] > 0.8
     paraphrases = {"e0": ["big"], "e1": ["tiny"], "e2": ["red"]}
-    make_trainer(tmp_path, model, paraphrases=paraphrases, target="learnt").train()
+    make_trainer(
+        tmp_path, model, paraphrases=paraphrases, learnt_sets=[["e0", "e2"]], learning_rate=4e-3, max_steps=300
+    ).train()
     assert_close(model.compute_expert_weights(ids, preference=["e0", "e2"])[0, -1], given, atol=0.05, rtol=0)
     assert_close(model.compute_expert_weights(ids, preference_text="bigred")[0, -1], given, atol=0.1, rtol=0)
-    make_trainer(tmp_path, model, paraphrases=paraphrases, target="weights").train()
-    assert model.compute_expert_weights(ids, preference_text="bigred")[0, -1, 0] < 0.7
+    others = torch.tensor([0.0, 0.5, 0.5])  # for which there was no reward
+    assert_close(model.compute_expert_weights(ids, preference=["e1", "e2"])[0, -1], others, atol=0.1, rtol=0)
+    assert_close(model.compute_expert_weights(ids, preference_text="tinyred")[0, -1], others, atol=0.1, rtol=0)
 
 
 def test_what_was_learnt_is_read_row_by_row_from_the_pcm_that_was_given(tmp_path):
     model = tiny_ensemble()
     torch.nn.init.normal_(model.pcm.head.weight)
     before = copy.deepcopy(model)
-    trainer = make_trainer(tmp_path, model, target="learnt", max_steps=5)
+    trainer = make_trainer(tmp_path, model, learnt_sets=["e1", ["e0", "e2"]], max_steps=5)
     trainer.train()
     rows = [dict(zip(TEXTS, row)) for row in zip(*TEXTS.values())]
-    told = set()
-    for _ in range(4):
+    kinds = set()
+    for _ in range(8):
         inputs = trainer._prepare_inputs(rows)
-        told |= set(map(tuple, (inputs["prefix_ids"] >= 0).any(dim=1, keepdim=True).tolist()))
         for i, row in enumerate(rows):
-            prompt, text = (model.tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in TEXTS)
             prompt = model.tokenizer(row["prompt"])["input_ids"]
-            wanted = [n for n, w in zip(model.config.expert_names, inputs["wanted"][i].tolist()) if w]
-            alpha = before.compute_expert_weights(torch.tensor([prompt + text]), preference=wanted)[0]
-            expected = alpha[len(prompt) - 1 : -1]
+            text = model.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            wanted = [name for name, w in zip(model.config.expert_names, inputs["wanted"][i].tolist()) if w]
+            learnt = wanted in (["e1"], ["e0", "e2"])
+            expected = before.compute_expert_weights(torch.tensor([prompt + text]), preference=wanted)[0]
+            if not learnt:
+                expected = (inputs["wanted"][i] / len(wanted)).expand_as(expected)
+            expected = expected[len(prompt) - 1 : -1]
             assert_close(inputs["targets"][i, : len(text)], expected, atol=1e-5, rtol=0)
-    assert told == {(True,), (False,)}
+            kinds.add((learnt, (inputs["prefix_ids"][i] >= 0).any().item()))
+    assert kinds == {(True, True), (True, False), (False, True), (False, False)}
 
 
 @pytest.mark.parametrize(
@@ -144,9 +151,9 @@ def test_checkpoints_are_refused():
         DescriptionConfig("x", save_strategy="steps")
 
 
-def test_an_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="`target` must be one of weights, learnt, got 'shares'"):
-        DescriptionConfig("x", target="shares")
+def test_learnt_sets_that_nobody_describes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`learnt_sets` must be among the preferences that are described"):
+        make_trainer(tmp_path, tiny_ensemble(), preference_sets=[["e0", "e2"]], learnt_sets=["e0"])
 
 
 @pytest.mark.parametrize(

@@ -18,20 +18,13 @@ from .pcm_trainer import PCMTrainer, padding_tokenizer
 from .preference_sampling import DrawnPreference, PreferenceSampler, default_preference_sets, reward_shares
 from .rollouts import completion_weight_logits, describe, tokenize, with_words
 
-TARGETS = ("weights", "learnt")
-
 
 @dataclass
 class DescriptionConfig(TrainingArguments):
     """
-    Settings of [`DescriptionTrainer`]: those of [`~transformers.TrainingArguments`], with defaults of its own, and:
-
-        target (`str`, defaults to `"weights"`): what α should be: `"weights"`, those that the words stand for; or
-            `"learnt"`, what the PCM that the trainer is given makes of the same preference given by weights, which
-            half of the rows are told by, so that it stays. The second is for a PCM that rewards have taught.
+    Settings of [`DescriptionTrainer`]: those of [`~transformers.TrainingArguments`], with defaults of its own.
     """
 
-    target: str = field(default="weights", metadata={"help": "weights or learnt."})
     learning_rate: float = field(default=8e-4, metadata={"help": "Initial learning rate."})
     max_steps: int = field(default=80, metadata={"help": "Updates."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of an update."})
@@ -42,8 +35,6 @@ class DescriptionConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.target not in TARGETS:
-            raise ValueError(f"`target` must be one of {', '.join(TARGETS)}, got {self.target!r}.")
         if self.save_strategy != "no":
             raise ValueError(
                 "DescriptionTrainer takes minutes and keeps no checkpoints. Leave `save_strategy` at 'no', and write "
@@ -56,7 +47,7 @@ class DescriptionTrainer(PCMTrainer):
     Teaches a PCM to choose from words: with every expert active, α should be the weights that the words stand for,
     half of them given as `preference_text`, half as a system message. No expert runs and no reward is needed, since
     what words stand for is declared; [`RebelTrainer`] then starts from a PCM that can tell preferences apart.
-    After it, `target="learnt"` teaches words to stand for what rewards have made of the weights.
+    After it, `learnt_sets` stay as rewards have made them, while words are taught again.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
@@ -66,13 +57,15 @@ class DescriptionTrainer(PCMTrainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the ensemble's tokenizer.
         preference_sets (`list`, *optional*): preferences that are described; defaults to every combination of at most
             one expert for each dimension. All experts at weight 1 are always among them.
+        learnt_sets (`list`, *optional*): those of them for which α should be what the PCM that is given makes of the
+            same preference by weights. Half of the rows are told by weights then, so that what was learnt stays.
         paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description. Each row is told in
             one of them, or in the description, so that the PCM learns what is meant and not how it is put.
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,
-            paraphrases of no expert, or a dataset without these columns, with an empty completion or a text that the
-            models have no room for.
+            learnt sets that are none of them, paraphrases of no expert, or a dataset without these columns, with an
+            empty completion or a text that the models have no room for.
     """
 
     def __init__(
@@ -83,16 +76,18 @@ class DescriptionTrainer(PCMTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         preference_sets: list | None = None,
         paraphrases: Mapping[str, list[str]] | None = None,
+        learnt_sets: list | None = None,
     ):
         if not isinstance(model, PCMEnsembleForCausalLM):
             raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
         if missing := {"prompt", "completion"} - set(train_dataset.column_names):
             raise ValueError(f"`train_dataset` needs columns `prompt` and `completion`, lacks {', '.join(missing)}.")
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
-        in_words = 1.0 if args.target == "weights" else 0.5
-        self.preferences = PreferenceSampler(
-            model.config, [*sets, model.config.expert_names], text_only_fraction=in_words
-        )
+        sets, in_words = [*sets, model.config.expert_names], 0.5 if learnt_sets else 1.0
+        self.preferences = PreferenceSampler(model.config, sets, text_only_fraction=in_words)
+        self._learnt = {self.preferences.preference(entry).name for entry in learnt_sets or ()}
+        if unknown := self._learnt - {draw.name for draw in self.preferences.sets}:
+            raise ValueError(f"`learnt_sets` must be among the preferences that are described, not {unknown}.")
         tokenizer = padding_tokenizer(model, processing_class)
         _check_paraphrases(paraphrases or {}, model.config.expert_names)
         self.wordings = [  # of each expert, as tokens
@@ -104,7 +99,7 @@ class DescriptionTrainer(PCMTrainer):
         _check_texts(train_dataset, longest, tokenizer)
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer)
         self._ref_pcm = None
-        if args.target == "learnt":
+        if self._learnt:
             frozen = {id(p): p for p in model.pcm.parameters() if not p.requires_grad}  # shared: embeddings are large
             self._ref_pcm = copy.deepcopy(model.pcm, frozen).eval()
         self._generator = random.Random(args.seed + 7919 * args.process_index)
@@ -117,14 +112,15 @@ class DescriptionTrainer(PCMTrainer):
         config, generator = self.ensemble.config, self._generator
         draws = [self.preferences.draw(generator) for _ in inputs]
         configs = [config if draw.words is None else self._reworded() for draw in draws]
-        shares = reward_shares(draws).to(self.args.device)
-        targets = shares[:, None]
+        targets = shares = reward_shares(draws).to(self.args.device)[:, None]  # (rows, 1, experts)
         if self._ref_pcm is not None:
             by_weights = self._texts(inputs, [replace(draw, words=None) for draw in draws], [config] * len(inputs))
             with torch.no_grad():
                 expert_weight_logits = completion_weight_logits(self._ref_pcm, **by_weights)
-            targets = log_expert_weights(expert_weight_logits, shares.log()).exp()
-        return self._texts(inputs, draws, configs) | {"targets": targets, "wanted": shares > 0}
+            learnt = torch.tensor([draw.name in self._learnt for draw in draws], device=self.args.device)
+            targets = log_expert_weights(expert_weight_logits, shares[:, 0].log()).exp()
+            targets = torch.where(learnt[:, None, None], targets, shares)
+        return self._texts(inputs, draws, configs) | {"targets": targets, "wanted": shares[:, 0] > 0}
 
     def _reworded(self) -> PCMEnsembleConfig:
         """The config with one of each expert's wordings."""
