@@ -47,14 +47,14 @@ def fast_table(results: dict) -> str:
     rows = results["rows"]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     found = {(row["name"], row["batch"]): row for row in rows}
-    more = [f"{what}, batch {' / '.join(map(str, batches))}" for what in ("first token, ms", "warm-up, s")]
-    lines = ["| | " + " | ".join([*(f"batch {batch}" for batch in batches), *more]) + " |"]
+    more = f"first token, ms, batch {' / '.join(map(str, batches))} | compiling, s, in all"
+    lines = ["| | " + " | ".join([*(f"batch {batch}" for batch in batches), more]) + " |"]
     lines.append("|---" * (len(batches) + 3) + "|")
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [found[name, batch] for batch in batches]
         cells = [f"{row['ratio']:.2f} / {row['to compiled']:.2f}" for row in mine]
         cells.append(" / ".join(f"{1000 * row['first token']:.0f}" for row in mine))
-        cells.append("–" if mine[0]["warm-up"] is None else " / ".join(f"{row['warm-up']:.0f}" for row in mine))
+        cells.append("–" if mine[0]["warm-up"] is None else f"{sum(row['warm-up'] for row in mine):.0f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .prefixes import CachePart, SubmodelInputs, repeated_rows, run_submodel, submodel_inputs
+from .prefixes import CachePart, SubmodelInputs, pad_left, repeated_rows, run_submodel, submodel_inputs
 from .prompts import KeptPrompts
 
 
@@ -81,9 +81,11 @@ class PreferenceControlModel(PreTrainedModel):
             expert_weight_logits, output = self.forward(*distinct, part, logits_to_keep)
             part.copy_rows(groups)
             return expert_weight_logits[groups], output
-        if prefix_ids is not None and part.length == 0 and not looked_into and not torch.is_grad_enabled():
+        begins = prefix_ids is not None and part.length == 0 and part.cache is not None
+        if begins and not looked_into and not torch.is_grad_enabled():
             texts = [((), tuple(token for token in row if token >= 0)) for row in prefix_ids.tolist()]
-            self.kept_descriptions.fill(part, texts, self.body, self._read, prefix_ids.device)
+            if self.kept_descriptions.fill(part, texts, self.body, self._read, prefix_ids.device):
+                prefix_ids = pad_left([ids for _, ids in texts], prefix_ids.device)  # as wide as what was filled
         inputs = submodel_inputs(
             input_ids, attention_mask, prefix_ids, part, logits_to_keep, self.config.prefix_bos_token_id
         )

@@ -15,7 +15,7 @@ from .weights import WeightSnapshot
 
 # Shorter texts, all of a call together, are read with the context: a call of their own would not soon pay.
 MIN_TOKENS_KEPT = 128
-MOST_KEPT = 64  # texts, the last ones used: descriptions may be anything that users write
+MOST_KEPT = 16384  # tokens, of the texts used last: descriptions may be anything that users write
 
 Text = tuple[tuple[int, ...], tuple[int, ...]]  # the expert that reads it, none for the PCM; and its tokens
 
@@ -49,16 +49,19 @@ class KeptPrompts:
             device (`torch.device`): of the context's tokens.
 
         Returns:
-            `bool`: whether it has; not where texts are short, or the cache has no place for padding between rows.
+            `bool`: whether it has; not where texts are short, the cache has no place for padding between rows, weights
+            are shards, whose owners must run together, or autocast makes other states of the same weights.
         """
         texts = [(expert, ids[:-1]) for expert, ids in texts]
         distinct = list(dict.fromkeys(texts))
         if sum(len(ids) for _, ids in distinct) < MIN_TOKENS_KEPT or part.cache is None:
             return False
-        if not takes_padding(part.cache, StaticLayer):
+        if not takes_padding(part.cache, StaticLayer) or torch.is_autocast_enabled(device.type):
+            return False
+        if any(hasattr(weight, "to_local") for weight in model.parameters()):
             return False
         if self.weights is None or not self.weights.is_of(model):
-            self.weights, self.states = WeightSnapshot(model), OrderedDict()
+            self.states, self.weights = OrderedDict(), WeightSnapshot(model)  # in this order, for other threads
         kept = self.states  # another thread may begin anew
         states = {}
         for expert, ids in distinct:
@@ -66,7 +69,7 @@ class KeptPrompts:
                 found = kept.pop((expert, ids), None)
                 states[expert, ids] = found or _states_of(ids, model, partial(read, expert), device)
         kept |= states
-        while len(kept) > MOST_KEPT:
+        while sum(len(ids) for _, ids in kept) > MOST_KEPT:
             kept.popitem(last=False)
         width = max(len(ids) for _, ids in distinct)
         some = next(iter(states.values()))

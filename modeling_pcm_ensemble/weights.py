@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
 class WeightSnapshot:
@@ -31,5 +32,13 @@ def _state(weight: torch.Tensor) -> tuple[int, int]:
     version = -1 if weight.is_inference() else weight._version
     return version, weight.data_ptr() if type(weight) in (torch.Tensor, nn.Parameter) else 0  # shards have no place
 
+
+def _count_step(optimizer: Optimizer, *_):
+    """Fused optimizers write weights without counting that as a change."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    torch.autograd.graph.increment_version([w for w in weights if w.grad is not None and not w.is_inference()])
+
+
+register_optimizer_step_post_hook(_count_step)
 
 __all__ = ["WeightSnapshot"]

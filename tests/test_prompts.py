@@ -96,10 +96,12 @@ def test_an_expert_without_a_prompt_joins_one_whose_prompt_is_kept(model, monkey
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_the_pcm_reads_what_it_would_read_without_kept_descriptions(model, kind, monkeypatch):
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (2, 0), (0, 3), (1, 1)])
+def test_the_pcm_reads_what_it_would_read_without_kept_descriptions(model, kind, left, right, monkeypatch):
+    """However they are padded."""
     torch.nn.init.normal_(model.pcm.head.weight)
-    given = [[5, 6, 7, 8, 9], [11, 12], [5, 6, 7, 8, 9]]
-    options = {"preference_ids": torch.tensor([[-1] * (5 - len(ids)) + ids for ids in given])}
+    given = [[5, 6, 7, 8, 9], [-1, -1, -1, 11, 12] if left else [11, 12, -1, -1, -1], [5, 6, 7, 8, 9]]
+    options = {"preference_ids": torch.tensor([[-1] * left + ids + [-1] * right for ids in given])}
     alpha = []
     for threshold in (1, 1, 10**6):
         monkeypatch.setattr(prompts, "MIN_TOKENS_KEPT", threshold)
@@ -113,7 +115,7 @@ def test_the_pcm_reads_what_it_would_read_without_kept_descriptions(model, kind,
 
 @torch.no_grad()
 def test_descriptions_are_read_once_until_the_pcm_learns_and_the_last_ones_used_are_kept(model, monkeypatch):
-    monkeypatch.setattr(prompts, "MOST_KEPT", 2)
+    monkeypatch.setattr(prompts, "MOST_KEPT", 4)  # two of these
     shapes, ids = shapes_read(model.pcm.body), torch.tensor([ROWS[0]])
     for description in ([5, 6, 7], [8, 9, 10], [5, 6, 7], [11, 12, 13], [5, 6, 7]):
         model(ids, preference_ids=torch.tensor([description]))
@@ -124,6 +126,32 @@ def test_descriptions_are_read_once_until_the_pcm_learns_and_the_last_ones_used_
     model(ids, preference_ids=torch.tensor([[8, 9, 10]]))
     model(ids, preference_ids=torch.tensor([[8, 9, 10]]), output_hidden_states=True)  # of the whole text
     assert shapes[10:] == [(1, 2), (1, 6), (1, 8)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_of_any_optimizer_is_noticed(model, fused):
+    torch.nn.init.normal_(model.pcm.head.weight)
+    ids, options = torch.tensor([ROWS[0]]), {"preference_ids": torch.tensor([[5, 6, 7]])}
+    with torch.no_grad():
+        model(ids, **options)
+    optimizer = torch.optim.AdamW(model.pcm.parameters(), lr=0.1, fused=fused)
+    model(ids, **options, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = model(ids, **options).expert_weights
+        model.forget_weights()
+        assert_close(found, model(ids, **options).expert_weights)
+
+
+def test_what_autocast_makes_is_not_kept(model):
+    torch.nn.init.normal_(model.pcm.head.weight)
+    ids, options = torch.tensor([ROWS[0]]), {"preference_ids": torch.tensor([[5, 6, 7]])}
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids, **options)
+        found = model(ids, **options).expert_weights
+        model.forget_weights()
+        assert_close(found, model(ids, **options).expert_weights)
 
 
 def test_a_pcm_that_learns_reads_its_descriptions_with_the_context(model):

@@ -45,7 +45,7 @@ class DescriptionConfig(TrainingArguments):
 class DescriptionTrainer(PCMTrainer):
     r"""
     Teaches a PCM to choose from words: with every expert active, α should be the weights that the words stand for,
-    half of them given as `preference_text`, half as a system message. No expert runs and no reward is needed, since
+    told as `preference_text` as often as in a system message. No expert runs and no reward is needed, since
     what words stand for is declared; [`RebelTrainer`] then starts from a PCM that can tell preferences apart.
     After it, `learnt_sets` stay as rewards have made them, while words are taught again.
 
@@ -57,10 +57,10 @@ class DescriptionTrainer(PCMTrainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the ensemble's tokenizer.
         preference_sets (`list`, *optional*): preferences that are described; defaults to every combination of at most
             one expert for each dimension. All experts at weight 1 are always among them.
-        learnt_sets (`list`, *optional*): those of them for which α should be what the PCM that is given makes of the
-            same preference by weights. Half of the rows are told by weights then, so that what was learnt stays.
         paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description. Each row is told in
             one of them, or in the description, so that the PCM learns what is meant and not how it is put.
+        learnt_sets (`list`, *optional*): those of them for which α should be what the PCM that is given makes of the
+            same preference by weights. Half of the rows are told by weights then, so that what was learnt stays.
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,

@@ -110,15 +110,19 @@ def test_assisted_decoding_gives_the_greedy_answer(ensemble, draft):
 @torch.no_grad()
 def test_sampling_with_drafts_has_the_mixtures_distribution(ensemble, draft):
     """Of the first and the second token, by a chi-squared test: the drafted token's, and one after it."""
-    context = torch.tensor([[21, 22, 23, 21, 22, 23, 21, 22]])
+    vocab = torch.arange(ensemble.config.vocab_size)
+    contexts = torch.cartesian_prod(torch.arange(20, 40), vocab)[:, [0, 1, 0]]  # what followed once is looked up
+    again = ensemble(contexts).logits[:, -1].softmax(-1).gather(1, contexts[:, 1:2])
+    context = contexts[again.argmax()][None]
+    assert 0.1 < again.max() < 0.9  # so that drafts are accepted, and refused
     options = {"a model": {"assistant_model": tiny_llama(9)}, "an expert": {"assistant_model": ensemble.backbones[1]}}
     options = options.get(draft, {"prompt_lookup_num_tokens": 2})
     first = ensemble(context).logits[0, -1].softmax(-1)  # (vocab,)
-    every = torch.cat([context.repeat(len(first), 1), torch.arange(len(first))[:, None]], dim=1)
-    second = first @ ensemble(every).logits[:, -1].softmax(-1)
+    following = torch.cat([context.repeat(len(vocab), 1), vocab[:, None]], dim=1)
+    second = first @ ensemble(following).logits[:, -1].softmax(-1)
     torch.manual_seed(0)
     sampling = {"do_sample": True, "top_k": 0, "min_new_tokens": 2, "max_new_tokens": 2, "eos_token_id": []}
-    found = torch.cat([ensemble.generate(context, **sampling, **options)[:, 8:] for _ in range(400)])
+    found = torch.cat([ensemble.generate(context, **sampling, **options)[:, 3:] for _ in range(400)])
     for tokens, expected in ((found[:, 0], first), (found[:, 1], second)):
         expected = 400 * expected.double() / expected.double().sum()
         counts, likely = tokens.bincount(minlength=len(expected)), expected >= 5
