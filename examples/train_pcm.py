@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 
@@ -62,7 +63,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
     return RebelTrainer(model, config, rewards, dataset, processing_class=model.tokenizer)
 
 
-def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, learnt_sets=None, **settings):
+def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, sets: dict | None = None, **settings):
     config = DescriptionConfig(
         output_dir=str(folder),
         seed=seed,
@@ -72,8 +73,7 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, learnt_
         **settings,
     )
     written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
-    options = {"paraphrases": demo.PARAPHRASES, "learnt_sets": learnt_sets}
-    DescriptionTrainer(model, config, written, **options).train()
+    DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES, **sets or {}).train()
 
 
 def save_learnt(pcm, path: Path):
@@ -109,7 +109,9 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     # What a description asks for is forgotten where an answer begins.
     openings = dataset.map(lambda row: {"reference": " ".join(row["reference"].split()[:6])})
     settings = {"max_steps": arguments.reminder_steps, "learning_rate": 2e-4}
-    teach_descriptions(model, openings, folder, seed, paper_preferences(model), **settings)
+    learnt = paper_preferences(model)  # in three of five rows, lest the others pull their α along
+    sets = {"preference_sets": default_preference_sets(model.config, whole=False) + 2 * learnt, "learnt_sets": learnt}
+    teach_descriptions(model, openings, folder, seed, sets, **settings)
     save_learnt(model.pcm, reminded)
     return folder
 
@@ -149,7 +151,7 @@ def main():
     parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
     parser.add_argument("--description-steps", type=int, default=240, help="updates that teach descriptions")
-    parser.add_argument("--reminder-steps", type=int, default=160, help="updates that remind of them after REBEL")
+    parser.add_argument("--reminder-steps", type=int, default=200, help="updates that remind of them after REBEL")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
