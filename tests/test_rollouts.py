@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
-from test_training import PROMPTS, make_trainer, sampled, tiny_ensemble, whole_log_probs
+from conftest import make_ensemble, tiny_tokenizer
+from test_training import PROMPTS, REWARDS, constant_expert, make_trainer, sampled, tiny_ensemble, whole_log_probs
 from torch.testing import assert_close
 
 from modeling_pcm_ensemble import prefixes
@@ -69,6 +69,25 @@ def test_a_prompts_completions_under_one_preference_share_its_reading(prompt, tm
     log_probs = torch.stack(drawn_from[-length:], dim=1)  # (rows, seq, vocab)
     sampled = log_probs.gather(-1, rollout.completion_ids[..., None])[..., 0]
     assert_close(sampled[mask], whole_log_probs(model, rollout)[mask].detach(), atol=1e-4, rtol=0)
+
+
+def test_exploration_samples_around_the_preference_and_counts_ratios_from_the_preference_itself(tmp_path):
+    tokenizer = tiny_tokenizer()
+    a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    model = make_ensemble([constant_expert(a), constant_expert(b)], [(0, [], [11]), (1, [], [12])])
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    model._tokenizer = tokenizer
+    trainer = make_trainer(tmp_path, model, dict.fromkeys(["e0", "e1"], REWARDS["e0"]), preference_sets=[["e0", "e1"]])
+    rows, draws = [{"prompt": "hello"}] * 200, trainer.preferences.sets * 200
+    spread = {}
+    for exploration in (0.0, 3.0):
+        rollout, _ = trainer.rollouts.sample(rows, draws, seed=0, exploration=exploration)
+        spread[exploration] = (rollout.completion_ids == a).float().mean(dim=1).var().item()
+        assert (rollout.weights == 1).all()
+    assert spread[0.0] == pytest.approx(0.25 / 7, rel=0.3)  # 7 tokens, each of either expert
+    assert spread[3.0] > 4 * spread[0.0]
+    log_probs, _ = trainer._old_log_probs(rollout)
+    assert_close(log_probs, whole_log_probs(model, rollout).detach(), atol=1e-4, rtol=0)
 
 
 def test_words_reach_the_pcm_or_the_prompt_with_every_expert_active(tmp_path):

@@ -29,6 +29,9 @@ class RebelConfig(TrainingArguments):
             `"dirichlet"`, uniform over all mixtures and scaled to the same sum.
         text_only_fraction (`float`, defaults to 0): share of prompts whose preference is given in words alone, with
             all experts active: half as `preference_text`, half as a system message.
+        exploration (`float`, defaults to 0): standard deviation of normal noise on the logarithms of the weights that
+            each completion is sampled under, so that rewards differ by more than what chance has sampled. REBEL alone
+            learns from completions that another policy than π_t has written.
 
     Parameters that control the loss:
         loss_type (`str`, defaults to `"rebel"`): `"rebel"`, `"ppo"` or `"rloo"`.
@@ -56,6 +59,7 @@ class RebelConfig(TrainingArguments):
     reference_backbone: int = field(default=0, metadata={"help": "Index of the base model's backbone."})
     preference_weights: str = field(default="equal", metadata={"help": "equal or dirichlet."})
     text_only_fraction: float = field(default=0.0, metadata={"help": "Share of prompts with preferences in words."})
+    exploration: float = field(default=0.0, metadata={"help": "Noise on the weights of each completion."})
     loss_type: str = field(default="rebel", metadata={"help": "rebel, ppo or rloo."})
     eta: float = field(default=1.0, metadata={"help": "REBEL's step size."})
     clip: float = field(default=0.2, metadata={"help": "PPO's clipping range."})
@@ -96,9 +100,13 @@ class RebelConfig(TrainingArguments):
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        for name in ("kl_coef", "entropy_coef", "description_coef"):
+        for name in ("kl_coef", "entropy_coef", "description_coef", "exploration"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be below 0, got {getattr(self, name)}.")
+        if self.exploration and self.loss_type != "rebel":
+            raise ValueError(
+                f"`exploration` needs `loss_type` 'rebel': {self.loss_type!r} learns from samples of π_t alone."
+            )
         if not 0 <= self.text_only_fraction <= 1:
             raise ValueError(f"`text_only_fraction` must be between 0 and 1, got {self.text_only_fraction}.")
 

@@ -156,7 +156,7 @@ class RebelTrainer(CheckpointTrainer):
             [entry for entry in entries for _ in range(self.args.num_generations)] for entries in (rows, draws)
         )
         start = time.perf_counter()
-        rollout, scores = self.rollouts.sample(rows, draws, self._seed(number))
+        rollout, scores = self.rollouts.sample(rows, draws, self._seed(number), exploration=self.args.exploration)
         seconds = time.perf_counter() - start
         rollout.old_log_probs, expert_weights = self._old_log_probs(rollout)
         self._note({"rollout_tokens_per_second": rollout.completion_mask.sum().item() / seconds})

@@ -30,7 +30,7 @@ class Rollout:
         completion_ids, completion_mask (`torch.LongTensor` of shape `(rows, seq)`): padded on the right.
         expert_log_probs (`torch.FloatTensor` of shape `(rows, seq, experts)`): log π_i of each token, -inf where an
             expert did not run.
-        weights (`torch.FloatTensor` of shape `(rows, experts)`): the weights w that they were sampled under.
+        weights (`torch.FloatTensor` of shape `(rows, experts)`): the weights w of the preference.
         prefix_ids (`torch.LongTensor` of shape `(rows, tokens)`): what the PCM read first, padded on the left with -1.
         old_log_probs (`torch.FloatTensor` of shape `(rows, seq)`): log π_t.
         shares (`torch.FloatTensor` of shape `(rows, experts)`): how much each expert's reward counts.
@@ -301,11 +301,17 @@ class RolloutSampler:
         self.generation_config = rollout_config(model, args.max_completion_length, tokenizer.pad_token_id)
 
     def sample(
-        self, rows: list[dict], draws: list[DrawnPreference], seed: int, shares: torch.Tensor | None = None
+        self,
+        rows: list[dict],
+        draws: list[DrawnPreference],
+        seed: int,
+        shares: torch.Tensor | None = None,
+        exploration: float = 0.0,
     ) -> tuple[Rollout, Scores]:
         """
-        Answer each row of a dataset under its preference, and score by `shares`, `(rows, experts)`, or, without them,
-        by the preference's weights. Random numbers outside stay as they were.
+        Answer each row of a dataset under its preference, or, with `exploration`, near it (see [`RebelConfig`]); and
+        score by `shares`, `(rows, experts)`, or, without them, by the preference's weights. Random numbers outside
+        stay as they were.
         """
         self.model.eval()
         self._add_references(rows)
@@ -314,7 +320,7 @@ class RolloutSampler:
             starts = range(0, len(rows), size)
             quiet = self.args.disable_tqdm or len(starts) < 2 or self.args.process_index > 0
             parts = [
-                self._sample_batch(rows[start : start + size], draws[start : start + size])
+                self._sample_batch(rows[start : start + size], draws[start : start + size], exploration)
                 for start in tqdm(starts, desc="rollout", leave=False, disable=quiet)
             ]
         shares = reward_shares(draws) if shares is None else shares
@@ -325,19 +331,21 @@ class RolloutSampler:
         rollout.rewards = torch.tensor(scores.rewards, device=self.args.device)
         return rollout, scores
 
-    def _sample_batch(self, rows: list[dict], draws: list[DrawnPreference]) -> Rollout:
+    def _sample_batch(self, rows: list[dict], draws: list[DrawnPreference], exploration: float) -> Rollout:
         config = self.model.config
         prompts = [with_words(row["prompt"], draw, config, self.tokenizer) for row, draw in zip(rows, draws)]
         weights = torch.tensor([draw.active_weights for draw in draws])
         inputs = self._inputs(prompts)
-        return sample_rollout(
+        rollout = sample_rollout(
             self.model,
             inputs["input_ids"],
             inputs["attention_mask"],
-            weights,
+            weights * (exploration * torch.randn(weights.shape)).exp() if exploration else weights,
             describe([config] * len(draws), draws),
             self.generation_config,
         )
+        rollout.weights = weights.to(self.args.device)
+        return rollout
 
     def _inputs(self, prompts: list):
         """Left-padded tokens and their mask."""
