@@ -1,6 +1,6 @@
 """
-Greedy answers with drafts, by preference: by prompt lookup, the experts' base model, the PCM's body. Beside them one
-plain model, and compiled steps, which transformers takes no drafts for.
+Greedy answers with drafts, by preference: by prompt lookup, the experts' base model, the first of the wanted experts,
+the PCM's body. Beside them one plain model, and compiled steps, which transformers takes no drafts for.
 """
 
 import copy
@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from modeling_pcm_ensemble import demo
@@ -18,11 +19,12 @@ from .common import DTYPE, grouped_bars, interleaved, load_backbone, summary, wr
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PREFERENCES = (["friendly"], ["knowledgeable", "informative"], ["elementary", "concise", "friendly"])
-PLAIN, COMPILED, LOOKUP, BASE, PCM = (
+PLAIN, COMPILED, LOOKUP, BASE, EXPERT, PCM = (
     "no drafts",
     "no drafts, compiled",
     "prompt lookup",
     "base model",
+    "one expert",
     "PCM through the LM head",
 )
 FAST = {"cache_implementation": "static", "compile_config": CompileConfig()}
@@ -49,15 +51,16 @@ def run(arguments):
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     passes, base = CountedPasses(model), model.backbones[0]  # its adapters are off when it is called on its own
     drafters = {BASE: base, PCM: pcm_drafter(model)}
+    experts = {preference[0]: expert_drafter(preference[0]) for preference in PREFERENCES}
 
     def plain():
         backbone.generate(**next(turns), **options)
 
     def answer(preference: list[str], name: str, number: int = 0):
         way = {"prompt_lookup_num_tokens": number} if name == LOOKUP else FAST if name == COMPILED else {}
-        if name in drafters:
-            drafters[name].generation_config.num_assistant_tokens = number
-            way = {"assistant_model": drafters[name]}
+        if drafter := experts[preference[0]] if name == EXPERT else drafters.get(name):
+            drafter.generation_config.num_assistant_tokens = number
+            way = {"assistant_model": drafter}
         passes.number = 0
         model.generate(**next(turns), preference=preference, **options, **way)
         passes.of_answers.setdefault(f"{name}, {number}" if number else name, []).append(passes.number)
@@ -68,7 +71,7 @@ def run(arguments):
         passes.of_answers.clear()
         steps = {"one plain model": plain}
         steps |= {name: partial(answer, preference, name) for name in (PLAIN, COMPILED)}
-        for name, number in itertools.product((LOOKUP, BASE, PCM), arguments.drafted):
+        for name, number in itertools.product((LOOKUP, BASE, EXPERT, PCM), arguments.drafted):
             steps[f"{name}, {number}"] = partial(answer, preference, name, number)
         turns = itertools.cycle(context for context in contexts for _ in steps)
         title = " + ".join(preference)
@@ -80,6 +83,12 @@ def run(arguments):
     write_results(
         "drafts", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "preference", "time without drafts")
     )
+
+
+def expert_drafter(name: str) -> PreTrainedModel:
+    """A model of its own with an expert's adapter merged into its weights."""
+    backbone = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=DTYPE)
+    return PeftModel.from_pretrained(backbone, EXAMPLES / "artifacts" / name).merge_and_unload().eval()
 
 
 def pcm_drafter(model) -> PreTrainedModel:
