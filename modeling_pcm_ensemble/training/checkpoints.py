@@ -19,7 +19,7 @@ WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "rebel_state.json"
 SETTINGS = (
     "world_size", "seed", "num_generations", "steps_per_generation", "num_iterations", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_completion_length", "num_references", "loss_type", "text_only_fraction",
-    "preference_weights", "train_embeddings",
+    "preference_weights", "exploration", "train_embeddings",
 )  # fmt: skip
 
 

@@ -1,0 +1,114 @@
+"""What a training run keeps, and where it goes on from."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import make_trainer, tiny_ensemble
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+from test_training import make_trainer, tiny_ensemble
+from transformers.trainer_utils import get_last_checkpoint
+folder = sys.argv[2]
+settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "steps_per_generation": 2}
+settings |= {"text_only_fraction": 0.3, "exploration": 0.5, "lr_scheduler_type": "linear", "save_total_limit": 2}
+trainer = make_trainer(folder, **settings)
+trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
+torch.save((trainer.model.state_dict(), trainer.state.log_history), Path(folder) / "end.pt")
+"""
+
+
+def run_to_its_end(folder: Path, kill_at: int | None = None) -> None:
+    """Train in a process of its own, killed at once when checkpoint number `kill_at` stands there."""
+    command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)]
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
+        while kill_at is not None and process.poll() is None:
+            if (folder / f"checkpoint-{kill_at}").exists():
+                process.send_signal(signal.SIGKILL)
+                break
+        _, errors = process.communicate()
+    assert kill_at is not None or process.returncode == 0, errors.decode()
+
+
+def test_a_run_killed_and_resumed_ends_bit_equal_to_one_never_killed(tmp_path):
+    run_to_its_end(tmp_path / "whole")
+    for kill_at in (1, 4):  # in the middle of a rollout, and at its end
+        run_to_its_end(tmp_path / "killed", kill_at)
+        assert not (tmp_path / "killed" / "end.pt").exists()
+    run_to_its_end(tmp_path / "killed")
+    (whole, history), (killed, other) = (
+        torch.load(tmp_path / name / "end.pt", weights_only=False) for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, killed[name]), name
+    timed = {"rollout_tokens_per_second", "update_tokens_per_second"}
+    steps, resumed = (
+        [{k: v for k, v in e.items() if k not in timed} for e in log if "loss" in e] for log in (history, other)
+    )
+    assert steps == resumed
+    assert not list((tmp_path / "killed").glob(".checkpoint-*"))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    trainer = make_trainer(tmp_path, num_generations=6)
+    with pytest.raises(ValueError, match="made with num_generations = 3, but the trainer has 6"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_failing_reward_leaves_a_checkpoint_and_names_the_row(tmp_path):
+    calls = []
+
+    def breaks(prompts, completions, **columns):
+        calls.append(1)
+        return [float("nan") if len(calls) > 5 else 1.0] * len(prompts)
+
+    trainer = make_trainer(tmp_path, rewards=dict.fromkeys(("e0", "e1", "e2"), breaks), max_steps=20)
+    with pytest.raises(ValueError, match=r"gave nan for row 0, prompt .*Rewards must be finite numbers"):
+        trainer.train()
+    assert trainer.state.global_step > 0
+    assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "pcm.safetensors").exists()
+    trainer = make_trainer(tmp_path, max_steps=trainer.state.global_step + 1)
+    trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    trainer = make_trainer(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, save_total_limit=1,
+    )  # fmt: skip
+    trainer.train()
+    rewards = {e["step"]: e["eval_reward"] for e in trainer.state.log_history if "eval_reward" in e}
+    best = max(rewards, key=rewards.get)
+    assert trainer.state.best_global_step == best
+    learnt = load_file(Path(trainer.state.best_model_checkpoint) / "pcm.safetensors")
+    assert torch.equal(learnt["head.weight"], trainer.model.head.weight)
+
+
+def test_a_reward_that_fails_in_an_evaluation_leaves_a_checkpoint(tmp_path):
+    def breaks(prompts, completions, **columns):
+        return [float("nan") if trainer.state.global_step == 2 else 1.0] * len(prompts)
+
+    rewards = dict.fromkeys(("e0", "e1", "e2"), breaks)
+    trainer = make_trainer(tmp_path, rewards=rewards, max_steps=3, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ValueError, match="gave nan"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "pcm.safetensors").exists()
+
+
+def test_frozen_weights_that_differ_are_not_resumed(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    model = tiny_ensemble()
+    model.pcm.body.get_input_embeddings().weight.data[5] += 1
+    with pytest.raises(ValueError, match="frozen weights of the PCM"):
+        make_trainer(tmp_path, model).train(resume_from_checkpoint=True)
