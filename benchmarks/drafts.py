@@ -51,14 +51,15 @@ def run(arguments):
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     passes, base = CountedPasses(model), model.backbones[0]  # its adapters are off when it is called on its own
     drafters = {BASE: base, PCM: pcm_drafter(model)}
-    experts = {preference[0]: expert_drafter(preference[0]) for preference in PREFERENCES}
+    experts = {preference[0]: expert_drafter(preference[0], arguments) for preference in PREFERENCES}
 
     def plain():
         backbone.generate(**next(turns), **options)
 
     def answer(preference: list[str], name: str, number: int = 0):
         way = {"prompt_lookup_num_tokens": number} if name == LOOKUP else FAST if name == COMPILED else {}
-        if drafter := experts[preference[0]] if name == EXPERT else drafters.get(name):
+        drafter = experts[preference[0]] if name == EXPERT else drafters.get(name)
+        if drafter is not None:
             drafter.generation_config.num_assistant_tokens = number
             way = {"assistant_model": drafter}
         passes.number = 0
@@ -85,10 +86,9 @@ def run(arguments):
     )
 
 
-def expert_drafter(name: str) -> PreTrainedModel:
+def expert_drafter(name: str, arguments) -> PreTrainedModel:
     """A model of its own with an expert's adapter merged into its weights."""
-    backbone = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=DTYPE)
-    return PeftModel.from_pretrained(backbone, EXAMPLES / "artifacts" / name).merge_and_unload().eval()
+    return PeftModel.from_pretrained(load_backbone(arguments), EXAMPLES / "artifacts" / name).merge_and_unload().eval()
 
 
 def pcm_drafter(model) -> PreTrainedModel:

@@ -90,6 +90,19 @@ def test_exploration_samples_around_the_preference_and_counts_ratios_from_the_pr
     assert_close(log_probs, whole_log_probs(model, rollout).detach(), atol=1e-4, rtol=0)
 
 
+def test_words_are_explored_too_and_evaluations_are_not(tmp_path):
+    trainer, noisy = (make_trainer(tmp_path, exploration=exploration) for exploration in (0.0, 3.0))
+    assert noisy.evaluate() == trainer.evaluate()
+    draw = DrawnPreference("e0", (1.0, 0.0, 0.0), "system")
+    rows, draws = [{"prompt": "hello"}] * 4, [draw] * 4
+    first, again, without = (
+        trainer.rollouts.sample(rows, draws, seed=0, exploration=exploration)[0] for exploration in (3.0, 3.0, 0.0)
+    )
+    assert first.weights.tolist() == [[1.0] * 3] * 4
+    assert torch.equal(first.completion_ids, again.completion_ids)
+    assert not torch.equal(first.completion_ids, without.completion_ids)
+
+
 def test_words_reach_the_pcm_or_the_prompt_with_every_expert_active(tmp_path):
     trainer = make_trainer(tmp_path)
     wanted = trainer.preferences.sets[0]

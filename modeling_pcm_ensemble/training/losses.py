@@ -25,7 +25,8 @@ def mixture_token_log_probs(log_expert_weights: torch.Tensor, expert_log_probs: 
 
 def rebel_loss(log_ratios: torch.Tensor, rewards: torch.Tensor, eta: float) -> torch.Tensor:
     r"""
-    Regress differences of log-ratios onto differences of rewards, over all pairs of a prompt's completions.
+    Regress differences of log-ratios onto differences of rewards, over all pairs of a prompt's completions, which need
+    not be samples of π_t.
 
     Args:
         log_ratios (`torch.FloatTensor` of shape `(prompts, completions)`): log π_θ(y|x) / π_t(y|x).

@@ -29,9 +29,10 @@ class RebelConfig(TrainingArguments):
             `"dirichlet"`, uniform over all mixtures and scaled to the same sum.
         text_only_fraction (`float`, defaults to 0): share of prompts whose preference is given in words alone, with
             all experts active: half as `preference_text`, half as a system message.
-        exploration (`float`, defaults to 0): standard deviation of normal noise on the logarithms of the weights that
-            each completion is sampled under, so that rewards differ by more than what chance has sampled. REBEL alone
-            learns from completions that another policy than π_t has written.
+        exploration (`float`, defaults to 0): standard deviation, at most 10, of normal noise on the logarithms of the
+            weights, drawn once for each completion and expert: a completion's reward then says what it is worth to
+            lean to an expert. For REBEL alone, which learns from completions of any policy. Rewards, lengths and KL
+            that are logged are of these completions; `evaluate` samples without noise.
 
     Parameters that control the loss:
         loss_type (`str`, defaults to `"rebel"`): `"rebel"`, `"ppo"` or `"rloo"`.
@@ -100,12 +101,15 @@ class RebelConfig(TrainingArguments):
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        for name in ("kl_coef", "entropy_coef", "description_coef", "exploration"):
+        for name in ("kl_coef", "entropy_coef", "description_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be below 0, got {getattr(self, name)}.")
-        if self.exploration and self.loss_type != "rebel":
+        if not 0 <= self.exploration <= 10:
+            raise ValueError(f"`exploration` must be between 0 and 10, got {self.exploration}.")
+        if self.exploration and (self.loss_type != "rebel" or self.kl_coef):
             raise ValueError(
-                f"`exploration` needs `loss_type` 'rebel': {self.loss_type!r} learns from samples of π_t alone."
+                "`exploration` needs `loss_type` 'rebel' and `kl_coef` 0: other losses, and the KL divergence, are "
+                f"estimated from samples of π_t alone. Got {self.loss_type!r} and {self.kl_coef}."
             )
         if not 0 <= self.text_only_fraction <= 1:
             raise ValueError(f"`text_only_fraction` must be between 0 and 1, got {self.text_only_fraction}.")

@@ -173,7 +173,10 @@ def sample_rollout(
     prefix_ids: torch.LongTensor,
     config: GenerationConfig,
 ) -> Rollout:
-    """Complete each row once. Arguments as for [`Rollout`], `config` from [`rollout_config`]."""
+    """
+    Complete each row once. Arguments as for [`Rollout`], but for `weights`, those to sample under; `config` from
+    [`rollout_config`].
+    """
     rows, device, pad = len(prompt_ids), prompt_ids.device, config.pad_token_id
     weights, prefix_ids = weights.to(device), prefix_ids.to(device)
     inputs = {"preference": weights, "preference_ids": prefix_ids}
