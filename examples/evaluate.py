@@ -17,6 +17,7 @@ best tokens. --quick takes ten prompts, two preferences and three baselines.
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -149,6 +150,9 @@ def load_model(source: str | None):
 
 def main():
     arguments = parse_arguments()
+    digest = hashlib.sha256(
+        (ARTIFACTS / "pcm.safetensors").read_bytes()
+    ).hexdigest()  # before another may be put there
     prompts = chats(evaluation_prompts(arguments.prompts, arguments.prompt_file))
     model = load_model(arguments.model).to(processes().device)
     preferences = paper_preferences(model)
@@ -174,6 +178,8 @@ def main():
     title = f"The trained PCM against {against}, on {asked}"
     static = {baseline.name: baseline.weights for baseline in others if getattr(baseline, "weights", None)}
     facts = {"title": title, "command": command, "dataset": arguments.prompt_file.stem, "static weights": static}
+    if not arguments.model:
+        facts["pcm sha256"] = digest
     folder = arguments.output / "ablations" if arguments.ablations else arguments.output
     write_report(facts | report, folder)
     console = Console()

@@ -1,14 +1,13 @@
 """
-Train the Preference Control Model of the six LoRA experts online with REBEL, on the eight preferences of the paper.
+Train the Preference Control Model of the six LoRA experts online with REBEL, on the paper's eight preferences and,
+less often, on those of two experts.
 
     python examples/train_pcm.py --output pcm --seeds 0 1 2
 
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. On these answers, teach each seed's PCM which experts a description names; no expert runs.
 3. Train it with REBEL; stopped and run again, it goes on from the last checkpoint.
-4. REBEL sees the eight preferences alone. Teach the PCM descriptions again: of the eight, in any wording, they stand
-   for the α that it gives them by now; of fewer experts, for equal weights, as before.
-5. Write each seed's PCM, its log, and the curves of all.
+4. Write each seed's PCM, its log, and the curves of all.
 
 examples/evaluate_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
 """
@@ -22,7 +21,7 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
-from answers import ARTIFACTS, DEVICE, base_model, paper_preferences, training_prompts, with_references
+from answers import ARTIFACTS, DEVICE, base_model, training_prompts, with_references
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
@@ -50,6 +49,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         warmup_steps=4,
         eta=arguments.eta,
         text_only_fraction=arguments.text_only,
+        exploration=arguments.exploration,
         description_coef=0.1,
         max_completion_length=arguments.tokens,
         rollout_batch_size=64 if DEVICE == "cpu" else 768,
@@ -60,20 +60,23 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         save_total_limit=1,
         report_to="none",
     )
-    return RebelTrainer(model, config, rewards, dataset, processing_class=model.tokenizer)
+    # Pairs in one of three: what rewards teach of three experts would else carry over to two by chance.
+    sets = 3 * default_preference_sets(model.config)
+    sets += [names for names in default_preference_sets(model.config, whole=False) if len(names) == 2]
+    return RebelTrainer(model, config, rewards, dataset, processing_class=model.tokenizer, preference_sets=sets)
 
 
-def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, sets: dict | None = None, **settings):
+def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: int):
     config = DescriptionConfig(
         output_dir=str(folder),
         seed=seed,
+        max_steps=steps,
         per_device_train_batch_size=16,
         use_cpu=DEVICE == "cpu",
         report_to="none",
-        **settings,
     )
     written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
-    DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES, **sets or {}).train()
+    DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES).train()
 
 
 def save_learnt(pcm, path: Path):
@@ -91,37 +94,28 @@ def load_learnt(pcm, path: Path):
 def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
-    described, rewarded, reminded = (folder / f"{name}.safetensors" for name in ("descriptions", "rebel", "pcm"))
-    if reminded.exists():
+    described, rewarded = arguments.start or folder / "descriptions.safetensors", folder / "pcm.safetensors"
+    if rewarded.exists():
         return folder
     set_seed(seed)
     model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k or None)
-    if not rewarded.exists():
-        if not described.exists():
-            teach_descriptions(model, dataset, folder, seed, max_steps=arguments.description_steps)
-            save_learnt(model.pcm, described)
-        load_learnt(model.pcm, described)
-        trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-        (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
-        save_learnt(model.pcm, rewarded)
-    load_learnt(model.pcm, rewarded)
-    # What a description asks for is forgotten where an answer begins.
-    openings = dataset.map(lambda row: {"reference": " ".join(row["reference"].split()[:6])})
-    settings = {"max_steps": arguments.reminder_steps, "learning_rate": 2e-4}
-    learnt = paper_preferences(model)  # in three of five rows, lest the others pull their α along
-    sets = {"preference_sets": default_preference_sets(model.config, whole=False) + 2 * learnt, "learnt_sets": learnt}
-    teach_descriptions(model, openings, folder, seed, sets, **settings)
-    save_learnt(model.pcm, reminded)
+    if not described.exists():
+        teach_descriptions(model, dataset, folder, seed, arguments.description_steps)
+        save_learnt(model.pcm, described)
+    load_learnt(model.pcm, described)
+    trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    save_learnt(model.pcm, rewarded)
     return folder
 
 
 def draw_curves(histories: list[list[dict]], path: Path, window: int = 8):
-    """Reward, reward by dimension, and α's entropy and KL to the initial mixture: means of all seeds, smoothed."""
+    """Reward of what was sampled, explored or not, by dimension, and α's entropy: means of all seeds, smoothed."""
     panels = {
-        "against the base model (0.5 = equal)": {"reward": "reward", "win_share": "won comparisons"},
+        "sampled answers against the base model (0.5 = equal)": {"reward": "reward", "win_share": "won comparisons"},
         "reward by dimension": {f"reward of {name}": name for name in demo.PREFERENCES},
-        "nats a token": {"entropy": "entropy of α", "kl": "KL to the user's weights"},
+        "nats a token": {"entropy": "entropy of α"},
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items()):
@@ -151,10 +145,11 @@ def main():
     parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
     parser.add_argument("--description-steps", type=int, default=240, help="updates that teach descriptions")
-    parser.add_argument("--reminder-steps", type=int, default=200, help="updates that remind of them after REBEL")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
+    parser.add_argument("--exploration", type=float, default=1.0, help="noise on the weights of a rollout")
+    parser.add_argument("--start", type=Path, help="a PCM to go on from, in a new OUTPUT, instead of part 2")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument(
         "--expert-top-k", type=int, default=demo.EXPERT_TOP_K, help="tokens that an expert keeps; 0: all"
@@ -164,7 +159,9 @@ def main():
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.rollouts, arguments.completions, arguments.tokens = 8, 1, 8, 16
-        arguments.description_steps = arguments.reminder_steps = 2
+        arguments.description_steps = 2
+    if arguments.start and not arguments.start.exists():
+        parser.error(f"--start: there is no file {arguments.start}")
     base, tokenizer = base_model()
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)

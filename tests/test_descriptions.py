@@ -11,18 +11,17 @@ from torch.testing import assert_close
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
-from modeling_pcm_ensemble.training.losses import log_described_share, target_weights_loss
+from modeling_pcm_ensemble.training.losses import declared_weights_loss, log_described_share
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
 
 
-def make_trainer(folder, model, dataset=None, paraphrases=None, preference_sets=None, learnt_sets=None, **settings):
+def make_trainer(folder, model, dataset=None, paraphrases=None, preference_sets=None, **settings):
     options = {"max_steps": 200, "learning_rate": 1e-2, "logging_steps": 20, "use_cpu": True}
     options |= {"report_to": "none", "disable_tqdm": True} | settings
     config, dataset = DescriptionConfig(str(folder), **options), dataset or Dataset.from_dict(TEXTS)
-    sets = {"preference_sets": preference_sets, "learnt_sets": learnt_sets}
-    return DescriptionTrainer(model, config, dataset, paraphrases=paraphrases, **sets)
+    return DescriptionTrainer(model, config, dataset, preference_sets=preference_sets, paraphrases=paraphrases)
 
 
 def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
@@ -58,48 +57,6 @@ def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_pat
     assert min(told.values()) > 0.8, told
 
 
-def test_words_come_to_mean_the_weights_that_rewards_have_taught_which_stay(tmp_path):
-    """The PCM has learnt to prefer e0 where e0 and e2 are wanted; then it reads words that are new to it."""
-    model = tiny_ensemble()
-    ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
-    make_trainer(tmp_path, model, preference_sets=[{"e0": 9.0, "e2": 1.0}], max_steps=60).train()
-    given = model.compute_expert_weights(ids, preference=["e0", "e2"])[0, -1]
-    assert given[0] > 0.8
-    paraphrases = {"e0": ["big"], "e1": ["tiny"], "e2": ["red"]}
-    make_trainer(
-        tmp_path, model, paraphrases=paraphrases, learnt_sets=[["e0", "e2"]], learning_rate=4e-3, max_steps=300
-    ).train()
-    assert_close(model.compute_expert_weights(ids, preference=["e0", "e2"])[0, -1], given, atol=0.05, rtol=0)
-    assert_close(model.compute_expert_weights(ids, preference_text="bigred")[0, -1], given, atol=0.1, rtol=0)
-    others = torch.tensor([0.0, 0.5, 0.5])  # for which there was no reward
-    assert_close(model.compute_expert_weights(ids, preference=["e1", "e2"])[0, -1], others, atol=0.1, rtol=0)
-    assert_close(model.compute_expert_weights(ids, preference_text="tinyred")[0, -1], others, atol=0.1, rtol=0)
-
-
-def test_what_was_learnt_is_read_row_by_row_from_the_pcm_that_was_given(tmp_path):
-    model = tiny_ensemble()
-    torch.nn.init.normal_(model.pcm.head.weight)
-    before = copy.deepcopy(model)
-    trainer = make_trainer(tmp_path, model, learnt_sets=["e1", ["e0", "e2"]], max_steps=5)
-    trainer.train()
-    rows = [dict(zip(TEXTS, row)) for row in zip(*TEXTS.values())]
-    kinds = set()
-    for _ in range(8):
-        inputs = trainer._prepare_inputs(rows)
-        for i, row in enumerate(rows):
-            prompt = model.tokenizer(row["prompt"])["input_ids"]
-            text = model.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-            wanted = [name for name, w in zip(model.config.expert_names, inputs["wanted"][i].tolist()) if w]
-            learnt = wanted in (["e1"], ["e0", "e2"])
-            expected = before.compute_expert_weights(torch.tensor([prompt + text]), preference=wanted)[0]
-            if not learnt:
-                expected = (inputs["wanted"][i] / len(wanted)).expand_as(expected)
-            expected = expected[len(prompt) - 1 : -1]
-            assert_close(inputs["targets"][i, : len(text)], expected, atol=1e-5, rtol=0)
-            kinds.add((learnt, (inputs["prefix_ids"][i] >= 0).any().item()))
-    assert kinds == {(True, True), (True, False), (False, True), (False, False)}
-
-
 @pytest.mark.parametrize(
     ("paraphrases", "words"),
     [
@@ -114,12 +71,21 @@ def test_paraphrases_of_no_expert_or_too_long_are_refused(paraphrases, words, tm
         make_trainer(tmp_path, tiny_ensemble(), paraphrases=paraphrases)
 
 
+def test_words_stand_for_the_weights_of_the_preferences_that_are_given(tmp_path):
+    model = tiny_ensemble()
+    names = [model.tokenizer.decode(expert["description_ids"]) for expert in model.config.experts]
+    make_trainer(tmp_path, model, preference_sets=[{"e0": 9.0, "e2": 1.0}]).train()
+    ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
+    told = model.compute_expert_weights(ids, preference_text=names[0] + names[2])[0, -1]
+    assert_close(told, torch.tensor([0.9, 0.0, 0.1]), atol=0.05, rtol=0)
+
+
 def test_the_losses_equal_their_formulas():
     logits = torch.tensor([[[1.0, 2.0, 3.0]]])
     probs = logits.softmax(-1)[0, 0]
     assert_close(log_described_share(logits, torch.tensor([[True, False, True]]))[0, 0], (probs[0] + probs[2]).log())
     expected = -(0.25 * probs[0].log() + 0.75 * probs[2].log())
-    assert_close(target_weights_loss(logits, torch.tensor([[[0.25, 0.0, 0.75]]]))[0, 0], expected)
+    assert_close(declared_weights_loss(logits, torch.tensor([[0.25, 0.0, 0.75]]))[0, 0], expected)
 
 
 def test_every_choice_of_at_most_one_expert_a_dimension_is_described(tmp_path):
@@ -149,11 +115,6 @@ def test_teaching_leaves_the_ensemble_as_it_was_but_for_its_pcm(tmp_path):
 def test_checkpoints_are_refused():
     with pytest.raises(ValueError, match="keeps no checkpoints"):
         DescriptionConfig("x", save_strategy="steps")
-
-
-def test_learnt_sets_that_nobody_describes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`learnt_sets` must be among the preferences that are described"):
-        make_trainer(tmp_path, tiny_ensemble(), preference_sets=[["e0", "e2"]], learnt_sets=["e0"])
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,18 @@
 import copy
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
-from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..prefixes import encode_description, pad_left
 from .checks import check_lengths
-from .losses import log_described_share, target_weights_loss
+from .losses import declared_weights_loss, log_described_share
 from .pcm_trainer import PCMTrainer, padding_tokenizer
-from .preference_sampling import DrawnPreference, PreferenceSampler, default_preference_sets, reward_shares
+from .preference_sampling import PreferenceSampler, default_preference_sets, reward_shares
 from .rollouts import completion_weight_logits, describe, tokenize, with_words
 
 
@@ -47,7 +46,6 @@ class DescriptionTrainer(PCMTrainer):
     Teaches a PCM to choose from words: with every expert active, α should be the weights that the words stand for,
     told as `preference_text` as often as in a system message. No expert runs and no reward is needed, since
     what words stand for is declared; [`RebelTrainer`] then starts from a PCM that can tell preferences apart.
-    After it, `learnt_sets` stay as rewards have made them, while words are taught again.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
@@ -59,13 +57,11 @@ class DescriptionTrainer(PCMTrainer):
             one expert for each dimension. All experts at weight 1 are always among them.
         paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description. Each row is told in
             one of them, or in the description, so that the PCM learns what is meant and not how it is put.
-        learnt_sets (`list`, *optional*): those of them for which α should be what the PCM that is given makes of the
-            same preference by weights. Half of the rows are told by weights then, so that what was learnt stays.
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,
-            learnt sets that are none of them, paraphrases of no expert, or a dataset without these columns, with an
-            empty completion or a text that the models have no room for.
+            paraphrases of no expert, or a dataset without these columns, with an empty completion or a text that the
+            models have no room for.
     """
 
     def __init__(
@@ -76,18 +72,13 @@ class DescriptionTrainer(PCMTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         preference_sets: list | None = None,
         paraphrases: Mapping[str, list[str]] | None = None,
-        learnt_sets: list | None = None,
     ):
         if not isinstance(model, PCMEnsembleForCausalLM):
             raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
         if missing := {"prompt", "completion"} - set(train_dataset.column_names):
             raise ValueError(f"`train_dataset` needs columns `prompt` and `completion`, lacks {', '.join(missing)}.")
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
-        sets, in_words = [*sets, model.config.expert_names], 0.5 if learnt_sets else 1.0
-        self.preferences = PreferenceSampler(model.config, sets, text_only_fraction=in_words)
-        self._learnt = {self.preferences.preference(entry).name for entry in learnt_sets or ()}
-        if unknown := self._learnt - {draw.name for draw in self.preferences.sets}:
-            raise ValueError(f"`learnt_sets` must be among the preferences that are described, not {unknown}.")
+        self.preferences = PreferenceSampler(model.config, [*sets, model.config.expert_names], text_only_fraction=1.0)
         tokenizer = padding_tokenizer(model, processing_class)
         _check_paraphrases(paraphrases or {}, model.config.expert_names)
         self.wordings = [  # of each expert, as tokens
@@ -98,44 +89,19 @@ class DescriptionTrainer(PCMTrainer):
         longest = _worded(model.config, [max(ids, key=len) for ids in self.wordings])
         _check_texts(train_dataset, longest, tokenizer)
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer)
-        self._ref_pcm = None
-        if self._learnt:
-            frozen = {id(p): p for p in model.pcm.parameters() if not p.requires_grad}  # shared: embeddings are large
-            self._ref_pcm = copy.deepcopy(model.pcm, frozen).eval()
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
     def _prepare_inputs(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
         """
-        What [`completion_weight_logits`] takes; `targets`, α as it should be, `(rows, seq or 1, experts)`; and
-        `wanted`, `(rows, experts)`. Each row's preference is drawn, and how it is worded.
+        What [`completion_weight_logits`] takes, and `shares`, `(rows, experts)`; each row's preference is drawn, and
+        how it is worded.
         """
-        config, generator = self.ensemble.config, self._generator
+        tokenizer, generator = self.processing_class, self._generator
         draws = [self.preferences.draw(generator) for _ in inputs]
-        configs = [config if draw.words is None else self._reworded() for draw in draws]
-        targets = shares = reward_shares(draws).to(self.args.device)[:, None]  # (rows, 1, experts)
-        if self._ref_pcm is not None:
-            by_weights = self._texts(inputs, [replace(draw, words=None) for draw in draws], [config] * len(inputs))
-            with torch.no_grad():
-                expert_weight_logits = completion_weight_logits(self._ref_pcm, **by_weights)
-            learnt = torch.tensor([draw.name in self._learnt for draw in draws], device=self.args.device)
-            targets = log_expert_weights(expert_weight_logits, shares[:, 0].log()).exp()
-            targets = torch.where(learnt[:, None, None], targets, shares)
-        return self._texts(inputs, draws, configs) | {"targets": targets, "wanted": shares[:, 0] > 0}
-
-    def _reworded(self) -> PCMEnsembleConfig:
-        """The config with one of each expert's wordings."""
-        if all(len(ids) == 1 for ids in self.wordings):
-            return self.ensemble.config
-        return _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
-
-    def _texts(
-        self, rows: list[dict], draws: list[DrawnPreference], configs: list[PCMEnsembleConfig]
-    ) -> dict[str, torch.Tensor]:
-        """What the PCM reads of each row, with the row's config's descriptions."""
-        tokenizer = self.processing_class
-        prompts = [with_words(row["prompt"], *how, tokenizer) for row, *how in zip(rows, draws, configs)]
+        configs = [self._reworded() for _ in inputs]
+        prompts = [with_words(row["prompt"], *how, tokenizer) for row, *how in zip(inputs, draws, configs)]
         prompt_ids = pad_left(tokenize(tokenizer, prompts))
-        completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in rows]
+        completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in inputs]
         completion_ids = pad_left([ids[::-1] for ids in completions]).flip(1)  # padded on the right
         tensors = {
             "prompt_ids": prompt_ids.clamp(min=0),
@@ -143,16 +109,23 @@ class DescriptionTrainer(PCMTrainer):
             "completion_ids": completion_ids.clamp(min=0),
             "completion_mask": (completion_ids >= 0).long(),
             "prefix_ids": describe(configs, draws),
+            "shares": reward_shares(draws),
         }
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
 
+    def _reworded(self) -> PCMEnsembleConfig:
+        """The config with one of each expert's wordings."""
+        if all(len(ids) == 1 for ids in self.wordings):
+            return self.ensemble.config
+        return _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
+
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """The cross-entropy of α, if all experts ran, from its target, in nats a token."""
-        targets, wanted, mask = inputs["targets"], inputs["wanted"], inputs["completion_mask"]
-        texts = {name: tensor for name, tensor in inputs.items() if name not in ("targets", "wanted")}
+        """The cross-entropy of α, if all experts ran, from the weights that the words stand for, in nats a token."""
+        shares, mask = inputs["shares"], inputs["completion_mask"]
+        texts = {name: tensor for name, tensor in inputs.items() if name != "shares"}
         expert_weight_logits = completion_weight_logits(model, **texts)
-        loss = (target_weights_loss(expert_weight_logits, targets) * mask).sum() / mask.sum()
-        share = log_described_share(expert_weight_logits.detach(), wanted).exp()
+        loss = (declared_weights_loss(expert_weight_logits, shares) * mask).sum() / mask.sum()
+        share = log_described_share(expert_weight_logits.detach(), shares > 0).exp()
         self._note({"described_share": ((share * mask).sum() / mask.sum()).item()})
         return (loss, expert_weight_logits) if return_outputs else loss
 

@@ -111,12 +111,12 @@ def log_described_share(expert_weight_logits: torch.Tensor, wanted: torch.Tensor
     return log_weights.masked_fill(~wanted[:, None], float("-inf")).logsumexp(dim=-1)
 
 
-def target_weights_loss(expert_weight_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def declared_weights_loss(expert_weight_logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     r"""
-    Compute the cross-entropy of α, if all experts ran at weight 1, from what it should be, `(batch, seq)`, in nats.
+    Compute the cross-entropy of α, if all experts ran at weight 1, from declared weights, `(batch, seq)`, in nats.
 
     Args:
         expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
-        targets (`torch.FloatTensor` of shape `(batch, seq or 1, experts)`): α as it should be; rows sum to 1.
+        shares (`torch.FloatTensor` of shape `(batch, experts)`): the weights; rows sum to 1.
     """
-    return -(targets * expert_weight_logits.float().log_softmax(dim=-1)).sum(dim=-1)
+    return -(shares[:, None] * expert_weight_logits.float().log_softmax(dim=-1)).sum(dim=-1)
