@@ -1,14 +1,14 @@
 """
-Does the trained PCM still win under preferences that no reward has taught it?
+Does the trained PCM still win under preferences of other kinds than the paper's eight?
 
     python examples/new_preferences.py --output evaluation/new
 
-Kinds of preferences, beside the paper's eight for comparison: two experts; the eight with other weights, between 0.1
-and 2; five experts; all six; three of which one, a prompted expert, is added to the ensemble after training; and the
-eight told in words that the PCM has never read. (From descriptions alone, without rewards, it has learnt to tell which
-two experts, or three, are meant.) Under five or six, rewards of opposite experts cancel, and what decides is mostly
-how sane the text is. Each is answered by the trained PCM, by the weights as given (or, for words, by equal weights of
-the experts that are meant) and by the base model told in its prompt. The table and its picture are in OUTPUT.
+Kinds of preferences, beside the paper's eight for comparison: two experts, which training has seen less often; the
+eight with other weights, between 0.1 and 2; five experts; all six; three of which one, a prompted expert, is added to
+the ensemble after training; and the eight told in words that the PCM has never read. Under five or six, rewards of
+opposite experts cancel, and what decides is mostly how sane the text is. Each is answered by the trained PCM, by the
+weights as given (or, for words, by equal weights of the experts that are meant) and by the base model told in its
+prompt. The table and its picture are in OUTPUT.
 
 Run again, it goes on where it stopped. --quick takes one prompt and one preference of each kind.
 """

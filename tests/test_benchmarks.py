@@ -1,5 +1,6 @@
 """The benchmarks run, and the README says what they found."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -49,3 +50,9 @@ def test_the_tables_in_the_documents_are_those_of_the_results(name):
 def test_every_results_table_stands_in_a_document():
     texts = "".join((ROOT / name).read_text() for name in DOCUMENTS)
     assert all(f"<!-- {name} table -->" in texts for name in TABLES)
+
+
+def test_the_committed_evaluation_is_of_the_pcm_that_ships():
+    report = json.loads((ROOT / "docs/results/report.json").read_text())
+    shipped = (ROOT / "examples/artifacts/pcm.safetensors").read_bytes()
+    assert report["pcm sha256"] == hashlib.sha256(shipped).hexdigest()
