@@ -76,9 +76,11 @@ def move(page, slider: str, value: float):
 
 @pytest.mark.real_model
 def test_two_preferences_answer_side_by_side_and_are_voted_on(space, page, tmp_path):
+    move(page, "left-elementary", 0)
+    move(page, "left-knowledgeable", 1)
     move(page, "left-friendly", 1.2)
     move(page, "right-knowledgeable", 0)
-    page.locator("#right-words textarea").fill(demo.PREFERENCES["knowledgeable"][1])
+    page.locator("#right-words textarea").fill(demo.PREFERENCES["elementary"][1])
     page.locator("#question textarea").fill("What is gravity?")
     page.locator("#answer").click()
     for side in ("left", "right"):
@@ -98,8 +100,8 @@ def test_two_preferences_answer_side_by_side_and_are_voted_on(space, page, tmp_p
     expect(page.locator("#thanks")).to_contain_text("Thank you.")
     votes = HumanVotes(space[1])
     ((prompt, preference, first, second),) = votes.votes
-    assert (prompt, preference) == ("What is gravity?", "elementary=1 + friendly=1.2")
-    wanted = {"elementary": 1.0, "friendly": 1.2}
+    assert (prompt, preference) == ("What is gravity?", "knowledgeable=1 + friendly=1.2")
+    wanted = {"knowledgeable": 1.0, "friendly": 1.2}
     (verdict,) = votes.judge([Comparison([{"role": "user", "content": prompt}], wanted, first, second)])
     assert verdict.winner == 1.0
 
