@@ -187,4 +187,5 @@ TABLES = {  # by marker: the results, and the table of them
     "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
     "win rates": ("docs/results/report.json", win_rates_table),
     "average": ("docs/results/report.json", average_table),
+    "ablations": ("docs/results/ablations/report.json", win_rates_table),
 }
