@@ -6,19 +6,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .common import EXPERTS, cached_step, load_backbone, lora_ensemble, one_token, prompted_ensemble
+from .fast import compiled_step
 
 
 def add_arguments(parser):
     parser.add_argument("--experts", choices=["prompted", "lora"], default="lora")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--fast", action="store_true", help="a compiled step")
 
 
 @torch.no_grad()
 def run(arguments):
     make = {"prompted": prompted_ensemble, "lora": lora_ensemble}[arguments.experts]
-    step = cached_step(make(load_backbone(arguments), EXPERTS), one_token(arguments.batch))
-    step()
+    model, token = make(load_backbone(arguments), EXPERTS), one_token(arguments.batch)
+    step = compiled_step(model, token, arguments.steps) if arguments.fast else cached_step(model, token)
+    for _ in range(2):  # what compiles, and what is left of it
+        step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(arguments.steps):
             step()
@@ -26,4 +30,5 @@ def run(arguments):
     print(table)
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"profile-{arguments.experts}-{arguments.batch}.txt").write_text(table)
+    name = f"profile-{arguments.experts}-{arguments.batch}{'-fast' if arguments.fast else ''}.txt"
+    (folder / name).write_text(table)
