@@ -150,9 +150,8 @@ def load_model(source: str | None):
 
 def main():
     arguments = parse_arguments()
-    digest = hashlib.sha256(
-        (ARTIFACTS / "pcm.safetensors").read_bytes()
-    ).hexdigest()  # before another may be put there
+    # Read before another PCM may be put there
+    digest = hashlib.sha256((ARTIFACTS / "pcm.safetensors").read_bytes()).hexdigest()
     prompts = chats(evaluation_prompts(arguments.prompts, arguments.prompt_file))
     model = load_model(arguments.model).to(processes().device)
     preferences = paper_preferences(model)
