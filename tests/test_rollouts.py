@@ -90,9 +90,11 @@ def test_exploration_samples_around_the_preference_and_counts_ratios_from_the_pr
     assert_close(log_probs, whole_log_probs(model, rollout).detach(), atol=1e-4, rtol=0)
 
 
-def test_words_are_explored_too_and_evaluations_are_not(tmp_path):
+def test_training_explores_words_too_and_evaluations_do_not(tmp_path):
     trainer, noisy = (make_trainer(tmp_path, exploration=exploration) for exploration in (0.0, 3.0))
     assert noisy.evaluate() == trainer.evaluate()
+    sampled_ids, explored_ids = (which._new_rollout(0).completion_ids for which in (trainer, noisy))
+    assert not torch.equal(sampled_ids, explored_ids)
     draw = DrawnPreference("e0", (1.0, 0.0, 0.0), "system")
     rows, draws = [{"prompt": "hello"}] * 4, [draw] * 4
     first, again, without = (

@@ -304,17 +304,11 @@ class RolloutSampler:
         self.generation_config = rollout_config(model, args.max_completion_length, tokenizer.pad_token_id)
 
     def sample(
-        self,
-        rows: list[dict],
-        draws: list[DrawnPreference],
-        seed: int,
-        shares: torch.Tensor | None = None,
-        exploration: float = 0.0,
+        self, rows: list[dict], draws: list[DrawnPreference], seed: int, exploration: float = 0.0
     ) -> tuple[Rollout, Scores]:
         """
         Answer each row of a dataset under its preference, or, with `exploration`, near it (see [`RebelConfig`]); and
-        score by `shares`, `(rows, experts)`, or, without them, by the preference's weights. Random numbers outside
-        stay as they were.
+        score by the preference's weights. Random numbers outside stay as they were.
         """
         self.model.eval()
         self._add_references(rows)
@@ -326,7 +320,7 @@ class RolloutSampler:
                 self._sample_batch(rows[start : start + size], draws[start : start + size], exploration)
                 for start in tqdm(starts, desc="rollout", leave=False, disable=quiet)
             ]
-        shares = reward_shares(draws) if shares is None else shares
+        shares = reward_shares(draws)
         rollout = Rollout.join(parts, self.generation_config.pad_token_id)
         completions = as_completions(rows, self._texts(rollout.completion_ids, rollout.completion_mask))
         scores = self.scorer.score(rows, completions, shares, self.model.config.expert_names)
