@@ -18,7 +18,7 @@ class ExpertLogits(NamedTuple):
 
 def log_expert_weights(expert_weight_logits: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
     r"""
-    Join the PCM's opinion and the user's weights: log α = log_softmax(h + log w), in float32.
+    Join the PCM's opinion and the user's weights: log α = log_softmax(h + log w), in float32 (float64 where h is).
 
     Args:
         expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
@@ -29,7 +29,7 @@ def log_expert_weights(expert_weight_logits: torch.Tensor, log_weights: torch.Te
 
     Source: α is arXiv 2407.04181's; the term log w is this library's, so that h = 0 gives α = w / Σw.
     """
-    return (expert_weight_logits.float() + log_weights[:, None]).log_softmax(dim=-1)
+    return (precise(expert_weight_logits) + log_weights[:, None]).log_softmax(dim=-1)
 
 
 def mixture_log_probs(
@@ -62,7 +62,7 @@ def mixture_log_probs(
         expert_logits = [entry._replace(logits=_keep_top_k(entry.logits, expert_top_k)) for entry in expert_logits]
     if exact:
         terms = [
-            _spread(entry, entry.logits.float().log_softmax(dim=-1), len(log_expert_weights), float("-inf"))
+            _spread(entry, precise(entry.logits).log_softmax(dim=-1), len(log_expert_weights), float("-inf"))
             + log_expert_weights[:, :, entry.expert, None]
             for entry in expert_logits
         ]
@@ -96,14 +96,20 @@ def token_log_probs(
     Returns:
         `torch.FloatTensor` of shape `(batch, seq, experts)`: log π_i of each token, -inf where expert i did not run.
     """
-    log_probs = torch.full((*token_ids.shape, num_experts), float("-inf"), device=token_ids.device)
+    dtype = torch.promote_types(expert_logits[0].logits.dtype, torch.float32)
+    log_probs = torch.full((*token_ids.shape, num_experts), float("-inf"), dtype=dtype, device=token_ids.device)
     for expert, rows, logits in expert_logits:
         tokens = token_ids if rows is None else token_ids[rows]
         if expert_top_k is not None:
             logits = _keep_top_k(logits, expert_top_k)
         rows = slice(None) if rows is None else rows
-        log_probs[rows, :, expert] = logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+        log_probs[rows, :, expert] = precise(logits).log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
     return log_probs
+
+
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _spread(entry: ExpertLogits, values: torch.Tensor, batch_size: int, fill: float) -> torch.Tensor:
@@ -147,4 +153,4 @@ def _sum_logits(expert_logits: list[ExpertLogits], log_expert_weights: torch.Ten
     )
 
 
-__all__ = ["ExpertLogits", "log_expert_weights", "mixture_log_probs", "token_log_probs"]
+__all__ = ["ExpertLogits", "log_expert_weights", "mixture_log_probs", "precise", "token_log_probs"]

@@ -114,6 +114,7 @@ def test_the_gradient_equals_one_that_runs_every_expert_inside_the_loss(loss_typ
     penalties = {"kl_coef": 0.3, "entropy_coef": 0.2, "description_coef": 0.1}
     trainer = make_trainer(tmp_path, model, loss_type=loss_type, eta=2.0, clip=0.1, **penalties)
     rollout, _ = sampled(trainer)
+    rollout.rewards = rollout.rewards.double()
     rollout.old_log_probs = rollout.old_log_probs + 0.2 * torch.randn(rollout.old_log_probs.shape)  # a later epoch
     model.zero_grad()
     loss = trainer.compute_loss(model.pcm, rollout)
@@ -123,9 +124,10 @@ def test_the_gradient_equals_one_that_runs_every_expert_inside_the_loss(loss_typ
     model.zero_grad()
     expected = brute_force_loss(model, rollout, loss_type)
     expected.backward()
-    assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    for name, value in gradient.items():
-        assert_close(value, model.pcm.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+    assert loss.dtype == torch.float64
+    assert_close(loss, expected, atol=1e-10, rtol=1e-9)
+    for name, value in gradient.items():  # through the body's norms, which transformers computes in float32
+        assert_close(value, model.pcm.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
 
 
 def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
@@ -155,8 +157,7 @@ def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
     kl, entropy, described = 0.0, 0.0, 0.0
     uniform = copy.deepcopy(model)
     torch.nn.init.zeros_(uniform.pcm.head.weight)
-    with torch.no_grad():
-        initial = whole_log_probs(uniform, rollout)
+    initial = whole_log_probs(uniform, rollout).detach()  # without a gradient a forward sums in float32
     for i in range(len(rollout)):
         written = int(mask[i].sum())
         difference = initial[i, :written] - log_probs[i, :written]

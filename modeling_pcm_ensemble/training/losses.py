@@ -2,6 +2,8 @@
 
 import torch
 
+from ..merging import precise
+
 LOSSES = ("rebel", "ppo", "rloo")
 
 
@@ -107,7 +109,7 @@ def log_described_share(expert_weight_logits: torch.Tensor, wanted: torch.Tensor
         expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
         wanted (`torch.BoolTensor` of shape `(batch, experts)`): at least one expert in each row.
     """
-    log_weights = expert_weight_logits.float().log_softmax(dim=-1)
+    log_weights = precise(expert_weight_logits).log_softmax(dim=-1)
     return log_weights.masked_fill(~wanted[:, None], float("-inf")).logsumexp(dim=-1)
 
 
@@ -119,4 +121,4 @@ def declared_weights_loss(expert_weight_logits: torch.Tensor, shares: torch.Tens
         expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
         shares (`torch.FloatTensor` of shape `(batch, experts)`): the weights; rows sum to 1.
     """
-    return -(shares[:, None] * expert_weight_logits.float().log_softmax(dim=-1)).sum(dim=-1)
+    return -(shares[:, None] * precise(expert_weight_logits).log_softmax(dim=-1)).sum(dim=-1)

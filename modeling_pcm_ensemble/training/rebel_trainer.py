@@ -196,7 +196,7 @@ class RebelTrainer(CheckpointTrainer):
         log_ratios = (log_probs - inputs.old_log_probs) * mask
         groups = (-1, args.num_generations)
         rewards = inputs.rewards.view(groups)
-        initial = (inputs.weights / inputs.weights.sum(dim=1, keepdim=True)).log()[:, None].expand_as(log_weights)
+        initial = log_expert_weights(torch.zeros_like(expert_weight_logits), inputs.weights.log())
         kl = token_kl(log_probs, mixture_token_log_probs(initial, inputs.expert_log_probs))  # (rows, seq)
         entropy = expert_weight_entropy(log_weights)
         described = log_described_share(expert_weight_logits, inputs.shares > 0)
