@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import make_trainer, tiny_ensemble
+from test_training import PROMPTS, make_trainer, tiny_ensemble
 
 RUN = """
 import sys
@@ -64,6 +64,22 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, num_generations=6)
     with pytest.raises(ValueError, match="made with num_generations = 3, but the trainer has 6"):
         trainer.train(resume_from_checkpoint=True)
+    for changed, words in (({"eta": 3.0}, "made with eta = 1.0, but the trainer has 3.0"),
+                           ({"prompts": ["another", *PROMPTS[1:]]}, "made with rows of the dataset")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            make_trainer(tmp_path, **changed).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, rollout_batch_size=2).train(resume_from_checkpoint=True)
+
+
+def test_a_save_that_fails_leaves_nothing_half_done(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.train()
+    (tmp_path / "run").rename(tmp_path / "away")
+    (tmp_path / "run").write_text("a file where the folder should be")
+    with pytest.raises(NotADirectoryError):
+        trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "config.json").exists()  # the ensemble
 
 
 def test_a_failing_reward_leaves_a_checkpoint_and_names_the_row(tmp_path):
@@ -74,12 +90,28 @@ def test_a_failing_reward_leaves_a_checkpoint_and_names_the_row(tmp_path):
         return [float("nan") if len(calls) > 5 else 1.0] * len(prompts)
 
     trainer = make_trainer(tmp_path, rewards=dict.fromkeys(("e0", "e1", "e2"), breaks), max_steps=20)
-    with pytest.raises(ValueError, match=r"gave nan for row 0, prompt .*Rewards must be finite numbers"):
+    with pytest.raises(ValueError, match=r"gave nan for the prompt .*Rewards must be finite numbers"):
         trainer.train()
     assert trainer.state.global_step > 0
     assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "pcm.safetensors").exists()
     trainer = make_trainer(tmp_path, max_steps=trainer.state.global_step + 1)
     trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_reward_that_fails_after_a_save_leaves_that_checkpoint_as_it_is(tmp_path):
+    weights, saved = tmp_path / "checkpoint-2" / "pcm.safetensors", []
+
+    def breaks(prompts, completions, **columns):
+        if trainer.state.global_step < 2:
+            return [1.0] * len(prompts)
+        saved.append(weights.stat().st_ino)
+        return [float("nan")] * len(prompts)
+
+    rewards = dict.fromkeys(("e0", "e1", "e2"), breaks)
+    trainer = make_trainer(tmp_path, rewards=rewards, max_steps=3, save_strategy="steps", save_steps=2)
+    with pytest.raises(ValueError, match="gave nan"):
+        trainer.train()
+    assert [weights.stat().st_ino] == saved
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_ensemble, tiny_tokenizer
+from conftest import make_ensemble, tiny_llama, tiny_tokenizer
 from test_training import PROMPTS, REWARDS, constant_expert, make_trainer, sampled, tiny_ensemble, whole_log_probs
 from torch.testing import assert_close
 
@@ -31,6 +31,29 @@ def test_experts_log_probs_are_recorded_while_sampling(steps, tmp_path, monkeypa
     for row, ids in enumerate(rollout.completion_ids.tolist()):
         written = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
         assert rollout.completion_mask[row].tolist() == [1] * written + [0] * (len(ids) - written)
+
+
+def test_a_rollout_may_be_sampled_in_parts(tmp_path):
+    model = tiny_ensemble()
+    torch.nn.init.normal_(model.pcm.head.weight)
+    trainer = make_trainer(tmp_path, model, rollout_batch_size=4)
+    rollout, _ = sampled(trainer)
+    assert_close(rollout.old_log_probs, whole_log_probs(model, rollout).detach(), atol=1e-4, rtol=0)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask)]
+    assert prompts == [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:2] for _ in range(3)]
+
+
+def test_rewards_are_compared_with_several_completions_of_the_chosen_base_model(tmp_path):
+    model = make_ensemble([tiny_llama(1), constant_expert(20)], [(0, [], [11]), (1, [], [12])])
+    model._tokenizer = tiny_tokenizer()
+    options = {"preference_sets": [["e0", "e1"]], "num_references": 3}
+    for backbone in (0, 1):
+        trainer = make_trainer(tmp_path, model, reference_backbone=backbone, **options)
+        _, scores = sampled(trainer, trainer.preferences.sets * 2)
+        for references in trainer.scorer.references.values():
+            assert len(references) == 3
+            assert (set(references) == {tiny_tokenizer().decode([20] * 7)}) == (backbone == 1)
+        assert all(round(win * 6, 6).is_integer() for win in scores.wins)  # of 3 references in 2 dimensions
 
 
 def test_drawn_tokens_follow_the_distribution():

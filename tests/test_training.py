@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.training import ModelReward, RebelConfig, RebelTrainer
 
 PROMPTS = ["what is a cat?", "name three birds", "why is the sky blue?", "hello", "tell me more", "how far is it?"]
 
@@ -84,10 +85,10 @@ def test_training_changes_the_pcm_alone(tmp_path):
     assert all(name.startswith("pcm.") and "embed_tokens" not in name for name in changed)
 
 
-def sampled(trainer):
+def sampled(trainer, draws=None):
     """A rollout of two prompts, three completions each, under two preferences."""
     rows = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(3)]
-    draws = [draw for draw in trainer.preferences.sets[:2] for _ in range(3)]
+    draws = [draw for draw in draws or trainer.preferences.sets[:2] for _ in range(3)]
     rollout, scores = trainer.rollouts.sample(rows, draws, seed=3)
     rollout.old_log_probs, _ = trainer._old_log_probs(rollout)
     return rollout, scores
@@ -311,6 +312,11 @@ def test_a_reward_model_is_a_reward(tmp_path):
         expected, abs=1e-5
     )
     trainer.train()
+    model.config._name_or_path = ""
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        make_trainer(tmp_path / "run", rewards=REWARDS | {"e0": model})
+    loaded = make_trainer(tmp_path / "run", rewards=REWARDS | {"e0": ModelReward(model, tiny_tokenizer())})
+    assert loaded.reward_funcs["e0"](["hello"], [" there"])[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_trained_ensemble_is_saved_in_the_experts_dtype_and_loads(tmp_path):
@@ -330,6 +336,8 @@ def test_a_trained_ensemble_is_saved_in_the_experts_dtype_and_loads(tmp_path):
         ({"rewards": {"e0": REWARDS["e0"]}}, "`reward_funcs` lacks a reward for e1, e2"),
         ({"rewards": REWARDS | {"e0": 3}}, "The reward of 'e0' must be a function"),
         ({"prompts": []}, "`train_dataset` is empty"),
+        ({"prompts": ["hi", ""]}, "Row 1 of `train_dataset`: `prompt` must be a text or a conversation, got ''"),
+        ({"prompts": ["hi", None]}, "Row 1 of `train_dataset`: `prompt` must be a text or a conversation, got None"),
         ({"prompts": ["hi", "x" * 60]}, "Row 1 of `train_dataset` has a prompt of 60 tokens"),
         ({"columns": {"preference": ["e0"] * 5 + ["e9"]}}, "Row 5 of `train_dataset`: .*unknown expert 'e9'"),
         ({"preference_sets": []}, "`preference_sets` is empty"),
@@ -337,6 +345,9 @@ def test_a_trained_ensemble_is_saved_in_the_experts_dtype_and_loads(tmp_path):
         ({"num_generations": 4}, "must be a multiple of `num_generations`"),
         ({"loss_type": "dpo"}, "`loss_type` must be one of rebel, ppo, rloo, got 'dpo'"),
         ({"eta": 0.0}, "`eta` must be above 0"),
+        ({"eta": float("nan")}, "`eta` must be above 0, got nan"),
+        ({"kl_coef": float("nan")}, "`kl_coef` must not be below 0, got nan"),
+        ({"rollout_batch_size": -1}, "`rollout_batch_size` must be above 0"),
         ({"exploration": float("nan")}, "`exploration` must be between 0 and 10"),
         ({"exploration": 1.0, "loss_type": "ppo"}, "`exploration` needs `loss_type` 'rebel'"),
         ({"exploration": 1.0, "kl_coef": 0.1}, "`exploration` needs .* `kl_coef` 0"),
@@ -361,6 +372,10 @@ def test_only_mixtures_of_probabilities_are_trained(merge, tmp_path):
 def test_a_dataset_without_prompts_and_experts_without_dimensions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="needs a column `prompt`, got text"):
         RebelTrainer(tiny_ensemble(), RebelConfig(str(tmp_path)), REWARDS, Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(TypeError, match=r"`train_dataset` must be a datasets\.Dataset.*got list"):
+        RebelTrainer(tiny_ensemble(), RebelConfig(str(tmp_path)), REWARDS, [{"prompt": "a"}])
+    with pytest.raises(ValueError, match="Pass `train_dataset`"):
+        RebelTrainer(tiny_ensemble(), RebelConfig(str(tmp_path), report_to="none"), REWARDS).train()
     model = tiny_ensemble()
     model.config.experts[1]["dimension"] = None
     with pytest.raises(ValueError, match=r"Expert 'e1' has no `dimension`.*Pass `preference_sets`"):
@@ -406,6 +421,36 @@ def test_weights_are_drawn_from_all_mixtures_of_a_set(tmp_path):
     assert_close(weights.sum(dim=1), torch.full((2000,), 2.0), atol=1e-4, rtol=0)
     shares = weights[weights[:, 0] > 0][:, 0] / 2  # uniform between 0 and 1
     assert_close(shares.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([0.25, 0.5, 0.75]), atol=0.05, rtol=0)
+
+
+def test_a_share_of_preferences_is_told_in_words_half_of_it_as_a_system_message(tmp_path):
+    sampler = make_trainer(tmp_path, text_only_fraction=0.4).preferences
+    generator = random.Random(0)
+    told = Counter(sampler.draw(generator).words for _ in range(4000))
+    for words, share in ((None, 0.6), ("preference_text", 0.2), ("system", 0.2)):
+        assert told[words] / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_embeddings_learn_where_that_is_asked_for(tmp_path):
+    trainer = make_trainer(tmp_path, train_embeddings=True, max_steps=4)
+    embeddings = trainer.model.body.get_input_embeddings().weight
+    before = embeddings.detach().clone()
+    trainer.train()
+    assert not torch.equal(embeddings, before)
+
+
+def test_activation_checkpointing_turns_no_dropout_on(tmp_path):
+    model = tiny_ensemble()
+    for layer in model.pcm.body.layers:
+        layer.self_attn.attention_dropout = 0.5
+    torch.nn.init.normal_(model.pcm.head.weight)
+    trainer = make_trainer(tmp_path, model, activation_checkpointing=True, max_steps=1)
+    calls = []
+    for layer in model.pcm.body.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert trainer.state.log_history[0]["log_ratio"] < 1e-4
+    assert sum(calls) == 2 * len(model.pcm.body.layers)  # once more going back
 
 
 def test_a_batch_may_be_split_in_micro_batches(tmp_path):

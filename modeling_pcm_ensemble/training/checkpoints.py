@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,19 +13,25 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from .pcm_trainer import PCMTrainer
+from .pcm_trainer import PCMTrainer, own_settings
+from .rebel_config import RebelConfig
 from .rollouts import Rollout
 
 WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "rebel_state.json"
-SETTINGS = (
-    "world_size", "seed", "num_generations", "steps_per_generation", "num_iterations", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_completion_length", "num_references", "loss_type", "text_only_fraction",
-    "preference_weights", "exploration", "train_embeddings",
-)  # fmt: skip
+SETTINGS = {"world_size", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"} | own_settings(
+    RebelConfig
+)
+SETTINGS -= {"rollout_batch_size"}  # what fits into memory may change
+EXPERT_FACTS = ("name", "backbone", "dimension", "prompt_ids", "description_ids")
 
 
 class CheckpointTrainer(PCMTrainer):
     """The part of [`RebelTrainer`] that saves and resumes."""
+
+    _rollout: Rollout | None = None
+    _micro_batches_done = 0
+    _micro_batches_saved = 0  # how many the last checkpoint has
+    _staging: Path | None = None  # where a checkpoint is being written
 
     @property
     def _pcm(self):
@@ -49,6 +56,14 @@ class CheckpointTrainer(PCMTrainer):
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint beside its place, and move it there when it is whole."""
+        try:
+            self._write_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self._micro_batches_saved = self._micro_batches_done
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, model, trial):
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self._staging = Path(self.args.output_dir) / f".{final.name}"
         if self.args.should_save:
@@ -75,8 +90,6 @@ class CheckpointTrainer(PCMTrainer):
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
-        self._staging = None
-        self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -86,6 +99,7 @@ class CheckpointTrainer(PCMTrainer):
             "settings": self._settings(),
             "micro_batches_done": self._micro_batches_done,
             "references": self.scorer.references,
+            "reference_rewards": self.scorer.reference_rewards,
             "metrics": self._metrics,
         }
 
@@ -93,14 +107,24 @@ class CheckpointTrainer(PCMTrainer):
         """What must be the same for a run to go on as it began."""
         config = self.ensemble.config
         pcm = config.pcm.to_diff_dict()
-        settings = {name: getattr(self.args, name) for name in SETTINGS} | {
-            "experts": config.expert_names,
+        settings = {name: getattr(self.args, name) for name in sorted(SETTINGS)} | {
+            "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts],
+            "expert_top_k": config.expert_top_k,
             "preference sets": [draw.name for draw in self.preferences.sets],
             "prompts": len(self.train_dataset),
+            "rows of the dataset": self._dataset_digest,
             "pcm": {name: pcm[name] for name in sorted(pcm) if name not in ("transformers_version", "dtype")},
             "frozen weights of the PCM": self._frozen_digest(),
         }
         return json.loads(json.dumps(settings))
+
+    @cached_property
+    def _dataset_digest(self) -> str:
+        """Of all rows, in their order."""
+        digest = hashlib.sha256()
+        for row in self.train_dataset:
+            digest.update(json.dumps(row, default=str).encode())
+        return digest.hexdigest()
 
     def _frozen_digest(self) -> str:
         """Of the weights that checkpoints leave out."""
@@ -120,8 +144,9 @@ class CheckpointTrainer(PCMTrainer):
                     f"{value!r}. Go on with the settings it was begun with, or start in another folder."
                 )
         state = json.loads((folder / f"{rank}_{STATE_FILE}").read_text())
-        self._micro_batches_done = state["micro_batches_done"]
+        self._micro_batches_done = self._micro_batches_saved = state["micro_batches_done"]
         self.scorer.references = state["references"]
+        self.scorer.reference_rewards = state["reference_rewards"]
         self._metrics = defaultdict(list, state["metrics"])
         rollout = torch.load(folder / f"rollout_{rank}.pt", map_location=self.args.device, weights_only=True)
         self._rollout = Rollout(**rollout) if rollout else None

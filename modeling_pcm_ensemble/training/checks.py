@@ -35,6 +35,10 @@ def check_dataset(
     args: RebelConfig,
 ):
     """Refuse a dataset without prompts, with preferences that have no reward, or with prompts that do not fit."""
+    if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"`{name}` must be a datasets.Dataset, say `Dataset.from_list(rows)`, got {type(dataset).__name__}."
+        )
     if "prompt" not in dataset.column_names:
         raise ValueError(f"`{name}` needs a column `prompt`, got {', '.join(dataset.column_names)}.")
     if not len(dataset):
@@ -78,6 +82,8 @@ def check_lengths(
     prefix = sum(len(e["description_ids"]) for e in experts) + max(len(e["prompt_ids"]) for e in experts)
     words = DrawnPreference("", (1.0,) * len(experts), "system" if in_words else None)
     for row, (prompt, completion) in enumerate(zip(dataset["prompt"], completions)):
+        if not isinstance(prompt, (str, list)) or not prompt:
+            raise ValueError(f"Row {row} of `{name}`: `prompt` must be a text or a conversation, got {prompt!r}.")
         length = len(tokenize(tokenizer, [with_words(prompt, words, config, tokenizer)])[0])
         if length + prefix + completion > room:
             raise ValueError(

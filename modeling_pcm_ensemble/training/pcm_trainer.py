@@ -15,6 +15,11 @@ from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 COMMON_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 
 
+def own_settings(config_class: type[TrainingArguments]) -> set[str]:
+    """Names of the settings that it has beside those of every trainer."""
+    return {field.name for field in fields(config_class)} - {field.name for field in fields(TrainingArguments)}
+
+
 def padding_tokenizer(
     model: PCMEnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
@@ -78,8 +83,9 @@ class PCMTrainer(Trainer):
 
     def _training_facts(self) -> dict:
         """What a model card says of the training."""
-        ours = {field.name for field in fields(self.args)} - {field.name for field in fields(TrainingArguments)}
-        values = {name: getattr(self.args, name) for name in (*COMMON_SETTINGS, *sorted(ours))}
+        values = {
+            name: getattr(self.args, name) for name in (*COMMON_SETTINGS, *sorted(own_settings(type(self.args))))
+        }
         settings = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
         return {"trainer": type(self).__name__, "steps": self.state.global_step, "settings": settings}
 

@@ -16,6 +16,8 @@ class RebelConfig(TrainingArguments):
     `per_device_train_batch_size * steps_per_generation` completions, `num_generations` for each prompt.
 
     Parameters that control the rollouts:
+        per_device_train_batch_size (`int`, defaults to 64): completions of a micro-batch; fewer say little about which
+            weights are better, since completions of one prompt differ by chance.
         num_generations (`int`, defaults to 4): K, completions of each prompt under one preference; at least 2.
         steps_per_generation (`int`, *optional*): micro-batches in a rollout; defaults to gradient accumulation's.
         num_iterations (`int`, defaults to 1): how often a rollout is gone through.
@@ -51,6 +53,7 @@ class RebelConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards read the dataset's columns."})
 
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Completions of a micro-batch."})
     num_generations: int = field(default=4, metadata={"help": "Completions of each prompt under one preference."})
     steps_per_generation: int | None = field(default=None, metadata={"help": "Micro-batches in a rollout."})
     num_iterations: int = field(default=1, metadata={"help": "How often a rollout is gone through."})
@@ -64,7 +67,7 @@ class RebelConfig(TrainingArguments):
     loss_type: str = field(default="rebel", metadata={"help": "rebel, ppo or rloo."})
     eta: float = field(default=1.0, metadata={"help": "REBEL's step size."})
     clip: float = field(default=0.2, metadata={"help": "PPO's clipping range."})
-    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the initial mixture."})
+    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the user's weights."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy of the expert weights."})
     description_coef: float = field(default=0.0, metadata={"help": "Weight of choosing the described experts."})
     train_embeddings: bool = field(default=False, metadata={"help": "Train the PCM's token embeddings too."})
@@ -98,11 +101,13 @@ class RebelConfig(TrainingArguments):
             "steps_per_generation",
             "num_iterations",
             "num_references",
+            "rollout_batch_size",
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:  # NaN is not
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
         for name in ("kl_coef", "entropy_coef", "description_coef"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be below 0, got {getattr(self, name)}.")
         if not 0 <= self.exploration <= 10:
             raise ValueError(f"`exploration` must be between 0 and 10, got {self.exploration}.")

@@ -98,12 +98,11 @@ class RebelTrainer(CheckpointTrainer):
         self.reward_funcs = rewards
         self.scorer = Scorer(rewards)
         self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
-        self._rollout: Rollout | None = None
-        self._micro_batches_done = 0
-        self._staging: Path | None = None
 
     def train(self, *args, **kwargs):
         """As for any trainer, after clearing up what a killed run had begun to save."""
+        if self.train_dataset is None:
+            raise ValueError("There is nothing to train on. Pass `train_dataset`.")
         if self.args.should_save:
             for unfinished in Path(self.args.output_dir).glob(".checkpoint-*"):  # of a run that was killed
                 shutil.rmtree(unfinished)
@@ -183,7 +182,8 @@ class RebelTrainer(CheckpointTrainer):
     # The update
 
     def _expert_weight_logits(self, pcm, rollout: Rollout) -> torch.Tensor:
-        pcm.train(self.args.gradient_checkpointing)  # dropout would make the first ratio another than 1
+        for module in pcm.modules():  # dropout would make the first ratio another than 1
+            module.training = getattr(module, "gradient_checkpointing", False)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prefix_ids")
         return completion_weight_logits(pcm, **{name: getattr(rollout, name) for name in names})
 
@@ -223,6 +223,8 @@ class RebelTrainer(CheckpointTrainer):
         inputs = self._all_or_none(self._next_micro_batch)
         start = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()  # what is timed has run
         self._note({"update_tokens_per_second": inputs.completion_mask.sum().item() / (time.perf_counter() - start)})
         return loss
 
@@ -235,7 +237,7 @@ class RebelTrainer(CheckpointTrainer):
             error = caught
         failed = [message for message in gather_object([error and f"{type(error).__name__}: {error}"]) if message]
         if failed:
-            if self.is_in_train and self.state.global_step > 0:
+            if self.is_in_train and self._micro_batches_done > self._micro_batches_saved:
                 self._save_checkpoint(self.model_wrapped, trial=None)
             raise error or RuntimeError(f"Another process failed: {failed[0]}")
         return value
@@ -327,4 +329,4 @@ def weight_metrics(
 
 
 def _column(dataset, name: str) -> list:
-    return list(dataset[name]) if name in dataset.column_names else [None]
+    return list(dataset[name]) if name in getattr(dataset, "column_names", ()) else [None]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,10 @@ class ModelReward:
     def __init__(
         self, model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 16
     ):
+        if tokenizer is None and not isinstance(model, str) and not model.config._name_or_path:
+            raise ValueError(
+                "A reward model that was loaded from nowhere needs a tokenizer: `ModelReward(model, tokenizer)`."
+            )
         if isinstance(model, str):
             model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
         if model.config.num_labels != 1:
@@ -77,18 +82,23 @@ def call_reward(name: str, reward: Callable, prompts: list, completions: list, c
     One reward for each completion.
 
     Raises:
-        ValueError: if there are fewer or more, or one is no finite number; the message names the row.
+        TypeError: if the reward gives no list of numbers.
+        ValueError: if there are fewer or more, or one is not finite; the message has the prompt and the completion.
     """
     values = reward(prompts=prompts, completions=completions, **columns)
+    try:
+        values = [math.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"The reward of {name!r} must give a list of numbers, got {reprlib.repr(values)}.") from error
     if len(values) != len(prompts):
         raise ValueError(f"The reward of {name!r} gave {len(values)} values for {len(prompts)} completions.")
-    for row, value in enumerate(values):
-        if value is None or not math.isfinite(value):
+    for value, prompt, completion in zip(values, prompts, completions):
+        if not math.isfinite(value):
             raise ValueError(
-                f"The reward of {name!r} gave {value} for row {row}, prompt {prompts[row]!r}, completion "
-                f"{completions[row]!r}. Rewards must be finite numbers."
+                f"The reward of {name!r} gave {value} for the prompt {prompt!r} and the completion {completion!r}. "
+                "Rewards must be finite numbers."
             )
-    return [float(value) for value in values]
+    return values
 
 
 @dataclass
