@@ -27,6 +27,22 @@ torch.save((trainer.model.state_dict(), trainer.state.log_history), Path(folder)
 """
 
 
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_training import make_trainer
+folder, breaks_at, end = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+def reward(prompts, completions, **columns):
+    breaks = trainer.args.process_index == 1 and trainer.state.global_step == breaks_at
+    return [float("nan") if breaks else float(len(text)) for text in completions]
+trainer = make_trainer(folder, rewards=dict.fromkeys(("e0", "e1", "e2"), reward), max_steps=4)
+trainer.train(resume_from_checkpoint=breaks_at < 0)
+torch.save((trainer._rows_of_rollout(0), trainer._pcm.state_dict()), f"{end}-{trainer.args.process_index}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
 def run_to_its_end(folder: Path, kill_at: int | None = None) -> None:
     """Train in a process of its own, killed at once when checkpoint number `kill_at` stands there."""
     command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)]
@@ -57,6 +73,29 @@ def test_a_run_killed_and_resumed_ends_bit_equal_to_one_never_killed(tmp_path):
     )
     assert steps == resumed
     assert not list((tmp_path / "killed").glob(".checkpoint-*"))
+
+
+def test_a_reward_that_fails_in_one_of_two_processes_ends_both_with_a_checkpoint_to_go_on_from(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    ended = {}
+    for name, folder, breaks_at in (("whole", "a", 9), ("broken", "b", 2), ("resumed", "b", -1)):
+        arguments = [str(Path(__file__).parent), str(tmp_path / folder), str(breaks_at), str(tmp_path / name)]
+        run = subprocess.run(
+            [*launch, *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        if name == "broken":
+            assert run.returncode != 0
+            assert "Another process failed: ValueError: The reward of " in run.stderr
+            continue
+        assert run.returncode == 0, run.stderr
+        ended[name] = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)]
+    (rows, weights), (other_rows, other_weights) = ended["whole"]
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in other_rows}
+    for name, value in weights.items():
+        assert torch.equal(value, other_weights[name]), name
+        assert torch.equal(value, ended["resumed"][0][1][name]), name
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

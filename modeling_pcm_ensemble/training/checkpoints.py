@@ -148,7 +148,8 @@ class CheckpointTrainer(PCMTrainer):
         self.scorer.references = state["references"]
         self.scorer.reference_rewards = state["reference_rewards"]
         self._metrics = defaultdict(list, state["metrics"])
-        rollout = torch.load(folder / f"rollout_{rank}.pt", map_location=self.args.device, weights_only=True)
+        rollout = torch.load(folder / f"rollout_{rank}.pt", map_location="cpu", weights_only=True)
+        rollout = {name: tensor.to(self.args.device) for name, tensor in rollout.items()}
         self._rollout = Rollout(**rollout) if rollout else None
         self._load_learnt(folder)
 

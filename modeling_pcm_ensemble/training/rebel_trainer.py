@@ -141,7 +141,6 @@ class RebelTrainer(CheckpointTrainer):
         groups = torch.randperm(self._prompts_per_rollout, generator=shuffle)
         groups = groups.chunk(self.args.steps_per_generation)[micro_batch]
         index = (groups[:, None] * self.args.num_generations + torch.arange(self.args.num_generations)).flatten()
-        self._micro_batches_done += 1
         return self._rollout.rows(index.to(self._rollout.prompt_ids.device))
 
     def _seed(self, *numbers: int) -> int:
@@ -221,6 +220,7 @@ class RebelTrainer(CheckpointTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As for any trainer; a rollout or reward that fails leaves a checkpoint behind."""
         inputs = self._all_or_none(self._next_micro_batch)
+        self._micro_batches_done += 1
         start = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.device.type != "cpu":
@@ -231,12 +231,14 @@ class RebelTrainer(CheckpointTrainer):
     def _all_or_none(self, call):
         """What `call` gives. Where it fails on any process, all of them write a checkpoint and raise."""
         value, error = None, None
+        noted = {name: list(values) for name, values in self._metrics.items()}
         try:
             value = call()
         except Exception as caught:
             error = caught
         failed = [message for message in gather_object([error and f"{type(error).__name__}: {error}"]) if message]
         if failed:
+            self._metrics = defaultdict(list, noted)  # to which processes that did not fail have added
             if self.is_in_train and self._micro_batches_done > self._micro_batches_saved:
                 self._save_checkpoint(self.model_wrapped, trial=None)
             raise error or RuntimeError(f"Another process failed: {failed[0]}")
