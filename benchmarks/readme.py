@@ -105,12 +105,22 @@ def serve_table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def training_table(results: dict) -> str:
+    """Seconds of a rollout and of an update, as multiples of the first row's."""
+    found = {(row["what"], row["name"]): row["ratio"] for row in results["rows"]}
+    lines = ["| | rollout | update |", "|---|---|---|"]
+    for name in dict.fromkeys(row["name"] for row in results["rows"]):
+        lines.append(f"| {name} | {found['rollout', name]:.2f} | {found['update', name]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def experts_table(report: dict) -> str:
     """Of every expert the reward on its own dimension, and its answers as text."""
-    lines = ["| | own dimension | nll | repetition | words |", "|---|---|---|---|---|"]
+    lines = ["| | own dimension | nll | relevance | repetition | words |", "|---" * 6 + "|"]
     for name, entry in report.items():
         own = 0.5 if name == "base" else entry[name]
-        lines.append(f"| {name} | {own:.3f} | {entry['nll']:.2f} | {entry['repetition']:.3f} | {entry['words']:.0f} |")
+        sane = f"{entry['nll']:.2f} | {entry['gain']:.2f} | {entry['repetition']:.3f} | {entry['words']:.0f}"
+        lines.append(f"| {name} | {own:.3f} | {sane} |")
     return "\n".join(lines) + "\n"
 
 
@@ -121,6 +131,20 @@ def pcm_table(report: dict) -> str:
         means = [f"{entry[arm][0]:.3f}" for arm in ("uniform", "static", "pcm")]
         above = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry[f"pcm − {arm}"]) for arm in ("uniform", "static")]
         lines.append("| " + " | ".join([name, *means, *above]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def seeds_table(report: dict) -> str:
+    """Of each training run the mean reward over all preferences, and by how much it is above the others."""
+    lines = ["| run | PCM | PCM − uniform | PCM − static |", "|---" * 4 + "|"]
+    found = report["preferences"]["all"]
+    for run, name in enumerate(report["runs"]):
+        above = [
+            "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found[f"pcm − {arm}, each run"][run]) for arm in ("uniform", "static")
+        ]
+        lines.append("| " + " | ".join([name, f"{found['pcm, each run'][run]:.3f}", *above]) + " |")
+    above = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*found[f"pcm − {arm}"]) for arm in ("uniform", "static")]
+    lines.append("| " + " | ".join(["all", f"{found['pcm'][0]:.3f}", *above]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -181,8 +205,10 @@ TABLES = {  # by marker: the results, and the table of them
     "decode-llama-16x1280": ("benchmarks/results/decode-llama-16x1280.json", decode_table),
     "scaling": ("benchmarks/results/scaling.json", scaling_table),
     "serve": ("benchmarks/results/serve.json", serve_table),
+    "training": ("benchmarks/results/training-llama-2x512.json", training_table),
     "experts": ("examples/artifacts/report.json", experts_table),
     "pcm": ("examples/artifacts/evaluation.json", pcm_table),
+    "seeds": ("examples/artifacts/seeds.json", seeds_table),
     "drafts": ("benchmarks/results/drafts.json", drafts_table),
     "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
     "win rates": ("docs/results/report.json", win_rates_table),

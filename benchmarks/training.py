@@ -14,8 +14,9 @@ from .common import DTYPE, interleaved, summary, write_results
 
 # name: what differs from the first
 VARIANTS = {
-    "3 experts, 4 × 4 completions of 32 tokens": {},
-    "the same, 8 × 4 completions": {"prompts": 8},
+    "3 experts, 4 prompts, K = 4 completions of 32 tokens": {},
+    "the same, 8 prompts": {"prompts": 8},
+    "the same, K = 8": {"completions": 8},
     "the same, 64 tokens": {"tokens": 64},
     "the same, 6 experts": {"experts": 6},
     "the same, experts 4 times as large": {"scale": 4},
@@ -40,7 +41,9 @@ def run(arguments):
     write_results("training", rows, ["what", "name", "seconds", "ratio"], arguments)
 
 
-def rollout_and_update(folder: str, arguments, experts: int = 3, prompts: int = 4, tokens: int = 32, scale: int = 1):
+def rollout_and_update(
+    folder: str, arguments, experts: int = 3, prompts: int = 4, completions: int = 4, tokens: int = 32, scale: int = 1
+):
     """A call that samples and scores a rollout, and one that goes forward and back through the PCM on it."""
     torch.manual_seed(0)
     backbone = random_llama(arguments.hidden, arguments.layers * scale)
@@ -50,13 +53,14 @@ def rollout_and_update(folder: str, arguments, experts: int = 3, prompts: int = 
     model.generation_config.eos_token_id = None  # all answers run to the last token
     config = RebelConfig(
         folder,
-        per_device_train_batch_size=4 * prompts,
+        per_device_train_batch_size=completions * prompts,
+        num_generations=completions,
         max_completion_length=tokens,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-    rows = [{"prompt": "a" * PROMPT, "reference": "b"}] * 4 * prompts
-    rewards = {name: lambda prompts, completions, **_: [float(len(c)) for c in completions] for name in entries}
+    rows = [{"prompt": "a" * PROMPT, "reference": "b"}] * completions * prompts
+    rewards = {name: lambda completions, **_: [float(len(c)) for c in completions] for name in entries}
     trainer = RebelTrainer(
         model, config, rewards, Dataset.from_list(rows), preference_sets=[list(entries)], processing_class=tokenizer
     )

@@ -71,10 +71,12 @@ def compare(arms: dict[str, list[dict[str, np.ndarray]]], preferences: list[str]
     for name, columns in [*((name, [i]) for i, name in enumerate(preferences)), ("all", range(len(preferences)))]:
         means = {arm: values[:, :, list(columns)].mean(axis=2) for arm, values in rewards.items()}  # (runs, prompts)
         entry = {arm: list(bootstrap_interval(values)) for arm, values in means.items()}
+        entry["pcm, each run"] = means["pcm"].mean(axis=1).tolist()
         for other in others:
-            entry[f"pcm − {other}"] = list(bootstrap_interval(means["pcm"] - means[other]))
-            entry[f"pcm − {other}, each run"] = (means["pcm"] - means[other]).mean(axis=1).tolist()
-            entry[f"pcm − {other}, p"] = permutation_p_value(means["pcm"] - means[other])
+            above = means["pcm"] - means[other]
+            entry[f"pcm − {other}"] = list(bootstrap_interval(above))
+            entry[f"pcm − {other}, each run"] = [list(bootstrap_interval(run[None])) for run in above]
+            entry[f"pcm − {other}, p"] = permutation_p_value(above)
         report["preferences"][name] = entry
         cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry[f"pcm − {other}"]) for other in others]
         table.add_row(name, *(f"{entry[arm][0]:.3f}" for arm in arms), *cells)
@@ -150,7 +152,10 @@ class Evaluation:
         return judge_answers(self.judge, jobs, answers, vanilla).dimensions
 
     def in_words(self, seed: int = 0) -> dict[str, dict[str, float]]:
-        """Reward, and share of α of the experts meant, where all six are active and words alone say what is wanted."""
+        """
+        Reward, and share of α of the experts meant, where all six are active and words alone say what is wanted; and
+        the reward where weights say it.
+        """
         prompts = spread(list(dict.fromkeys(json.dumps(job.prompt) for job in self.jobs)), self.arguments.word_prompts)
         places = [i for i, job in enumerate(self.jobs) if json.dumps(job.prompt) in prompts]
         descriptions = {expert["name"]: expert["description"] for expert in self.model.config.experts}
@@ -162,6 +167,7 @@ class Evaluation:
         ]
         everyone = {"weights": dict.fromkeys(words, dict.fromkeys(self.names, 1.0))}
         arms = {  # how they are told, what is asked, and what the PCM is given beside the context
+            "weights": (self.mixture("trained PCM"), jobs, None),
             "nothing": (self.mixture("told nothing", use_pcm=False, **everyone), jobs, None),
             "text": (self.mixture("told as text", words=words), jobs, [{"preference_text": text} for text in texts]),
             "system, untrained": (self.mixture("system message, untrained", use_pcm=False, **everyone), turned, None),
@@ -228,7 +234,8 @@ def main():
     rewards = {arm: [evaluation.rewards(answers) for answers in runs] for arm, runs in arms.items()}
     if not processes().is_main_process:
         return
-    report = compare(rewards, evaluation.preferences, console)
+    report = {"runs": [folder.name for folder in arguments.pcm]}
+    report |= compare(rewards, evaluation.preferences, console)
     if words:
         report["in words"] = {
             told: {name: fmean(run[told][name] for run in words) for name in words[0][told]} for told in words[0]

@@ -121,7 +121,7 @@ class TokenSampler(LogitsProcessor):
     each token of the vocabulary, and takes twice as long for 64 rows of SmolLM2.
 
     Raises:
-        ValueError: if logits are not finite.
+        ValueError: on a CPU, if logits are not finite; elsewhere that is torch's to say.
     """
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
