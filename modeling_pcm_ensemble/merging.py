@@ -147,7 +147,7 @@ def _log_sum_probs(
 def _sum_logits(expert_logits: list[ExpertLogits], log_expert_weights: torch.Tensor) -> torch.Tensor:
     """Σ_i α_i logits_i, `(batch, seq, vocab)`."""
     return sum(
-        _spread(entry, entry.logits.float(), len(log_expert_weights), 0.0)
+        _spread(entry, precise(entry.logits), len(log_expert_weights), 0.0)
         * log_expert_weights[:, :, entry.expert, None].exp()
         for entry in expert_logits
     )

@@ -17,7 +17,7 @@ from .compiling import forget_weights
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
 from .generation import PCMEnsembleGenerationMixin
-from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, token_log_probs
+from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
 from .pcm import PreferenceControlModel
 from .peft_format import write_adapter
 from .preferences import Route, build_route, preference_weights
@@ -368,7 +368,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         ((_, _, logits),) = self.backbones(
             backbone, rows, input_ids, attention_mask, part, logits_to_keep, log_weights.exp()
         )
-        return logits.float().log_softmax(dim=-1)
+        return precise(logits).log_softmax(dim=-1)
 
     # Insight
 

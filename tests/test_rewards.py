@@ -162,7 +162,7 @@ def test_a_completion_gets_the_weighted_mean_of_its_dimensions_against_every_ref
     ("values", "words"),
     [
         ([1.0], "gave 1 values for 2 completions"),
-        ([1.0, None], "gave nan for the prompt 'q' and the completion 'y'"),
+        ([1.0, None], "gave None for the prompt 'q' and the completion 'y'"),
         ([float("inf"), 1], "gave inf for the prompt 'p' and the completion 'x'"),
         (["good", "bad"], r"must give a list of numbers, got \['good', 'bad'\]"),
         (None, "must give a list of numbers, got None"),

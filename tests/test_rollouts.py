@@ -36,9 +36,12 @@ def test_experts_log_probs_are_recorded_while_sampling(steps, tmp_path, monkeypa
 def test_a_rollout_may_be_sampled_in_parts(tmp_path):
     model = tiny_ensemble()
     torch.nn.init.normal_(model.pcm.head.weight)
-    trainer = make_trainer(tmp_path, model, rollout_batch_size=4)
+    trainer = make_trainer(tmp_path, model, rollout_batch_size=3)
     rollout, _ = sampled(trainer)
-    assert_close(rollout.old_log_probs, whole_log_probs(model, rollout).detach(), atol=1e-4, rtol=0)
+    assert (rollout.prompt_mask == 0).any()  # parts of other widths
+    mask = rollout.completion_mask.bool()
+    expected = whole_log_probs(model, rollout).detach()
+    assert_close(rollout.old_log_probs[mask], expected[mask], atol=1e-4, rtol=0)
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask)]
     assert prompts == [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:2] for _ in range(3)]
 

@@ -370,7 +370,7 @@ def test_only_mixtures_of_probabilities_are_trained(merge, tmp_path):
 
 
 def test_a_dataset_without_prompts_and_experts_without_dimensions_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="needs a column `prompt`, got text"):
+    with pytest.raises(ValueError, match="needs `prompt`, lacks prompt; its columns are text"):
         RebelTrainer(tiny_ensemble(), RebelConfig(str(tmp_path)), REWARDS, Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(TypeError, match=r"`train_dataset` must be a datasets\.Dataset.*got list"):
         RebelTrainer(tiny_ensemble(), RebelConfig(str(tmp_path)), REWARDS, [{"prompt": "a"}])
@@ -439,11 +439,8 @@ def test_embeddings_learn_where_that_is_asked_for(tmp_path):
     assert not torch.equal(embeddings, before)
 
 
-def test_activation_checkpointing_turns_no_dropout_on(tmp_path):
+def test_activation_checkpointing_runs_layers_again_and_turns_no_dropout_on(tmp_path):
     model = tiny_ensemble()
-    for layer in model.pcm.body.layers:
-        layer.self_attn.attention_dropout = 0.5
-    torch.nn.init.normal_(model.pcm.head.weight)
     trainer = make_trainer(tmp_path, model, activation_checkpointing=True, max_steps=1)
     calls = []
     for layer in model.pcm.body.layers:
@@ -451,6 +448,24 @@ def test_activation_checkpointing_turns_no_dropout_on(tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["log_ratio"] < 1e-4
     assert sum(calls) == 2 * len(model.pcm.body.layers)  # once more going back
+    model.config.pcm.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"would turn the PCM's dropout on.*'attention_dropout': 0.1"):
+        make_trainer(tmp_path, model, activation_checkpointing=True)
+
+
+def test_training_again_begins_anew(tmp_path):
+    trainer, calls = make_trainer(tmp_path), []
+    trainer.train()
+
+    def breaks(prompts, completions, **columns):
+        calls.append(1)
+        return [float("nan")] * len(prompts)
+
+    trainer.scorer.reward_funcs = dict.fromkeys(REWARDS, breaks)
+    with pytest.raises(ValueError, match="gave nan"):
+        trainer.train()
+    assert calls
+    assert not list(tmp_path.glob("checkpoint-*"))  # of no update
 
 
 def test_a_batch_may_be_split_in_micro_batches(tmp_path):

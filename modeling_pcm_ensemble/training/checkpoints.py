@@ -18,10 +18,10 @@ from .rebel_config import RebelConfig
 from .rollouts import Rollout
 
 WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "rebel_state.json"
-SETTINGS = {"world_size", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"} | own_settings(
-    RebelConfig
-)
-SETTINGS -= {"rollout_batch_size"}  # what fits into memory may change
+# All but rollout_batch_size: what fits into memory may change.
+SETTINGS = own_settings(RebelConfig) - {"rollout_batch_size"} | {
+    "world_size", "seed", "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
 EXPERT_FACTS = ("name", "backbone", "dimension", "prompt_ids", "description_ids")
 
 
@@ -99,7 +99,6 @@ class CheckpointTrainer(PCMTrainer):
             "settings": self._settings(),
             "micro_batches_done": self._micro_batches_done,
             "references": self.scorer.references,
-            "reference_rewards": self.scorer.reference_rewards,
             "metrics": self._metrics,
         }
 
@@ -146,7 +145,6 @@ class CheckpointTrainer(PCMTrainer):
         state = json.loads((folder / f"{rank}_{STATE_FILE}").read_text())
         self._micro_batches_done = self._micro_batches_saved = state["micro_batches_done"]
         self.scorer.references = state["references"]
-        self.scorer.reference_rewards = state["reference_rewards"]
         self._metrics = defaultdict(list, state["metrics"])
         rollout = torch.load(folder / f"rollout_{rank}.pt", map_location="cpu", weights_only=True)
         rollout = {name: tensor.to(self.args.device) for name, tensor in rollout.items()}

@@ -23,6 +23,27 @@ def check_model(model, args: RebelConfig):
         raise ValueError(
             f"`reference_backbone` is {args.reference_backbone}, but there are {len(model.backbones)} backbones."
         )
+    dropout = {k: v for k, v in model.config.pcm.to_dict().items() if "dropout" in k or "pdrop" in k}
+    if args.gradient_checkpointing and any(dropout.values()):
+        raise ValueError(
+            "Activation checkpointing would turn the PCM's dropout on, and REBEL's first log-ratio is of two equal "
+            f"passes. Build the PCM without dropout, got {dropout}."
+        )
+
+
+def check_columns(dataset, name: str, *columns: str):
+    """Refuse what is no dataset, is empty, or lacks columns."""
+    if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"`{name}` must be a datasets.Dataset, say `Dataset.from_list(rows)`, got {type(dataset).__name__}."
+        )
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        raise ValueError(
+            f"`{name}` needs {' and '.join(f'`{column}`' for column in columns)}, lacks {', '.join(missing)}; its "
+            f"columns are {', '.join(dataset.column_names)}."
+        )
+    if not len(dataset):
+        raise ValueError(f"`{name}` is empty.")
 
 
 def check_dataset(
@@ -35,14 +56,7 @@ def check_dataset(
     args: RebelConfig,
 ):
     """Refuse a dataset without prompts, with preferences that have no reward, or with prompts that do not fit."""
-    if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"`{name}` must be a datasets.Dataset, say `Dataset.from_list(rows)`, got {type(dataset).__name__}."
-        )
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"`{name}` needs a column `prompt`, got {', '.join(dataset.column_names)}.")
-    if not len(dataset):
-        raise ValueError(f"`{name}` is empty.")
+    check_columns(dataset, name, "prompt")
     draws = list(preferences.sets)
     given = dataset["preference"] if "preference" in dataset.column_names else [None]
     if not draws and None in list(given):
@@ -73,7 +87,7 @@ def check_lengths(
     completions: list[int],
     in_words: bool,
 ):
-    """Refuse prompts that, with so many tokens of completion and all descriptions, leave a model's context."""
+    """Refuse prompts that are none, or leave a model's context with so many tokens of completion and all words."""
     room = min(
         getattr(part.get_text_config(), "max_position_embeddings", None) or 10**9
         for part in config.sub_config_items().values()

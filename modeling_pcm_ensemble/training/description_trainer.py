@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..prefixes import encode_description, pad_left
-from .checks import check_lengths
+from .checks import check_columns, check_lengths
 from .losses import declared_weights_loss, log_described_share
 from .pcm_trainer import PCMTrainer, padding_tokenizer
 from .preference_sampling import PreferenceSampler, default_preference_sets, reward_shares
@@ -75,8 +75,7 @@ class DescriptionTrainer(PCMTrainer):
     ):
         if not isinstance(model, PCMEnsembleForCausalLM):
             raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
-        if missing := {"prompt", "completion"} - set(train_dataset.column_names):
-            raise ValueError(f"`train_dataset` needs columns `prompt` and `completion`, lacks {', '.join(missing)}.")
+        check_columns(train_dataset, "train_dataset", "prompt", "completion")
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
         self.preferences = PreferenceSampler(model.config, [*sets, model.config.expert_names], text_only_fraction=1.0)
         tokenizer = padding_tokenizer(model, processing_class)

@@ -106,6 +106,7 @@ class RebelTrainer(CheckpointTrainer):
         if self.args.should_save:
             for unfinished in Path(self.args.output_dir).glob(".checkpoint-*"):  # of a run that was killed
                 shutil.rmtree(unfinished)
+        self._rollout, self._micro_batches_done, self._micro_batches_saved = None, 0, 0  # or a checkpoint's
         return super().train(*args, **kwargs)
 
     # The data of a step: the trainer draws prompts itself, so that a step's data depends on its number alone.
@@ -181,8 +182,7 @@ class RebelTrainer(CheckpointTrainer):
     # The update
 
     def _expert_weight_logits(self, pcm, rollout: Rollout) -> torch.Tensor:
-        for module in pcm.modules():  # dropout would make the first ratio another than 1
-            module.training = getattr(module, "gradient_checkpointing", False)
+        pcm.train(self.args.gradient_checkpointing)  # which layers do in training only; there is no dropout then
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prefix_ids")
         return completion_weight_logits(pcm, **{name: getattr(rollout, name) for name in names})
 
@@ -239,9 +239,13 @@ class RebelTrainer(CheckpointTrainer):
         failed = [message for message in gather_object([error and f"{type(error).__name__}: {error}"]) if message]
         if failed:
             self._metrics = defaultdict(list, noted)  # to which processes that did not fail have added
+            error = error or RuntimeError(f"Another process failed: {failed[0]}")
             if self.is_in_train and self._micro_batches_done > self._micro_batches_saved:
-                self._save_checkpoint(self.model_wrapped, trial=None)
-            raise error or RuntimeError(f"Another process failed: {failed[0]}")
+                try:
+                    self._save_checkpoint(self.model_wrapped, trial=None)
+                except OSError as unsaved:
+                    raise error from unsaved
+            raise error
         return value
 
     # What is logged

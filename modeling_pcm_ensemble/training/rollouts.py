@@ -181,7 +181,7 @@ def sample_rollout(
     weights, prefix_ids = weights.to(device), prefix_ids.to(device)
     inputs = {"preference": weights, "preference_ids": prefix_ids}
     completion_ids = torch.full((rows, config.max_new_tokens), pad, device=device)
-    dtype = torch.promote_types(model.dtype, torch.float32)
+    dtype = torch.promote_types(model.backbones[0].dtype, torch.float32)
     expert_log_probs = torch.zeros(*completion_ids.shape, model.config.num_experts, dtype=dtype, device=device)
     expert_log_probs.masked_fill_(weights[:, None] == 0, float("-inf"))
     sequences, mask, alive = prompt_ids, prompt_mask, torch.arange(rows, device=device)

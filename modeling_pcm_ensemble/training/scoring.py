@@ -87,18 +87,18 @@ def call_reward(name: str, reward: Callable, prompts: list, completions: list, c
     """
     values = reward(prompts=prompts, completions=completions, **columns)
     try:
-        values = [math.nan if value is None else float(value) for value in values]
-    except (TypeError, ValueError) as error:
+        numbers = [math.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"The reward of {name!r} must give a list of numbers, got {reprlib.repr(values)}.") from error
     if len(values) != len(prompts):
         raise ValueError(f"The reward of {name!r} gave {len(values)} values for {len(prompts)} completions.")
-    for value, prompt, completion in zip(values, prompts, completions):
-        if not math.isfinite(value):
+    for number, value, prompt, completion in zip(numbers, values, prompts, completions):
+        if not math.isfinite(number):
             raise ValueError(
                 f"The reward of {name!r} gave {value} for the prompt {prompt!r} and the completion {completion!r}. "
                 "Rewards must be finite numbers."
             )
-    return values
+    return numbers
 
 
 @dataclass
