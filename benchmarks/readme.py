@@ -205,7 +205,7 @@ TABLES = {  # by marker: the results, and the table of them
     "decode-llama-16x1280": ("benchmarks/results/decode-llama-16x1280.json", decode_table),
     "scaling": ("benchmarks/results/scaling.json", scaling_table),
     "serve": ("benchmarks/results/serve.json", serve_table),
-    "training": ("benchmarks/results/training-llama-2x512.json", training_table),
+    "training": ("benchmarks/results/training-llama-2x1024.json", training_table),
     "experts": ("examples/artifacts/report.json", experts_table),
     "pcm": ("examples/artifacts/evaluation.json", pcm_table),
     "seeds": ("examples/artifacts/seeds.json", seeds_table),
