@@ -129,22 +129,23 @@ def pcm_table(report: dict) -> str:
     lines = ["| preference | uniform | best static | PCM | PCM − uniform | PCM − static |", "|---" * 6 + "|"]
     for name, entry in report["preferences"].items():
         means = [f"{entry[arm][0]:.3f}" for arm in ("uniform", "static", "pcm")]
-        above = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*entry[f"pcm − {arm}"]) for arm in ("uniform", "static")]
+        above = [_above(entry[f"pcm − {arm}"]) for arm in ("uniform", "static")]
         lines.append("| " + " | ".join([name, *means, *above]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def seeds_table(report: dict) -> str:
     """Of each training run the mean reward over all preferences, and by how much it is above the others."""
-    lines = ["| run | PCM | PCM − uniform | PCM − static |", "|---" * 4 + "|"]
     found = report["preferences"]["all"]
-    for run, name in enumerate(report["runs"]):
-        above = [
-            "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found[f"pcm − {arm}, each run"][run]) for arm in ("uniform", "static")
-        ]
-        lines.append("| " + " | ".join([name, f"{found['pcm, each run'][run]:.3f}", *above]) + " |")
-    above = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*found[f"pcm − {arm}"]) for arm in ("uniform", "static")]
-    lines.append("| " + " | ".join(["all", f"{found['pcm'][0]:.3f}", *above]) + " |")
+    rows = [
+        (name, found["pcm, each run"][run], *(found[f"pcm − {arm}, each run"][run] for arm in ("uniform", "static")))
+        for run, name in enumerate(report["runs"])
+    ]
+    rows.append(("all", found["pcm"][0], found["pcm − uniform"], found["pcm − static"]))
+    lines = ["| run | PCM | PCM − uniform | PCM − static |", "|---" * 4 + "|"]
+    lines += [
+        f"| {name} | {mean:.3f} | {_above(uniform)} | {_above(static)} |" for name, mean, uniform, static in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -190,6 +191,10 @@ def drafts_table(results: dict) -> str:
         cells = [f"{row['ratio']:.2f}{passed}" for row, passed in zip(mine, tokens)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _above(interval: list[float]) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval)
 
 
 def _rate(win_rate: list[float]) -> str:

@@ -127,7 +127,7 @@ def test_after_a_save_that_failed_the_ensemble_is_saved_whole(tmp_path):
     assert (tmp_path / "saved" / "config.json").exists()  # the ensemble
 
 
-def test_a_failing_reward_leaves_a_checkpoint_and_names_the_completion(tmp_path):
+def test_a_failing_reward_leaves_a_checkpoint_and_names_the_row(tmp_path):
     calls = []
 
     def breaks(prompts, completions, **columns):
@@ -135,7 +135,7 @@ def test_a_failing_reward_leaves_a_checkpoint_and_names_the_completion(tmp_path)
         return [float("nan") if len(calls) > 5 else 1.0] * len(prompts)
 
     trainer = make_trainer(tmp_path, rewards=dict.fromkeys(("e0", "e1", "e2"), breaks), max_steps=20)
-    with pytest.raises(ValueError, match=r"gave nan for the prompt .*Rewards must be finite numbers"):
+    with pytest.raises(ValueError, match=r"gave nan for row 0 .*: prompt .*Rewards must be finite numbers"):
         trainer.train()
     assert trainer.state.global_step > 0
     assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "pcm.safetensors").exists()

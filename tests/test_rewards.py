@@ -162,12 +162,12 @@ def test_a_completion_gets_the_weighted_mean_of_its_dimensions_against_every_ref
     ("values", "words"),
     [
         ([1.0], "gave 1 values for 2 completions"),
-        ([1.0, None], "gave None for the prompt 'q' and the completion 'y'"),
-        ([float("inf"), 1], "gave inf for the prompt 'p' and the completion 'x'"),
+        ([1.0, None], "gave None for row 1 of the 2 that it was given: prompt 'q', completion 'y'"),
+        ([float("inf"), 1], "gave inf for row 0 of the 2 that it was given: prompt 'p', completion 'x'"),
         (["good", "bad"], r"must give a list of numbers, got \['good', 'bad'\]"),
         (None, "must give a list of numbers, got None"),
     ],
 )
-def test_a_reward_that_is_no_number_is_refused_with_its_completion(values, words):
+def test_a_reward_that_is_no_number_is_refused_with_its_row(values, words):
     with pytest.raises((TypeError, ValueError), match=words):
         call_reward("a", lambda prompts, completions: values, ["p", "q"], ["x", "y"], {})

@@ -83,20 +83,21 @@ def call_reward(name: str, reward: Callable, prompts: list, completions: list, c
 
     Raises:
         TypeError: if the reward gives no list of numbers.
-        ValueError: if there are fewer or more, or one is not finite; the message has the prompt and the completion.
+        ValueError: if there are fewer or more, or one is not finite; the message names the row.
     """
     values = reward(prompts=prompts, completions=completions, **columns)
     try:
+        values = list(values)
         numbers = [math.nan if value is None else float(value) for value in values]
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"The reward of {name!r} must give a list of numbers, got {reprlib.repr(values)}.") from error
     if len(values) != len(prompts):
         raise ValueError(f"The reward of {name!r} gave {len(values)} values for {len(prompts)} completions.")
-    for number, value, prompt, completion in zip(numbers, values, prompts, completions):
+    for row, number in enumerate(numbers):
         if not math.isfinite(number):
             raise ValueError(
-                f"The reward of {name!r} gave {value} for the prompt {prompt!r} and the completion {completion!r}. "
-                "Rewards must be finite numbers."
+                f"The reward of {name!r} gave {values[row]} for row {row} of the {len(prompts)} that it was given: "
+                f"prompt {prompts[row]!r}, completion {completions[row]!r}. Rewards must be finite numbers."
             )
     return numbers
 
