@@ -210,18 +210,21 @@ def main():
     console = Console(width=160, quiet=not processes().is_main_process)
     evaluation = Evaluation(arguments)
     model, mixture, names = evaluation.model, evaluation.mixture, evaluation.names
-    arms = {"uniform": [evaluation.answers(mixture("uniform mixture", use_pcm=False))]}
+    uniform, seeds = mixture("uniform mixture", use_pcm=False), range(max(len(arguments.pcm), 1))
+    # As often as there are PCMs, since one answer to a prompt is mostly chance. Each run draws the same random numbers in
+    # every arm, so that less of a difference is chance.
+    arms = {"uniform": [evaluation.answers(uniform, seed=seed) for seed in seeds]}
     if "static" in arguments.measure:
         headroom = static_rewards(model, arguments)
         show_headroom(headroom, console)
         static = best_static_weights(model, headroom)
-        arms["static"] = [evaluation.answers(mixture("best static weights", use_pcm=False, weights=static))]
+        best = mixture("best static weights", use_pcm=False, weights=static)
+        arms["static"] = [evaluation.answers(best, seed=seed) for seed in seeds]
     if not arguments.pcm:
         return
     arms["pcm"], words, weights = [], [], []
-    for seed, folder in enumerate(arguments.pcm):
+    for seed, folder in zip(seeds, arguments.pcm):
         evaluation.load(folder)
-        # The first run draws the same random numbers as the other arms, so that less of a difference is chance.
         arms["pcm"].append(evaluation.answers(mixture("trained PCM"), seed=seed))
         weights.append(weights_over(model, evaluation.jobs, arms["pcm"][-1]))
         if "words" in arguments.measure:

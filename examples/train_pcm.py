@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
-    parser.add_argument("--exploration", type=float, default=1.0, help="noise on the weights of a rollout")
+    parser.add_argument("--exploration", type=float, default=2.0, help="noise on the weights of a rollout")
     parser.add_argument("--start", type=Path, help="a PCM to go on from, in a new OUTPUT, instead of part 2")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument(

@@ -14,7 +14,7 @@ from modeling_pcm_ensemble.training.rollouts import TokenSampler, with_words
 
 @pytest.mark.parametrize("steps", [2, 12])
 def test_experts_log_probs_are_recorded_while_sampling(steps, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollouts, "STEPS_BETWEEN_ENDS", steps)
+    monkeypatch.setattr(rollouts, "STEPS_OF_A_PIECE", steps)
     model, ends = tiny_ensemble(), range(2, 12)
     model.generation_config.eos_token_id = list(ends)
     trainer = make_trainer(tmp_path, model, max_completion_length=9)
@@ -97,22 +97,26 @@ def test_a_prompts_completions_under_one_preference_share_its_reading(prompt, tm
     assert_close(sampled[mask], whole_log_probs(model, rollout)[mask].detach(), atol=1e-4, rtol=0)
 
 
-def test_exploration_samples_around_the_preference_and_counts_ratios_from_the_preference_itself(tmp_path):
+def test_exploration_leans_to_experts_for_a_completion_and_anew_for_its_pieces(tmp_path):
     tokenizer = tiny_tokenizer()
     a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
     model = make_ensemble([constant_expert(a), constant_expert(b)], [(0, [], [11]), (1, [], [12])])
     torch.nn.init.zeros_(model.pcm.head.weight)
     model._tokenizer = tokenizer
-    trainer = make_trainer(tmp_path, model, dict.fromkeys(["e0", "e1"], REWARDS["e0"]), preference_sets=[["e0", "e1"]])
+    rewards = dict.fromkeys(["e0", "e1"], REWARDS["e0"])
+    trainer = make_trainer(tmp_path, model, rewards, preference_sets=[["e0", "e1"]], max_completion_length=24)
     rows, draws = [{"prompt": "hello"}] * 200, trainer.preferences.sets * 200
-    spread = {}
+    covariances = {}
     for exploration in (0.0, 3.0):
         rollout, _ = trainer.rollouts.sample(rows, draws, seed=0, exploration=exploration)
-        spread[exploration] = (rollout.completion_ids == a).float().mean(dim=1).var().item()
+        shares = (rollout.completion_ids == a).float().view(200, 2, 12).mean(dim=2)  # of the first expert, by piece
+        covariances[exploration] = torch.cov(shares.T)
         assert (rollout.weights == 1).all()
-    assert spread[0.0] == pytest.approx(0.25 / 7, rel=0.3)  # 7 tokens, each of either expert
-    assert spread[3.0] > 4 * spread[0.0]
-    log_probs, _ = trainer._old_log_probs(rollout)
+    assert_close(covariances[0.0], torch.eye(2) * 0.25 / 12, atol=0.008, rtol=0)  # each token is of either expert
+    assert (covariances[3.0] > 0.05).all()
+    (first, both), (_, second) = covariances[3.0]
+    assert first + second - 2 * both > 0.1  # if the pieces had the same weights, at most 0.04
+    log_probs, _ = trainer._old_log_probs(rollout)  # under the preference itself
     assert_close(log_probs, whole_log_probs(model, rollout).detach(), atol=1e-4, rtol=0)
 
 

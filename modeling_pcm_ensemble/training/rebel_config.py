@@ -32,9 +32,10 @@ class RebelConfig(TrainingArguments):
         text_only_fraction (`float`, defaults to 0): share of prompts whose preference is given in words alone, with
             all experts active: half as `preference_text`, half as a system message.
         exploration (`float`, defaults to 0): standard deviation, at most 10, of normal noise on the logarithms of the
-            weights, drawn once for each completion and expert: a completion's reward then says what it is worth to
-            lean to an expert. For REBEL alone, which learns from completions of any policy. Rewards, lengths and KL
-            that are logged are of these completions; `evaluate` samples without noise.
+            weights. Half of its variance is drawn once for each completion and expert, half anew every 12 tokens, so
+            that a completion's reward says what it is worth to lean to an expert, and when. For REBEL alone, which
+            learns from completions of any policy. Rewards, lengths and KL that are logged are of these completions;
+            `evaluate` samples without noise.
 
     Parameters that control the loss:
         loss_type (`str`, defaults to `"rebel"`): `"rebel"`, `"ppo"` or `"rloo"`.

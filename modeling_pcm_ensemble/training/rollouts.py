@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from ..prefixes import CachePart, pad_left
 from .preference_sampling import DrawnPreference, reward_shares
 from .scoring import Scorer, Scores, prompt_key
 
-STEPS_BETWEEN_ENDS = 12  # after so many tokens, rows that have ended leave the batch
+STEPS_OF_A_PIECE = 12  # after so many tokens, rows that have ended leave the batch, and noise is drawn anew
 
 
 @dataclass
@@ -172,22 +172,31 @@ def sample_rollout(
     weights: torch.Tensor,
     prefix_ids: torch.LongTensor,
     config: GenerationConfig,
+    exploration: float = 0.0,
 ) -> Rollout:
     """
-    Complete each row once. Arguments as for [`Rollout`], but for `weights`, those to sample under; `config` from
-    [`rollout_config`].
+    Complete each row once. Arguments as for [`Rollout`]; `config` from [`rollout_config`], and `exploration` as for
+    [`RebelConfig`].
     """
     rows, device, pad = len(prompt_ids), prompt_ids.device, config.pad_token_id
     weights, prefix_ids = weights.to(device), prefix_ids.to(device)
-    inputs = {"preference": weights, "preference_ids": prefix_ids}
+    leaning = torch.randn(weights.shape, device=device)  # of each completion, from its first token to its last
+
+    def explored(alive: torch.LongTensor) -> torch.Tensor:
+        """Weights to sample the next piece of these rows under."""
+        noise = (leaning[alive] + torch.randn_like(leaning[alive])) / 2**0.5
+        return weights[alive] * (exploration * noise).exp()
+
+    alive = torch.arange(rows, device=device)
+    inputs = {"preference": explored(alive), "preference_ids": prefix_ids}
     completion_ids = torch.full((rows, config.max_new_tokens), pad, device=device)
     dtype = torch.promote_types(model.backbones[0].dtype, torch.float32)
     expert_log_probs = torch.zeros(*completion_ids.shape, model.config.num_experts, dtype=dtype, device=device)
     expert_log_probs.masked_fill_(weights[:, None] == 0, float("-inf"))
-    sequences, mask, alive = prompt_ids, prompt_mask, torch.arange(rows, device=device)
-    for start in range(0, config.max_new_tokens, STEPS_BETWEEN_ENDS):
+    sequences, mask = prompt_ids, prompt_mask
+    for start in range(0, config.max_new_tokens, STEPS_OF_A_PIECE):
         few = copy.copy(config)
-        few.max_new_tokens = min(STEPS_BETWEEN_ENDS, config.max_new_tokens - start)
+        few.max_new_tokens = min(STEPS_OF_A_PIECE, config.max_new_tokens - start)
         few.return_dict_in_generate = True
         inputs |= {"input_ids": sequences, "attention_mask": mask}
         with ExpertRecorder(model) as recorder:
@@ -204,7 +213,9 @@ def sample_rollout(
             output.past_key_values.batch_select_indices(kept)
         sequences, alive = output.sequences[kept], alive[kept]
         mask = torch.cat([mask[kept], torch.ones_like(new_ids[kept])], dim=1)
-        inputs = {"past_key_values": output.past_key_values}
+        cache = output.past_key_values
+        cache.route = replace(cache.route, weights=explored(alive))
+        inputs = {"past_key_values": cache}
     length = taken.stop
     return Rollout(
         prompt_ids=prompt_ids,
@@ -334,16 +345,15 @@ class RolloutSampler:
         prompts = [with_words(row["prompt"], draw, config, self.tokenizer) for row, draw in zip(rows, draws)]
         weights = torch.tensor([draw.active_weights for draw in draws])
         inputs = self._inputs(prompts)
-        rollout = sample_rollout(
+        return sample_rollout(
             self.model,
             inputs["input_ids"],
             inputs["attention_mask"],
-            weights * (exploration * torch.randn(weights.shape)).exp() if exploration else weights,
+            weights,
             describe([config] * len(draws), draws),
             self.generation_config,
+            exploration,
         )
-        rollout.weights = weights.to(self.args.device)
-        return rollout
 
     def _inputs(self, prompts: list):
         """Left-padded tokens and their mask."""
