@@ -211,7 +211,7 @@ def main():
     evaluation = Evaluation(arguments)
     model, mixture, names = evaluation.model, evaluation.mixture, evaluation.names
     uniform, seeds = mixture("uniform mixture", use_pcm=False), range(max(len(arguments.pcm), 1))
-    # As often as there are PCMs, since one answer to a prompt is mostly chance. Each run draws the same random numbers in
+    # As often as there are PCMs, since one answer to a prompt is mostly chance. A run draws the same random numbers in
     # every arm, so that less of a difference is chance.
     arms = {"uniform": [evaluation.answers(uniform, seed=seed) for seed in seeds]}
     if "static" in arguments.measure:
