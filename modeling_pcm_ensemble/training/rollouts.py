@@ -180,10 +180,13 @@ def sample_rollout(
     """
     rows, device, pad = len(prompt_ids), prompt_ids.device, config.pad_token_id
     weights, prefix_ids = weights.to(device), prefix_ids.to(device)
-    leaning = torch.randn(weights.shape, device=device)  # of each completion, from its first token to its last
+    if exploration:
+        leaning = torch.randn(weights.shape, device=device)  # of each completion, from its first token to its last
 
     def explored(alive: torch.LongTensor) -> torch.Tensor:
         """Weights to sample the next piece of these rows under."""
+        if not exploration:
+            return weights[alive]
         noise = (leaning[alive] + torch.randn_like(leaning[alive])) / 2**0.5
         return weights[alive] * (exploration * noise).exp()
 
