@@ -149,6 +149,15 @@ def seeds_table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def words_table(report: dict) -> str:
+    """Mean reward by how the preference is told, and the share of α of the experts meant, where all are active."""
+    lines = ["| told by | reward | α of the experts meant |", "|---" * 3 + "|"]
+    for told, found in report["in words"].items():
+        share = found.get("share of wanted experts")
+        lines.append(f"| {told} | {found['reward']:.3f} | {'–' if share is None else f'{share:.3f}'} |")
+    return "\n".join(lines) + "\n"
+
+
 def win_rates_table(report: dict) -> str:
     """Of every baseline the win rate against it, by each judge, and its mean reward."""
     judges = list(report["judges"])
@@ -213,6 +222,7 @@ TABLES = {  # by marker: the results, and the table of them
     "training": ("benchmarks/results/training-llama-2x1024.json", training_table),
     "experts": ("examples/artifacts/report.json", experts_table),
     "pcm": ("examples/artifacts/evaluation.json", pcm_table),
+    "words": ("examples/artifacts/evaluation.json", words_table),
     "seeds": ("examples/artifacts/seeds.json", seeds_table),
     "drafts": ("benchmarks/results/drafts.json", drafts_table),
     "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
