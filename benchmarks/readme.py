@@ -136,16 +136,15 @@ def pcm_table(report: dict) -> str:
 
 def seeds_table(report: dict) -> str:
     """Of each training run the mean reward over all preferences, and by how much it is above the others."""
-    found = report["preferences"]["all"]
+    found, arms = report["preferences"]["all"], ("uniform", "static", "mean")
     rows = [
-        (name, found["pcm, each run"][run], *(found[f"pcm − {arm}, each run"][run] for arm in ("uniform", "static")))
+        (name, found["pcm, each run"][run], *(found[f"pcm − {arm}, each run"][run] for arm in arms))
         for run, name in enumerate(report["runs"])
     ]
-    rows.append(("all", found["pcm"][0], found["pcm − uniform"], found["pcm − static"]))
-    lines = ["| run | PCM | PCM − uniform | PCM − static |", "|---" * 4 + "|"]
-    lines += [
-        f"| {name} | {mean:.3f} | {_above(uniform)} | {_above(static)} |" for name, mean, uniform, static in rows
-    ]
+    rows.append(("all", found["pcm"][0], *(found[f"pcm − {arm}"] for arm in arms)))
+    lines = ["| run | PCM | PCM − uniform | PCM − static | PCM − its mean α |", "|---" * 5 + "|"]
+    for name, mean, *above in rows:
+        lines.append("| " + " | ".join([name, f"{mean:.3f}", *map(_above, above)]) + " |")
     return "\n".join(lines) + "\n"
 
 
