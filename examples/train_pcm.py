@@ -5,8 +5,10 @@ less often, on those of two experts.
     python examples/train_pcm.py --output pcm --seeds 0 1 2
 
 1. Let the base model answer every prompt once: rewards are measured against these answers.
-2. On these answers, teach each seed's PCM which experts a description names; no expert runs.
-3. Train it with REBEL; stopped and run again, it goes on from the last checkpoint.
+2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
+   context is. Stopped and run again, it goes on from the last checkpoint.
+3. On the base model's answers, teach it which experts a description names, and to do when told in words what it does
+   when told weights; no expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
 examples/evaluate_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
@@ -48,9 +50,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         lr_scheduler_type="linear",
         warmup_steps=4,
         eta=arguments.eta,
-        text_only_fraction=arguments.text_only,
         exploration=arguments.exploration,
-        description_coef=0.1,
         max_completion_length=arguments.tokens,
         rollout_batch_size=64 if DEVICE == "cpu" else 768,
         bf16=model.backbones[0].dtype == torch.bfloat16,
@@ -94,19 +94,21 @@ def load_learnt(pcm, path: Path):
 def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
-    described, rewarded = arguments.start or folder / "descriptions.safetensors", folder / "pcm.safetensors"
-    if rewarded.exists():
+    rewarded, described = folder / "rewards.safetensors", folder / "pcm.safetensors"
+    if described.exists():
         return folder
     set_seed(seed)
     model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k or None)
-    if not described.exists():
-        teach_descriptions(model, dataset, folder, seed, arguments.description_steps)
-        save_learnt(model.pcm, described)
-    load_learnt(model.pcm, described)
-    trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
-    save_learnt(model.pcm, rewarded)
+    if not rewarded.exists():
+        model.pcm.body.requires_grad_(False)
+        trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+        save_learnt(model.pcm, rewarded)
+    load_learnt(model.pcm, rewarded)
+    model.pcm.body.requires_grad_(True)
+    teach_descriptions(model, dataset, folder, seed, arguments.description_steps)
+    save_learnt(model.pcm, described)
     return folder
 
 
@@ -142,14 +144,12 @@ def main():
     parser.add_argument("--prompts", type=int, default=240, help="train on so many of the shortest prompts")
     parser.add_argument("--rollouts", type=int, default=12)
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
-    parser.add_argument("--iterations", type=int, default=2, help="passes through a rollout")
+    parser.add_argument("--iterations", type=int, default=8, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
     parser.add_argument("--description-steps", type=int, default=240, help="updates that teach descriptions")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--eta", type=float, default=16.0)
-    parser.add_argument("--text-only", type=float, default=0.1, help="share of prompts with the preference in words")
     parser.add_argument("--exploration", type=float, default=2.0, help="noise on the weights of a rollout")
-    parser.add_argument("--start", type=Path, help="a PCM to go on from, in a new OUTPUT, instead of part 2")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument(
         "--expert-top-k", type=int, default=demo.EXPERT_TOP_K, help="tokens that an expert keeps; 0: all"
@@ -160,8 +160,6 @@ def main():
         arguments.output /= "quick"
         arguments.prompts, arguments.rollouts, arguments.completions, arguments.tokens = 8, 1, 8, 16
         arguments.description_steps = 2
-    if arguments.start and not arguments.start.exists():
-        parser.error(f"--start: there is no file {arguments.start}")
     base, tokenizer = base_model()
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)

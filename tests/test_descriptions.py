@@ -10,8 +10,9 @@ from test_training import tiny_ensemble
 from torch.testing import assert_close
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.preferences import description_prefix
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
-from modeling_pcm_ensemble.training.losses import declared_weights_loss, log_described_share
+from modeling_pcm_ensemble.training.losses import expert_weight_cross_entropy, log_described_share
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
@@ -80,12 +81,28 @@ def test_words_stand_for_the_weights_of_the_preferences_that_are_given(tmp_path)
     assert_close(told, torch.tensor([0.9, 0.0, 0.1]), atol=0.05, rtol=0)
 
 
+def test_what_the_pcm_does_under_weights_it_keeps_and_does_when_told_in_words(tmp_path):
+    model = tiny_ensemble()
+    torch.nn.init.normal_(model.pcm.head.weight, std=0.2)  # as if rewards had taught it
+    prefix_ids = torch.tensor([description_prefix(model.config, [1.0, 0.0, 1.0])])
+    ids = torch.tensor([model.tokenizer(TEXTS["prompt"][0] + TEXTS["completion"][0])["input_ids"]])
+
+    def answer(**told):
+        return model.compute_expert_weights(ids, **told)[0, -len(TEXTS["completion"][0]) :, [0, 2]].detach()
+
+    before = answer(preference=["e0", "e2"])
+    assert before.std(dim=0).min() > 0.1  # it depends on the context
+    make_trainer(tmp_path, model, learning_rate=3e-3, max_steps=400, logging_steps=400).train()
+    for told in ({"preference": ["e0", "e2"]}, {"preference_ids": prefix_ids}):
+        assert (answer(**told) - before).abs().mean() < 0.04, told
+
+
 def test_the_losses_equal_their_formulas():
     logits = torch.tensor([[[1.0, 2.0, 3.0]]])
     probs = logits.softmax(-1)[0, 0]
     assert_close(log_described_share(logits, torch.tensor([[True, False, True]]))[0, 0], (probs[0] + probs[2]).log())
     expected = -(0.25 * probs[0].log() + 0.75 * probs[2].log())
-    assert_close(declared_weights_loss(logits, torch.tensor([[0.25, 0.0, 0.75]]))[0, 0], expected)
+    assert_close(expert_weight_cross_entropy(logits, torch.tensor([[[0.25, 0.0, 0.75]]]))[0, 0], expected)
 
 
 def test_every_choice_of_at_most_one_expert_a_dimension_is_described(tmp_path):

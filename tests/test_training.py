@@ -439,6 +439,16 @@ def test_embeddings_learn_where_that_is_asked_for(tmp_path):
     assert not torch.equal(embeddings, before)
 
 
+def test_what_was_frozen_before_stays_frozen_and_the_head_learns_without_it(tmp_path):
+    model = tiny_ensemble()
+    model.pcm.body.requires_grad_(False)
+    before = copy.deepcopy(model.pcm.state_dict())
+    trainer = make_trainer(tmp_path, model, max_steps=2)
+    trainer.train()
+    changed = [name for name, value in model.pcm.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["head.weight"]
+
+
 def test_activation_checkpointing_runs_layers_again_and_turns_no_dropout_on(tmp_path):
     model = tiny_ensemble()
     trainer = make_trainer(tmp_path, model, activation_checkpointing=True, max_steps=1)

@@ -3,18 +3,19 @@
 import copy
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
+from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..prefixes import encode_description, pad_left
 from .checks import check_columns, check_lengths
-from .losses import declared_weights_loss, log_described_share
+from .losses import expert_weight_cross_entropy, log_described_share
 from .pcm_trainer import PCMTrainer, padding_tokenizer
-from .preference_sampling import PreferenceSampler, default_preference_sets, reward_shares
+from .preference_sampling import DrawnPreference, PreferenceSampler, default_preference_sets, reward_shares
 from .rollouts import completion_weight_logits, describe, tokenize, with_words
 
 
@@ -24,7 +25,6 @@ class DescriptionConfig(TrainingArguments):
     Settings of [`DescriptionTrainer`]: those of [`~transformers.TrainingArguments`], with defaults of its own.
     """
 
-    # Three times as much is faster, and leaves little in the hidden states of what stands after the descriptions.
     learning_rate: float = field(default=2.5e-4, metadata={"help": "Initial learning rate."})
     max_steps: int = field(default=240, metadata={"help": "Updates."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of an update."})
@@ -44,9 +44,10 @@ class DescriptionConfig(TrainingArguments):
 
 class DescriptionTrainer(PCMTrainer):
     r"""
-    Teaches a PCM to choose from words: with every expert active, α should be the weights that the words stand for,
-    told as `preference_text` as often as in a system message. No expert runs and no reward is needed, since
-    what words stand for is declared; [`RebelTrainer`] then starts from a PCM that can tell preferences apart.
+    Teaches a PCM to choose from words: with every expert active, α should be, at each token, what the PCM as it was
+    gives under the weights that the words stand for. They are told as `preference_text` as often as in a system
+    message. No expert runs and no reward is needed, since what words stand for is declared; and what [`RebelTrainer`]
+    taught the PCM before, when told weights, it keeps. An untrained PCM is taught the weights themselves.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
@@ -89,19 +90,33 @@ class DescriptionTrainer(PCMTrainer):
         longest = _worded(model.config, [max(ids, key=len) for ids in self.wordings])
         _check_texts(train_dataset, longest, tokenizer)
         super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer)
+        self._before = copy.deepcopy(model.pcm).eval()
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
     def _prepare_inputs(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
         """
-        What [`completion_weight_logits`] takes, and `shares`, `(rows, experts)`; each row's preference is drawn, and
-        how it is worded.
+        What [`completion_weight_logits`] takes, `targets`, `(rows, seq, experts)`, and `shares`, `(rows, experts)`;
+        each row's preference is drawn, and how it is worded.
         """
-        tokenizer, generator = self.processing_class, self._generator
-        draws = [self.preferences.draw(generator) for _ in inputs]
-        configs = [self._reworded() for _ in inputs]
-        prompts = [with_words(row["prompt"], *how, tokenizer) for row, *how in zip(inputs, draws, configs)]
+        draws = [self.preferences.draw(self._generator) for _ in inputs]
+        shares = reward_shares(draws).to(self.args.device)
+        unworded = [replace(draw, words=None) for draw in draws]
+        with torch.no_grad():
+            before = completion_weight_logits(
+                self._before, **self._tensors(inputs, unworded, [self.ensemble.config] * len(draws))
+            )
+        targets = log_expert_weights(before, shares.log()).exp()
+        texts = self._tensors(inputs, draws, [self._reworded() for _ in inputs])
+        return texts | {"targets": targets, "shares": shares}
+
+    def _tensors(
+        self, rows: list[dict], draws: list[DrawnPreference], configs: list[PCMEnsembleConfig]
+    ) -> dict[str, torch.Tensor]:
+        """What [`completion_weight_logits`] takes."""
+        tokenizer = self.processing_class
+        prompts = [with_words(row["prompt"], *how, tokenizer) for row, *how in zip(rows, draws, configs)]
         prompt_ids = pad_left(tokenize(tokenizer, prompts))
-        completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in inputs]
+        completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in rows]
         completion_ids = pad_left([ids[::-1] for ids in completions]).flip(1)  # padded on the right
         tensors = {
             "prompt_ids": prompt_ids.clamp(min=0),
@@ -109,7 +124,6 @@ class DescriptionTrainer(PCMTrainer):
             "completion_ids": completion_ids.clamp(min=0),
             "completion_mask": (completion_ids >= 0).long(),
             "prefix_ids": describe(configs, draws),
-            "shares": reward_shares(draws),
         }
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
 
@@ -120,11 +134,11 @@ class DescriptionTrainer(PCMTrainer):
         return _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """The cross-entropy of α, if all experts ran, from the weights that the words stand for, in nats a token."""
-        shares, mask = inputs["shares"], inputs["completion_mask"]
-        texts = {name: tensor for name, tensor in inputs.items() if name != "shares"}
+        """The cross-entropy of α, if all experts ran, from what it was under weights, in nats a token."""
+        targets, shares, mask = inputs["targets"], inputs["shares"], inputs["completion_mask"]
+        texts = {name: tensor for name, tensor in inputs.items() if name not in ("targets", "shares")}
         expert_weight_logits = completion_weight_logits(model, **texts)
-        loss = (declared_weights_loss(expert_weight_logits, shares) * mask).sum() / mask.sum()
+        loss = (expert_weight_cross_entropy(expert_weight_logits, targets) * mask).sum() / mask.sum()
         share = log_described_share(expert_weight_logits.detach(), shares > 0).exp()
         self._note({"described_share": ((share * mask).sum() / mask.sum()).item()})
         return (loss, expert_weight_logits) if return_outputs else loss

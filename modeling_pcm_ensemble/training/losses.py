@@ -113,12 +113,12 @@ def log_described_share(expert_weight_logits: torch.Tensor, wanted: torch.Tensor
     return log_weights.masked_fill(~wanted[:, None], float("-inf")).logsumexp(dim=-1)
 
 
-def declared_weights_loss(expert_weight_logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def expert_weight_cross_entropy(expert_weight_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     r"""
-    Compute the cross-entropy of α, if all experts ran at weight 1, from declared weights, `(batch, seq)`, in nats.
+    Compute the cross-entropy of α, if all experts ran at weight 1, from target weights, `(batch, seq)`, in nats.
 
     Args:
         expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
-        shares (`torch.FloatTensor` of shape `(batch, experts)`): the weights; rows sum to 1.
+        targets (`torch.FloatTensor` of shape `(batch, seq, experts)`): the weights; each token's sum to 1.
     """
-    return -(shares[:, None] * precise(expert_weight_logits).log_softmax(dim=-1)).sum(dim=-1)
+    return -(targets * precise(expert_weight_logits).log_softmax(dim=-1)).sum(dim=-1)
