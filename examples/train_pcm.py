@@ -72,6 +72,7 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
         seed=seed,
         max_steps=steps,
         per_device_train_batch_size=16,
+        bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         report_to="none",
     )
@@ -146,7 +147,7 @@ def main():
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
     parser.add_argument("--iterations", type=int, default=8, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
-    parser.add_argument("--description-steps", type=int, default=240, help="updates that teach descriptions")
+    parser.add_argument("--description-steps", type=int, default=480, help="updates that teach descriptions")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--exploration", type=float, default=2.0, help="noise on the weights of a rollout")

@@ -57,8 +57,9 @@ class DescriptionTrainer(PCMTrainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the ensemble's tokenizer.
         preference_sets (`list`, *optional*): preferences that are described; defaults to every combination of at most
             one expert for each dimension. All experts at weight 1 are always among them.
-        paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description. Each row is told in
-            one of them, or in the description, so that the PCM learns what is meant and not how it is put.
+        paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description, so that the PCM
+            learns what is meant and not how it is put. Half of the rows are told in the descriptions, which it reads
+            under weights too; in the others, each description is drawn from it and its paraphrases.
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,
@@ -101,7 +102,7 @@ class DescriptionTrainer(PCMTrainer):
         draws = [self.preferences.draw(self._generator) for _ in inputs]
         shares = reward_shares(draws).to(self.args.device)
         unworded = [replace(draw, words=None) for draw in draws]
-        with torch.no_grad():
+        with torch.no_grad(), self.compute_loss_context_manager():
             before = completion_weight_logits(
                 self._before, **self._tensors(inputs, unworded, [self.ensemble.config] * len(draws))
             )
@@ -128,8 +129,8 @@ class DescriptionTrainer(PCMTrainer):
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
 
     def _reworded(self) -> PCMEnsembleConfig:
-        """The config with one of each expert's wordings."""
-        if all(len(ids) == 1 for ids in self.wordings):
+        """The config, with one of each expert's wordings for every other row."""
+        if all(len(ids) == 1 for ids in self.wordings) or self._generator.random() < 0.5:
             return self.ensemble.config
         return _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
 
