@@ -46,8 +46,8 @@ class DescriptionTrainer(PCMTrainer):
     r"""
     Teaches a PCM to choose from words: with every expert active, α should be, at each token, what the PCM as it was
     gives under the weights that the words stand for. They are told as `preference_text` as often as in a system
-    message. No expert runs and no reward is needed, since what words stand for is declared; and what [`RebelTrainer`]
-    taught the PCM before, when told weights, it keeps. An untrained PCM is taught the weights themselves.
+    message. No expert runs and no reward is needed, since what words stand for is declared. What [`RebelTrainer`] has
+    taught the PCM to do under weights hardly changes; an untrained PCM is taught the weights themselves.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
