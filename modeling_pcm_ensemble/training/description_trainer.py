@@ -47,7 +47,9 @@ class DescriptionTrainer(PCMTrainer):
     Teaches a PCM to choose from words: with every expert active, α should be, at each token, what the PCM as it was
     gives under the weights that the words stand for. They are told as `preference_text` as often as in a system
     message. No expert runs and no reward is needed, since what words stand for is declared. What [`RebelTrainer`] has
-    taught the PCM to do under weights hardly changes; an untrained PCM is taught the weights themselves.
+    taught the PCM to do under equal weights hardly changes; an untrained PCM is taught the weights themselves. Under
+    weights it reads descriptions too, without how much each counts: if words stand for unequal weights, it leans
+    likewise there, beside the weights it is given.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
@@ -59,7 +61,7 @@ class DescriptionTrainer(PCMTrainer):
             one expert for each dimension. All experts at weight 1 are always among them.
         paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description, so that the PCM
             learns what is meant and not how it is put. Half of the rows are told in the descriptions, which it reads
-            under weights too; in the others, each description is drawn from it and its paraphrases.
+            under weights too; in the other half, each description is drawn from it and its paraphrases.
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,
@@ -129,7 +131,7 @@ class DescriptionTrainer(PCMTrainer):
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
 
     def _reworded(self) -> PCMEnsembleConfig:
-        """The config, with one of each expert's wordings for every other row."""
+        """The config, as it is or, half of the time, with one of each expert's wordings."""
         if all(len(ids) == 1 for ids in self.wordings) or self._generator.random() < 0.5:
             return self.ensemble.config
         return _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
