@@ -49,7 +49,8 @@ def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
 def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_path):
     model = tiny_ensemble()
     names = [model.tokenizer.decode(expert["description_ids"]) for expert in model.config.experts]
-    make_trainer(tmp_path, model, paraphrases={"e0": ["be big", "grow"], "e2": ["paint it"]}, max_steps=400).train()
+    paraphrases = {"e0": ["be big", "grow"], "e2": ["paint it"]}
+    make_trainer(tmp_path, model, paraphrases=paraphrases, learning_rate=3e-3, max_steps=900).train()
     ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
     told = {
         words: model.compute_expert_weights(ids, preference_text=words)[0, -1, expert].item()
