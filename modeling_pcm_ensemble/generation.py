@@ -85,8 +85,17 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
             preference = {"preference": cache.route.weights, "preference_ids": cache.route.prefix_ids}
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                if self.config.expert_top_k is not None:
+                    raise ValueError(
+                        "`guidance_scale` cannot be used with `expert_top_k`: it compares what both branches say of a "
+                        "token, which either may have cut off. Set `model.config.expert_top_k = None`."
+                    )
                 processor.model = partial(self, **preference)
         return processors
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        """Ask for logits with the experts' own zero, on which penalties and other logits processors depend."""
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"normalize_logits": False}
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:

@@ -5,6 +5,11 @@ from typing import NamedTuple
 import torch
 
 
+# What an expert's top k leaves out keeps its probability times e^-100, 4e-44: no sample changes, while a grammar that
+# forbids all that was kept, and given text, find finite numbers in the order of the whole mixture.
+DROPPED = 100.0  # nats
+
+
 class ExpertLogits(NamedTuple):
     r"""
     One expert's logits, `(active rows, seq, vocab)`, on the batch rows that run it, `(active rows,)`; `rows` is None
@@ -38,6 +43,7 @@ def mixture_log_probs(
     merge: str = "probabilities",
     expert_top_k: int | None = None,
     exact: bool = True,
+    normalize: bool = True,
 ) -> torch.Tensor:
     r"""
     Merge the experts' next-token distributions: log π = log Σ_i α_i π_i.
@@ -46,39 +52,50 @@ def mixture_log_probs(
         expert_logits (`list[ExpertLogits]`): N experts or fewer; in each row at least one.
         log_expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`): log α.
         merge (`str`): `"probabilities"`, or `"logits"` for π ∝ exp Σ_i α_i logits_i, the paper's ablation.
-        expert_top_k (`int`, *optional*): keep each expert's k most probable tokens and renormalise.
+        expert_top_k (`int`, *optional*):
+            Keep each expert's k most probable tokens and renormalise. What no expert keeps has its probability of the
+            whole mixture times e^-100, below 1e-43 together; its order is that of the whole mixture.
         exact (`bool`):
             Sum in log space, in full precision for improbable tokens and differentiable in log α; needs memory for
             all experts' distributions at once. False sums probabilities in place: values below 1e-38 are rounded.
+        normalize (`bool`):
+            False adds Σ_i α_i log Z_i at each position, Z_i being what expert i's kept tokens were divided by. One
+            expert's logits then come back as they were. With `merge="logits"` it gives Σ_i α_i logits_i.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, seq, vocab)`: log π in nats.
+        `torch.FloatTensor` of shape `(batch, seq, vocab)`: log π in nats, plus the above without `normalize`. A token
+        that every expert gives -inf has -inf, and no gradient.
 
-    Source: arXiv 2407.04181.
+    Source: arXiv 2407.04181; the offset of `normalize=False` is this library's.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_pcm_ensemble.merging import ExpertLogits, mixture_log_probs
+
+    >>> experts = [ExpertLogits(0, None, torch.tensor([[[0.9, 0.1]]]).log()), ExpertLogits(1, None, torch.zeros(1, 1, 2))]
+    >>> even = torch.tensor([[[0.5, 0.5]]]).log()
+    >>> [round(p, 3) for p in mixture_log_probs(experts, even).exp().flatten().tolist()]
+    [0.7, 0.3]
+
+    ```
     """
     if merge == "logits":
-        return _sum_logits(expert_logits, log_expert_weights).log_softmax(dim=-1)
-    if expert_top_k is not None:
-        expert_logits = [entry._replace(logits=_keep_top_k(entry.logits, expert_top_k)) for entry in expert_logits]
+        logits = _sum_logits(expert_logits, log_expert_weights)
+        return logits.log_softmax(dim=-1) if normalize else logits
+
     if exact:
-        terms = [
-            _spread(entry, precise(entry.logits).log_softmax(dim=-1), len(log_expert_weights), float("-inf"))
-            + log_expert_weights[:, :, entry.expert, None]
-            for entry in expert_logits
-        ]
-        stacked = torch.stack(terms)  # (experts, batch, seq, vocab)
-        if expert_top_k is None:
-            return stacked.logsumexp(dim=0)
-        dropped = stacked.isinf().all(dim=0)  # kept by no expert; logsumexp has no gradient there
-        return stacked.masked_fill(dropped, 0).logsumexp(dim=0).masked_fill(dropped, float("-inf"))
+        return _log_sum_exactly(expert_logits, log_expert_weights, expert_top_k, normalize)
     expert_weights = log_expert_weights.exp()
     if not expert_weights.is_cpu or any(entry.rows is not None for entry in expert_logits):
-        return _log_sum_probs(expert_logits, expert_weights, expert_top_k)
+        return _log_sum_probs(expert_logits, expert_weights, expert_top_k, normalize)
+
     # A few rows at a time: what is summed then stays in the processor's cache, three times as fast for 32 rows.
     starts = range(0, len(expert_weights), 2)
     chunks = [[entry._replace(logits=entry.logits[start : start + 2]) for entry in expert_logits] for start in starts]
     weights = expert_weights.split(2)
-    return torch.cat([_log_sum_probs(chunk, part, expert_top_k) for chunk, part in zip(chunks, weights)])
+    return torch.cat([_log_sum_probs(chunk, part, expert_top_k, normalize) for chunk, part in zip(chunks, weights)])
 
 
 def token_log_probs(
@@ -94,16 +111,16 @@ def token_log_probs(
         expert_top_k (`int`, *optional*): as in [`mixture_log_probs`].
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, seq, experts)`: log π_i of each token, -inf where expert i did not run.
+        `torch.FloatTensor` of shape `(batch, seq, experts)`: log π_i of each token, -inf where expert i did not run. What
+        expert i's top k leaves out has its log π_i less 100 nats.
     """
     dtype = torch.promote_types(expert_logits[0].logits.dtype, torch.float32)
     log_probs = torch.full((*token_ids.shape, num_experts), float("-inf"), dtype=dtype, device=token_ids.device)
     for expert, rows, logits in expert_logits:
         tokens = token_ids if rows is None else token_ids[rows]
-        if expert_top_k is not None:
-            logits = _keep_top_k(logits, expert_top_k)
         rows = slice(None) if rows is None else rows
-        log_probs[rows, :, expert] = precise(logits).log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+        of_expert = _log_probs(logits, expert_top_k)  # (active rows, seq, vocab)
+        log_probs[rows, :, expert] = of_expert.gather(-1, tokens[..., None])[..., 0]
     return log_probs
 
 
@@ -119,38 +136,99 @@ def _spread(entry: ExpertLogits, values: torch.Tensor, batch_size: int, fill: fl
     return values.new_full((batch_size, *values.shape[1:]), fill).index_copy_(0, entry.rows, values)
 
 
-def _keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """-inf for all but the k highest logits of each distribution."""
-    top, index = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    return torch.full_like(logits, float("-inf")).scatter_(-1, index, top)
+def _log_probs(logits: torch.Tensor, expert_top_k: int | None) -> torch.Tensor:
+    """One expert's log π_i; where it has a top k, of those renormalised, and of the rest less `DROPPED`."""
+    log_probs = precise(logits).log_softmax(dim=-1)
+    if expert_top_k is None:
+        return log_probs
+    top, index = logits.topk(min(expert_top_k, logits.shape[-1]), dim=-1)
+    return (log_probs - DROPPED).scatter_(-1, index, precise(top).log_softmax(dim=-1))
+
+
+def _log_sum_exactly(
+    expert_logits: list[ExpertLogits], log_expert_weights: torch.Tensor, expert_top_k: int | None, normalize: bool
+) -> torch.Tensor:
+    """log Σ_i α_i π_i, `(batch, seq, vocab)`, in log space."""
+    batch_size, terms, offset = len(log_expert_weights), [], 0.0
+    for entry in expert_logits:
+        log_probs, log_weights = _log_probs(entry.logits, expert_top_k), log_expert_weights[:, :, entry.expert, None]
+        terms.append(_spread(entry, log_probs, batch_size, float("-inf")) + log_weights)
+
+        if not normalize:
+            log_normalizer = _log_normalizer(entry.logits, log_probs.amax(dim=-1, keepdim=True))
+            offset = offset + _spread(entry, log_normalizer, batch_size, 0.0) * log_weights.exp()
+
+    stacked = torch.stack(terms)  # (experts, batch, seq, vocab)
+    impossible = stacked.isneginf().all(dim=0)  # logsumexp has no gradient there that is a number
+    mixture = stacked.masked_fill(impossible, 0).logsumexp(dim=0)
+    return mixture.masked_fill(impossible, float("-inf")) + offset
 
 
 def _log_sum_probs(
-    expert_logits: list[ExpertLogits], expert_weights: torch.Tensor, expert_top_k: int | None
+    expert_logits: list[ExpertLogits], expert_weights: torch.Tensor, expert_top_k: int | None, normalize: bool
 ) -> torch.Tensor:
     """log Σ_i α_i π_i, `(batch, seq, vocab)`; each vocabulary-sized tensor is written once and then reused."""
-    mixture = None
-    for expert, rows, logits in sorted(expert_logits, key=lambda entry: entry.rows is not None):
+    tiny, batch_size = torch.finfo(torch.float32).tiny, len(expert_weights)
+    mixture, offset, kept = None, 0.0, []
+    for entry in sorted(expert_logits, key=lambda entry: entry.rows is not None):
+        expert, rows, logits = entry
         probs = logits.softmax(dim=-1, dtype=torch.float32)  # (active rows, seq, vocab)
         weights = expert_weights[:, :, expert, None]  # (batch, seq, 1)
+        best = probs
+
+        if expert_top_k is not None:
+            top, index = logits.topk(min(expert_top_k, logits.shape[-1]), dim=-1)  # (active rows, seq, k)
+            best = top.softmax(dim=-1, dtype=torch.float32)
+            shares = best * (weights if rows is None else weights[rows])
+            kept.append((_places(rows, index), shares.clamp_(min=tiny)))
+
+        if not normalize:
+            log_normalizer = _log_normalizer(logits, best.amax(dim=-1, keepdim=True).log())
+            offset = offset + _spread(entry, log_normalizer, batch_size, 0.0) * weights
+
         if rows is None:
             mixture = probs.mul_(weights) if mixture is None else mixture.addcmul_(probs, weights)
-            continue
-        if mixture is None:
-            mixture = probs.new_zeros(len(expert_weights), *probs.shape[1:])
-        mixture.index_add_(0, rows, probs.mul_(weights[rows]))
-    if expert_top_k is None:
-        mixture.clamp_(min=torch.finfo(torch.float32).tiny)  # log 0 only for tokens that no expert kept
-    return mixture.log_()
+        else:
+            mixture = probs.new_zeros(batch_size, *probs.shape[1:]) if mixture is None else mixture
+            mixture.index_add_(0, rows, probs.mul_(weights[rows]))
+
+    log_probs = mixture.clamp_(min=tiny).log_()
+    if kept:
+        _put_kept(log_probs, kept)
+    return log_probs if normalize else log_probs.add_(offset)
+
+
+def _places(rows: torch.LongTensor | None, index: torch.LongTensor) -> tuple[torch.LongTensor, ...]:
+    """Where tokens `index`, `(active rows, seq, k)`, of an expert's rows stand in a tensor `(batch, seq, vocab)`."""
+    num_rows, seq, _ = index.shape
+    rows = torch.arange(num_rows, device=index.device) if rows is None else rows
+    return rows[:, None, None], torch.arange(seq, device=index.device)[:, None], index
+
+
+def _put_kept(log_probs: torch.Tensor, kept: list[tuple[tuple[torch.LongTensor, ...], torch.Tensor]]):
+    """Write log Σ_i α_i π_i of the experts' top k over the whole mixture's, which is lowered by `DROPPED`."""
+    sums = torch.zeros_like(log_probs)
+    for places, shares in kept:
+        sums[places] += shares  # an expert keeps a token once
+
+    log_probs.sub_(DROPPED)
+    for places, _ in kept:
+        log_probs[places] = sums[places].log()
+
+
+def _log_normalizer(logits: torch.Tensor, best_log_prob: torch.Tensor) -> torch.Tensor:
+    """log Z, `(active rows, seq, 1)`, of log π = logits - log Z, read off the most probable token."""
+    return precise(logits.amax(dim=-1, keepdim=True)) - best_log_prob
 
 
 def _sum_logits(expert_logits: list[ExpertLogits], log_expert_weights: torch.Tensor) -> torch.Tensor:
     """Σ_i α_i logits_i, `(batch, seq, vocab)`."""
-    return sum(
-        _spread(entry, precise(entry.logits), len(log_expert_weights), 0.0)
-        * log_expert_weights[:, :, entry.expert, None].exp()
-        for entry in expert_logits
-    )
+    total, impossible = 0.0, False
+    for entry in expert_logits:
+        logits = _spread(entry, precise(entry.logits), len(log_expert_weights), 0.0)
+        impossible = logits.isneginf() | impossible  # 0 · -inf, and the gradient of α there, are no numbers
+        total = total + logits.masked_fill(logits.isneginf(), 0) * log_expert_weights[:, :, entry.expert, None].exp()
+    return total.masked_fill(impossible, float("-inf"))
 
 
 __all__ = ["ExpertLogits", "log_expert_weights", "mixture_log_probs", "precise", "token_log_probs"]

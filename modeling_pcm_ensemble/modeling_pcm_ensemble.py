@@ -33,7 +33,8 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): next-token cross-entropy, when `labels` are given.
-        logits (`torch.FloatTensor` of shape `(batch, seq, vocab)`): log π, the mixture's log-probabilities in nats.
+        logits (`torch.FloatTensor` of shape `(batch, seq, vocab)`):
+            log π, the mixture's log-probabilities in nats; with `normalize_logits=False` plus an offset, see `forward`.
         past_key_values (`PCMEnsembleCache`, *optional*): to pass back with the next tokens.
         hidden_states, attentions (`tuple`, *optional*): the PCM's, over its prefix and the context.
         expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`):
@@ -247,6 +248,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_expert_logits: bool = False,
+        normalize_logits: bool = True,
         **kwargs,
     ) -> PCMEnsembleOutput:
         r"""
@@ -264,6 +266,9 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`; defaults to the ensemble's own.
             output_hidden_states, output_attentions (`bool`, *optional*): of the PCM.
             output_expert_logits (`bool`): whether to give each active expert's logits too.
+            normalize_logits (`bool`): False adds the experts' log-normalizers, Σ_i α_i log Z_i, to log π, so that one
+                active expert gives its own logits. `generate` asks for that, since some logits processors, such as
+                repetition penalties, depend on where the zero is.
 
         Raises:
             TypeError, ValueError: on input that is not as above, before any model runs.
@@ -290,6 +295,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         expert_logits = None
         if route.merges_adapters:
             logits = self._adapter_mixture(route, input_ids, attention_mask, cache, logits_to_keep, log_weights)
+            logits = logits.log_softmax(dim=-1) if normalize_logits else logits
             log_weights = log_weights[:, _kept(logits_to_keep)]
         else:
             expert_logits = self._expert_logits(route, input_ids, attention_mask, cache, logits_to_keep)
@@ -299,6 +305,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
                 self.config.merge,
                 self.config.expert_top_k,
                 exact=torch.is_grad_enabled() or labels is not None,
+                normalize=normalize_logits,
             )
         if cache is not None:
             cache.route = route
@@ -362,13 +369,13 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         return expert_logits
 
     def _adapter_mixture(self, route, input_ids, attention_mask, cache, logits_to_keep, log_weights) -> torch.Tensor:
-        """log π of the one model whose weights are Σ_i α_i (W + s_i B_i A_i), α changing from token to token."""
+        """Logits of the one model whose weights are Σ_i α_i (W + s_i B_i A_i), α changing from token to token."""
         ((backbone, rows),) = route.expert_rows.items()
         part = CachePart() if cache is None else cache.part(f"backbones.{backbone}")
         ((_, _, logits),) = self.backbones(
             backbone, rows, input_ids, attention_mask, part, logits_to_keep, log_weights.exp()
         )
-        return precise(logits).log_softmax(dim=-1)
+        return precise(logits)
 
     # Insight
 

@@ -254,12 +254,12 @@ def test_scores_logits_and_transition_scores_are_the_mixtures(mixed):
         **inputs, preference=weights, max_new_tokens=3, do_sample=False, return_dict_in_generate=True,
         output_scores=True, output_logits=True,
     )  # fmt: skip
-    transitions = mixed.compute_transition_scores(output.sequences, output.scores)
+    transitions = mixed.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
     for i, (row, row_weights) in enumerate(zip(ROWS, WEIGHTS)):
         for step in range(3):
             context = row + output.sequences[i, 5 : 5 + step].tolist()
             expected = reference(mixed, context, row_weights)["log_probs"][-1]
-            assert_close(output.logits[step][i], expected, atol=1e-4, rtol=0)
+            assert_close(output.logits[step][i].log_softmax(-1), expected, atol=1e-4, rtol=0)
             assert_close(transitions[i, step], expected[output.sequences[i, 5 + step]], atol=1e-4, rtol=0)
 
 

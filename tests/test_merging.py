@@ -119,3 +119,32 @@ def test_token_log_probs_are_those_of_the_experts_that_ran(seed, num_experts, vo
     )
     expected = expected[..., 0].masked_fill((weights == 0)[:, None], float("-inf"))
     assert_close(found, expected)
+
+
+@cases
+def test_tokens_that_no_expert_keeps_come_last_in_the_order_of_the_whole_mixture(seed, num_experts, vocab_size, exact):
+    logits, weights, opinions = random_case(seed, num_experts, vocab_size)
+    k = 1 + seed % max(vocab_size // 2, 1)
+    cut = mix(logits, weights, opinions, exact=exact, expert_top_k=k)
+    whole = mix(logits, weights, opinions, exact=exact)
+    in_top_k = logits >= logits.topk(k, dim=-1).values[..., -1:]
+    kept = (in_top_k & (weights.T > 0)[:, :, None, None]).any(dim=0)  # (batch, seq, vocab)
+
+    assert_close(cut.masked_fill(~kept, float("-inf")).exp().sum(-1), torch.ones(BATCH, SEQ))
+    assert cut.masked_fill(kept, float("-inf")).exp().sum() < 1e-40
+    assert (cut.masked_fill(~kept, float("inf")).amin(-1) > cut.masked_fill(kept, float("-inf")).amax(-1)).all()
+    assert_close(cut[~kept], whole[~kept] - 100, atol=1e-4, rtol=0)
+
+
+@cases
+def test_an_offset_for_the_experts_zero_is_the_weighted_mean_of_their_normalizers(
+    seed, num_experts, vocab_size, exact
+):
+    logits, weights, opinions = random_case(seed, num_experts, vocab_size)
+    alpha = log_expert_weights(opinions, weights.log()).exp()
+    for k in (None, 2):
+        found = mix(logits, weights, opinions, exact=exact, expert_top_k=k, normalize=False)
+        offset = found - mix(logits, weights, opinions, exact=exact, expert_top_k=k)
+        kept = logits if k is None else logits.topk(k, dim=-1).values
+        expected = torch.einsum("bse,ebs->bs", alpha, kept.logsumexp(-1))
+        assert_close(offset, expected[..., None].expand_as(offset), atol=1e-4, rtol=1e-4)

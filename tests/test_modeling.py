@@ -196,7 +196,9 @@ def test_expert_top_k_keeps_and_renormalises_each_experts_best_tokens(mixed, gra
     kept = probs * (probs >= probs.topk(3, dim=-1).values[..., -1:])
     mixture = torch.einsum("te,etv->tv", expected["expert_weights"], kept / kept.sum(-1, keepdim=True))
     assert_close(output.logits[0].exp(), mixture, atol=1e-5, rtol=0)
-    assert output.logits[0][mixture == 0].eq(float("-inf")).all()
+    dropped = mixture == 0
+    assert output.logits[0][dropped].exp().sum() < 1e-40
+    assert_close(output.logits[0][dropped], expected["log_probs"][dropped] - 100, atol=1e-3, rtol=0)
 
 
 def test_padded_vocabularies_are_cut_to_the_tokens_all_parts_know():
@@ -248,11 +250,43 @@ def test_parts_are_held_once():
 def test_experts_that_drop_tokens_leave_a_gradient_that_is_a_number(mixed):
     mixed.config.expert_top_k = 40
     output = mixed(torch.tensor([CONTEXT]), preference=torch.tensor(WEIGHTS))
-    kept = output.logits[output.logits.isfinite()]
-    assert len(kept) < output.logits.numel()
-    kept.sum().backward()
+    assert (output.logits < -90).any()
+    output.logits.sum().backward()
     assert mixed.pcm.head.weight.grad.isfinite().all()
     assert mixed.pcm.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("merge", ["probabilities", "logits"])
+@pytest.mark.parametrize("which", ["every expert", "one expert"])
+def test_tokens_that_experts_make_impossible_leave_a_gradient_that_is_a_number(mixed, merge, which):
+    mixed.config.merge = merge
+    backbones = list(mixed.backbones)[: None if which == "every expert" else 1]
+    for backbone in backbones:
+        backbone.get_output_embeddings().register_forward_hook(
+            lambda module, inputs, output: output.index_fill(-1, torch.tensor([98]), float("-inf"))
+        )
+    context = torch.tensor([CONTEXT])
+    output = mixed(context, preference=torch.tensor(WEIGHTS), labels=context)
+    possible = which == "one expert" and merge == "probabilities"
+    assert output.logits[..., 98].isfinite().all() == possible
+    output.loss.backward()
+    assert mixed.pcm.head.weight.grad.isfinite().all()
+    assert mixed.pcm.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("merge", "expert_top_k"), [("probabilities", None), ("probabilities", 5), ("logits", None)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_that_are_not_normalised_are_those_of_the_one_active_expert(mixed, merge, expert_top_k, grad):
+    mixed.config.merge, mixed.config.expert_top_k = merge, expert_top_k
+    context = torch.tensor([CONTEXT])
+    with torch.set_grad_enabled(grad):
+        output = mixed(context, preference="e1", normalize_logits=False, output_expert_logits=True)
+        mixture = mixed(context, preference={"e1": 1.0, "e3": 2.0}, normalize_logits=False)
+    alone = mixed.backbones[0](context).logits
+    kept = alone >= alone.topk(expert_top_k or VOCAB, dim=-1).values[..., -1:]
+    assert_close(output.logits[kept], alone[kept], atol=1e-4, rtol=0)
+    normalised = mixed(context, preference={"e1": 1.0, "e3": 2.0}).logits
+    assert_close(mixture.logits.log_softmax(-1), normalised.log_softmax(-1), atol=1e-4, rtol=0)
 
 
 def test_the_order_of_experts_does_not_matter():
@@ -300,12 +334,15 @@ def test_shares_of_right_padded_rows_and_truncated_experts_equal_the_formula(mix
     shares = mixed.attribute(ids, attention_mask=mask, preference=torch.tensor(WEIGHTS))
     for i, row in enumerate((CONTEXT, [31, 32, 33, 34])):
         expected = reference(mixed, row, WEIGHTS)
-        probs = expected["expert_log_probs"].exp()
-        probs = probs * (probs >= probs.topk(30, dim=-1).values[..., -1:])
+        whole = expected["expert_log_probs"].exp()
+        probs = whole * (whole >= whole.topk(30, dim=-1).values[..., -1:])
         probs = probs / probs.sum(-1, keepdim=True)
-        picked = probs[:, :-1].gather(2, torch.tensor(row[1:]).expand(6, -1)[..., None])[..., 0].T
-        parts = expected["expert_weights"][:-1] * picked
-        assert_close(shares[i, : len(row) - 1], (parts / parts.sum(-1, keepdim=True)).nan_to_num(), atol=1e-4, rtol=0)
+        picks = torch.tensor(row[1:]).expand(6, -1)[..., None]
+        kept, all_tokens = (
+            expected["expert_weights"][:-1] * of[:, :-1].gather(2, picks)[..., 0].T for of in (probs, whole)
+        )
+        parts = torch.where(kept.sum(-1, keepdim=True) > 0, kept, all_tokens)  # what no expert kept is shared too
+        assert_close(shares[i, : len(row) - 1], parts / parts.sum(-1, keepdim=True), atol=1e-4, rtol=0)
     assert shares[1, 3:].eq(0).all()
 
 

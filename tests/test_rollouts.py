@@ -85,7 +85,7 @@ def test_a_prompts_completions_under_one_preference_share_its_reading(prompt, tm
     model.backbones[1].register_forward_pre_hook(
         lambda module, args, kwargs: rows_read.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    model.register_forward_hook(lambda module, args, output: drawn_from.append(output.logits[:, -1]))
+    model.register_forward_hook(lambda module, args, output: drawn_from.append(output.logits[:, -1].log_softmax(-1)))
     first, second = trainer.preferences.sets  # backbone 1 is that of an expert in the second alone
     rows = [{"prompt": prompt}] * 3 + [{"prompt": "hello"}] * 2 + [{"prompt": prompt}] * 2
     rollout, _ = trainer.rollouts.sample(rows, [second] * 5 + [first] * 2, seed=0)
