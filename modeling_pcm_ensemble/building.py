@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from .chat_templates import leading_bos, render_prompt, without_default_system_turn
+from .chat_templates import check_prompt, leading_bos, render_prompt, without_default_system_turn
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import run_rows
 from .peft_format import check_adapter, read_adapter
@@ -406,6 +406,8 @@ def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | No
             f"Expert {name!r} has a `{'prompt' if prompt else 'description'}`, but none of the models has a tokenizer "
             "to read it. Pass `tokenizer=`."
         )
+    if prompt:
+        check_prompt(tokenizer, prompt, bos, f"Expert {name!r}")
     description = description or prompt or name
     return {
         "name": name,

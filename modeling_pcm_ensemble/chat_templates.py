@@ -1,30 +1,50 @@
-"""Chat templates: an expert's prompt as the system turn, and a template that adds no system turn of its own."""
+"""Chat templates: an expert's prompt as the system turn, and templates that add no system turn of their own."""
 
 import copy
 import json
+import re
 from contextlib import suppress
+from datetime import datetime
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 try:
-    from jinja2 import TemplateError
+    from jinja2 import Environment, TemplateError, meta
 except ImportError:  # rendering a template without jinja2 fails with transformers' own message
 
     class TemplateError(Exception):
         pass
 
 
+logger = logging.get_logger(__name__)
+
 SYSTEM, USER, ASSISTANT = "1f0a6c", "8b2e4d", "c7d915"  # texts that no template contains
+GENERATION, END = "<pcm-generation-5d7c1e>", "<pcm-endgeneration-5d7c1e>"
+ALWAYS_THERE = {"dict", "joiner", "cycler", "lipsum", "namespace", "range", "raise_exception", "strftime_now"}
+
+
+class _Turns(NamedTuple):
+    """
+    What a chat template writes before the user's first turn, with the system message `SYSTEM` and without one, and
+    what it writes from there on for a chat of the user's `USER` alone.
+    """
+
+    system: str
+    default: str
+    rest: str
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS token that begins every text once, so that a prefix and a context would both bring it; else None."""
     bos = tokenizer.bos_token_id
     texts = [tokenizer("a")["input_ids"]]
-    with suppress(TemplateError):  # a template that wants other chats than this one
-        has_template = isinstance(tokenizer.chat_template, str)
-        chat = _render(tokenizer, ("user", USER), ("assistant", ASSISTANT)) if has_template else ""
-        texts.append(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    template = _templates(tokenizer).get("default")
+    if template is not None:
+        with suppress(TemplateError):  # a template that wants other chats than this one
+            chat = _render(tokenizer, template, ("user", USER), ("assistant", ASSISTANT))
+            texts.append(_encode_text(tokenizer, chat))
     begins = bos is not None and any(ids[:1] == [bos] for ids in texts)
     return bos if begins and all(ids.count(bos) <= 1 for ids in texts) else None
 
@@ -32,60 +52,170 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: int | None) -> list[int]:
     """
     Tokens of an expert's prompt: the system turn of the chat template where it has one, else the text as it stands.
+
+    The template is handed the prompt as a system message, and writes of it what it always does; what it writes from
+    the user's turn on is left to the context.
     """
-    turns = _first_turns(tokenizer)
-    if turns is None:
-        return [bos] * (bos is not None) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return tokenizer(turns[0].replace(SYSTEM, prompt), add_special_tokens=False)["input_ids"]
+    template = _templates(tokenizer).get("default")
+    turns = None if template is None else _first_turns(tokenizer, template)
+    if turns is not None:
+        with_prompt = _render(tokenizer, template, ("system", prompt), ("user", USER))
+        if with_prompt.endswith(turns.rest):
+            return _encode_text(tokenizer, with_prompt.removesuffix(turns.rest))
+    return [bos] * (bos is not None) + _encode_text(tokenizer, prompt)
 
 
 def without_default_system_turn(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy whose chat template writes a system turn only when the chat has one."""
-    tokenizer = copy.deepcopy(tokenizer)
-    turns = _first_turns(tokenizer)
-    if turns is None or not turns[1]:
-        return tokenizer
-    # A chat without system message gets one, whose turn is then cut off. What stands before it, such as today's date,
-    # need not be known; what stands behind it does.
-    bos, end = turns[2], SYSTEM + turns[0].split(SYSTEM)[1]
-    system, bos, end = (json.dumps(text, ensure_ascii=False) for text in (SYSTEM, bos, end))
-    tokenizer.chat_template = (
-        "{% set has_system = messages[0]['role'] == 'system' %}"
-        "{% if not has_system %}"
-        f"{{% set messages = [{{'role': 'system', 'content': {system}}}] + messages %}}"
-        "{% endif %}"
-        "{% set rendered_chat %}" + tokenizer.chat_template.removesuffix("\n") + "{% endset %}"
-        f"{{{{ rendered_chat if has_system else {bos} + rendered_chat.split({end}, 1)[1] }}}}"
-    )
+    """
+    A copy whose chat templates write nothing but BOS before the user's first turn, unless the chat begins with a
+    system message, or tools, documents or other arguments change what stands there. Templates that do so already stay
+    as their author wrote them.
+    """
+    tokenizer = copy.copy(tokenizer)
+    bos = tokenizer.bos_token if leading_bos(tokenizer) is not None else None
+    templates = _templates(tokenizer)
+    for name, template in templates.items():
+        turns = _first_turns(tokenizer, template)
+        if turns is not None and turns.default not in ("", bos):
+            begins = bos is not None and turns.default.startswith(bos)
+            templates[name] = _wrapped(template, turns, bos if begins else "", tokenizer.special_tokens_map)
+
+    if templates:
+        tokenizer.chat_template = templates if isinstance(tokenizer.chat_template, dict) else templates["default"]
     return tokenizer
 
 
-def _first_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
+def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: int | None, label: str):
     """
-    What the chat template writes before the user's first turn: for a chat with the system message `SYSTEM`; by itself,
-    less BOS, for one without; and that BOS. None where there is no template, or none with a system turn of its own.
+    Warn unless [prompt | chat] is, token by token and on every day, what the tokenizer's chat template makes of the
+    prompt as a system message and the chat.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): as its author wrote it.
+        prompt (`str`): an expert's, whose `label` the warning names.
+        bos (`int`, *optional*): see [`leading_bos`].
     """
-    if not isinstance(tokenizer.chat_template, str):
-        return None
+    template = _templates(tokenizer).get("default")
+    if template is None:
+        return
+    turns = _first_turns(tokenizer, template)
+    if turns is None:
+        logger.warning(
+            f"The chat template has no system turn before the user's. {label} reads its prompt as plain text in front "
+            "of a chat."
+        )
+        return
+
+    of_ensemble, prompt_ids = without_default_system_turn(tokenizer), render_prompt(tokenizer, prompt, bos)
+    question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}
+    for chat in ([question], [question, answer, question]):
+        context = _encode(of_ensemble, chat)
+        if bos is not None and prompt_ids[:1] == context[:1] == [bos]:  # which the ensemble masks out
+            context = context[1:]
+        if prompt_ids + context != _encode(tokenizer, [{"role": "system", "content": prompt}, *chat]):
+            logger.warning(
+                f"{label} reads its prompt and then a chat in other tokens than the chat template makes of both: the "
+                "template, or the tokenizer, does not separate the system turn from the user's."
+            )
+            return
+
+    if turns.system.startswith(turns.default) and _encode_text(tokenizer, turns.default) not in ([], [bos]):
+        logger.warning(
+            f"The chat template begins every chat with {turns.default!r}. {label} reads it with its prompt; experts "
+            "without a prompt, and the PCM, do not read it."
+        )
+    if "strftime_now" in template and str(datetime.now().year) in turns.system:
+        logger.warning(
+            f"The chat template writes the date into the system turn. The prompt of {label} keeps today's. Build the "
+            "ensemble again to renew it."
+        )
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A copy of the chat templates by name; the only one is "default", as where there are several."""
+    template = tokenizer.chat_template
+    return {"default": template} if isinstance(template, str) else dict(template or {})
+
+
+def _first_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> _Turns | None:
+    """None where the template has no system turn that ends before the user's begins."""
     try:
-        exchange = _render(tokenizer, ("user", USER), ("assistant", ASSISTANT))
-        user_turn = _render(tokenizer, ("user", USER), ("assistant", ASSISTANT), ("user", USER)).removeprefix(exchange)
-        with_system = _render(tokenizer, ("system", SYSTEM), ("user", USER))
-        without_system = _render(tokenizer, ("user", USER))
+        system = _render(tokenizer, template, ("system", SYSTEM), ("user", USER))
+        default = _render(tokenizer, template, ("user", USER))
+        opened = _render(tokenizer, template, ("user", USER), add_generation_prompt=True)
     except TemplateError:  # how templates refuse a system message
         return None
-    if not (with_system.endswith(user_turn) and without_system.endswith(user_turn)):
+
+    behind = system.partition(SYSTEM)[2]
+    between = behind.partition(USER)[0]
+    bos = tokenizer.bos_token if leading_bos(tokenizer) is not None else ""
+    if system.endswith(default.removeprefix(bos)):  # there is no default system turn
+        rest = default.removeprefix(bos)
+    else:
+        start = _start_of_turn(between, opened.removeprefix(default) if opened.startswith(default) else "")
+        rest = behind[len(between) if start is None else start :]
+    if USER not in behind or not rest.partition(USER)[0] or len(rest) > len(behind) or not default.endswith(rest):
         return None
-    system_turn, default = with_system.removesuffix(user_turn), without_system.removesuffix(user_turn)
-    if SYSTEM not in system_turn:
-        return None
-    bos = "" if leading_bos(tokenizer) is None or not default.startswith(tokenizer.bos_token) else tokenizer.bos_token
-    return system_turn, default.removeprefix(bos), bos
+    return _Turns(system.removesuffix(rest), default.removesuffix(rest), rest)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str]) -> str:
+def _start_of_turn(text: str, other_turn: str) -> int | None:
+    """Where the last turn in `text` begins: what agrees longest with the beginning of another role's turn."""
+    agreement = [_common_prefix(text[start:], other_turn) for start in range(len(text))]
+    longest = max(agreement, default=0)
+    return max(start for start, length in enumerate(agreement) if length == longest) if longest else None
+
+
+def _common_prefix(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def _wrapped(template: str, turns: _Turns, bos: str, special_tokens: dict) -> str:
+    """
+    The template as a macro, and a cut: what it writes is compared with what it writes for a chat of one user's turn
+    without any other argument, and loses what stands before that turn where both begin with the same.
+
+    transformers finds the assistant's text by blocks marked `generation`, which it does not see inside a macro. They
+    become marks in the text there, and blocks again outside.
+    """
+    for inside, outside in (("generation", "call pcm_generation()"), ("endgeneration", "endcall")):
+        template = re.sub(rf"\{{%([-+]?)\s*{inside}\s*([-+]?)%\}}", rf"{{%\1 {outside} \2%}}", template)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    free = meta.find_undeclared_variables(environment.parse(template)) | {"messages"}
+    names = sorted(free - ALWAYS_THERE - set(special_tokens) - {"pcm_generation"})
+    probe = json.dumps([{"role": "user", "content": USER}])
+    nothing = "".join(f", {name}=none" for name in ("tools", "documents") if name in names)
+    mark, end = json.dumps(GENERATION), json.dumps(END)
+
+    return (
+        f"{{% macro pcm_generation() %}}{{{{ {mark} + caller() + {end} }}}}{{% endmacro %}}"
+        f"{{% macro pcm_original({', '.join(names)}) %}}\n" + template.removesuffix("\n") + "{{ '' }}{% endmacro %}"
+        f"{{% set pcm_chat = pcm_original({', '.join(f'{name}={name}' for name in names)}) %}}"
+        "{% if messages[0]['role'] not in ['system', 'developer'] %}"
+        f"{{% set pcm_default = pcm_original(messages={probe}{nothing}) %}}"
+        f"{{% set pcm_default = pcm_default[:pcm_default | length - {len(turns.rest)}] %}}"
+        "{% if pcm_chat.startswith(pcm_default) %}"
+        f"{{% set pcm_chat = {json.dumps(bos)} + pcm_chat[pcm_default | length:] %}}"
+        "{% endif %}{% endif %}"
+        f"{{% set pcm_parts = pcm_chat.split({mark}) %}}{{{{ pcm_parts[0] }}}}"
+        "{% for pcm_part in pcm_parts[1:] %}"
+        f"{{% generation %}}{{{{ pcm_part.split({end})[0] }}}}{{% endgeneration %}}"
+        f"{{{{ pcm_part.split({end})[1:] | join }}}}"
+        "{% endfor %}"
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, template: str, *turns: tuple[str, str], **options) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
 
 
-__all__ = ["leading_bos", "render_prompt", "without_default_system_turn"]
+__all__ = ["check_prompt", "leading_bos", "render_prompt", "without_default_system_turn"]

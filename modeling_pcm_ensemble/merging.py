@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-
 # What an expert's top k leaves out keeps its probability times e^-100, 4e-44: no sample changes, while a grammar that
 # forbids all that was kept, and given text, find finite numbers in the order of the whole mixture.
 DROPPED = 100.0  # nats
@@ -74,7 +73,8 @@ def mixture_log_probs(
     >>> import torch
     >>> from modeling_pcm_ensemble.merging import ExpertLogits, mixture_log_probs
 
-    >>> experts = [ExpertLogits(0, None, torch.tensor([[[0.9, 0.1]]]).log()), ExpertLogits(1, None, torch.zeros(1, 1, 2))]
+    >>> logits = [torch.tensor([[[0.9, 0.1]]]).log(), torch.zeros(1, 1, 2)]
+    >>> experts = [ExpertLogits(i, None, logits[i]) for i in range(2)]
     >>> even = torch.tensor([[[0.5, 0.5]]]).log()
     >>> [round(p, 3) for p in mixture_log_probs(experts, even).exp().flatten().tolist()]
     [0.7, 0.3]
@@ -111,8 +111,8 @@ def token_log_probs(
         expert_top_k (`int`, *optional*): as in [`mixture_log_probs`].
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, seq, experts)`: log π_i of each token, -inf where expert i did not run. What
-        expert i's top k leaves out has its log π_i less 100 nats.
+        `torch.FloatTensor` of shape `(batch, seq, experts)`: log π_i of each token, -inf where expert i did not run.
+        What expert i's top k leaves out has its log π_i less 100 nats.
     """
     dtype = torch.promote_types(expert_logits[0].logits.dtype, torch.float32)
     log_probs = torch.full((*token_ids.shape, num_experts), float("-inf"), dtype=dtype, device=token_ids.device)

@@ -34,7 +34,7 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): next-token cross-entropy, when `labels` are given.
         logits (`torch.FloatTensor` of shape `(batch, seq, vocab)`):
-            log π, the mixture's log-probabilities in nats; with `normalize_logits=False` plus an offset, see `forward`.
+            log π, the mixture's log-probabilities in nats; plus an offset with `normalize_logits=False`.
         past_key_values (`PCMEnsembleCache`, *optional*): to pass back with the next tokens.
         hidden_states, attentions (`tuple`, *optional*): the PCM's, over its prefix and the context.
         expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`):

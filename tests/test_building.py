@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SYSTEM_TEMPLATE, reference, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
+from conftest import reference, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -108,37 +108,6 @@ def test_the_pcm_takes_the_dtype_of_the_experts():
 def test_a_zero_head_gives_the_users_weights():
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_llama(2)}, pcm=tiny_llama(3))
     assert_close(model(CONTEXT, preference=[1, 3]).expert_weights[0, 0], torch.tensor([0.25, 0.75]))
-
-
-def test_a_prompt_is_the_system_turn_of_the_chat_template():
-    tokenizer = tiny_tokenizer()
-    model = PCMEnsembleForCausalLM.from_experts(
-        {"a": {"model": tiny_llama(1), "prompt": "Be {{brief}}."}}, pcm=tiny_llama(2), tokenizer=tokenizer
-    )
-    assert tokenizer.decode(model.config.experts[0]["prompt_ids"]) == "<s>system\nBe {{brief}}.<e>\n"
-    chat = [{"role": "user", "content": "Hi"}]
-    rendered = model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert rendered == "<s>user\nHi<e>\n<s>assistant\n"
-    told = [{"role": "system", "content": "You are a test."}, *chat]
-    assert model.tokenizer.apply_chat_template(told, tokenize=False) == tokenizer.apply_chat_template(
-        chat, tokenize=False
-    )
-    assert tokenizer.chat_template == SYSTEM_TEMPLATE  # the caller's own is not touched
-
-
-FOLDING = "{% for m in messages %}{{ '[' + m['content'] + ']' }}{% endfor %}"
-REFUSING = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}{{ messages[0]['content'] }}"
-
-
-@pytest.mark.parametrize("template", [None, FOLDING, REFUSING], ids=["none", "no-system-turn", "refuses-system"])
-def test_a_prompt_is_plain_text_where_the_template_has_no_system_turn(template):
-    if template == FOLDING:  # a template that writes the system message into the user's turn
-        template = "{% if messages[0]['role'] == 'system' %}{{ '[' + messages[0]['content'] + '|' + messages[1]['content'] + ']' }}{% else %}" + FOLDING + "{% endif %}"  # fmt: skip  # noqa: E501
-    tokenizer = tiny_tokenizer(template)
-    model = PCMEnsembleForCausalLM.from_experts(
-        {"a": {"model": tiny_llama(1), "prompt": "Be brief.\n"}}, pcm=tiny_llama(2), tokenizer=tokenizer
-    )
-    assert tokenizer.decode(model.config.experts[0]["prompt_ids"]) == "Be brief.\n"
 
 
 def test_bos_is_known_where_every_text_begins_with_it_once():
@@ -252,17 +221,6 @@ def test_a_text_ends_where_any_expert_ends_it():
     other.generation_config.eos_token_id = [7, 2]
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": other}, pcm=tiny_llama(3))
     assert model.generation_config.eos_token_id == [2, 7]
-
-
-def test_a_dated_default_system_turn_stays_away_on_the_next_day():
-    today = "{% set today = 'Today is ' + (day | default('Monday')) + ' \U0001f600.' %}"
-    tokenizer = tiny_tokenizer(today + SYSTEM_TEMPLATE.replace("You are a test.", "' + today + '"))
-    model = PCMEnsembleForCausalLM.from_experts(
-        {"a": {"model": tiny_llama(1), "prompt": "Hi"}}, pcm=tiny_llama(2), tokenizer=tokenizer
-    )
-    chat = [{"role": "user", "content": "Hi"}]
-    assert "Today is Monday" in tokenizer.apply_chat_template(chat, tokenize=False)
-    assert model.tokenizer.apply_chat_template(chat, tokenize=False, day="Tuesday") == "<s>user\nHi<e>\n"
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,10 @@ def test_where_a_processor_leaves_only_what_no_expert_kept_the_whole_mixture_dec
         assert output[:, -1].tolist() == [tokens[0] for tokens in allowed]
 
         torch.manual_seed(0)
+        of_each_sample = LogitsProcessorList([Allow([tokens for tokens in allowed for _ in range(200)])])
         output = cut.generate(
             **left_pad(ROWS), preference=WEIGHTS, max_new_tokens=1, do_sample=True, top_k=0, use_cache=use_cache,
-            num_return_sequences=200, logits_processor=LogitsProcessorList([Allow([a for a in allowed for _ in range(200)])]),
+            num_return_sequences=200, logits_processor=of_each_sample,
         )  # fmt: skip
         for row, drawn in enumerate(output[:, -1].view(2, 200)):
             probs = reference(cut, ROWS[row], WEIGHTS[row])["log_probs"][-1][allowed[row]].softmax(-1)
