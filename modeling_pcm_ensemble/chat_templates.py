@@ -199,7 +199,7 @@ def _wrapped(template: str, turns: _Turns, bos: str, special_tokens: dict) -> st
         f"{{% macro pcm_generation() %}}{{{{ {mark} + caller() + {end} }}}}{{% endmacro %}}"
         f"{{% macro pcm_original({', '.join(names)}) %}}\n" + template.removesuffix("\n") + "{{ '' }}{% endmacro %}"
         f"{{% set pcm_chat = pcm_original({', '.join(f'{name}={name}' for name in names)}) %}}"
-        "{% if messages[0]['role'] not in ['system', 'developer'] %}"
+        "{% if messages and messages[0]['role'] not in ['system', 'developer'] %}"
         f"{{% set pcm_default = pcm_original(messages={probe}{nothing}) %}}"
         f"{{% set pcm_default = pcm_default[:pcm_default | length - {len(turns.rest)}] %}}"
         "{% if pcm_chat.startswith(pcm_default) %}"
