@@ -1,12 +1,16 @@
 """Processors that take tokens away or depend on the logits' zero, and the scoring of given text."""
 
+import copy
+
 import pytest
 import torch
 from conftest import VOCAB, left_pad, make_ensemble, reference, tiny_llama, tiny_qwen2
+from peft import PeftModel
+from test_lora import lora_ensemble, peft_adapter
 from torch.testing import assert_close
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 
 ROWS = [[21, 22, 23, 24], [31, 32]]
 WEIGHTS = [[1.0, 0.0, 0.0], [0.5, 1.0, 2.0]]
@@ -140,6 +144,33 @@ def test_one_active_expert_writes_what_that_model_writes_under_the_same_processo
         settings = {"max_new_tokens": 12, "do_sample": False, "use_cache": use_cache} | options
         expected = alone.generate(ids, **settings)
         assert torch.equal(model.generate(ids, preference="e1", **settings), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's call
+@pytest.mark.parametrize("merge", ["probabilities", "adapters"])
+@pytest.mark.parametrize("options", PENALTIES[:3], ids=lambda options: next(iter(options)))
+def test_one_active_adapter_writes_what_peft_writes_under_the_same_processors(merge, options, tmp_path):
+    backbone = tiny_llama(1)
+    adapters = {name: peft_adapter(tmp_path / name, backbone, seed) for seed, name in enumerate("ab")}
+    model = lora_ensemble(backbone, adapters)
+    model.config.merge = merge
+    alone = PeftModel.from_pretrained(copy.deepcopy(backbone), adapters["b"]).eval()
+    ids = torch.tensor([[21, 22, 23, 24]])
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None} | options
+    expected = alone.generate(input_ids=ids, **settings)
+    assert torch.equal(model.generate(ids, preference="b", **settings), expected)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("options", PENALTIES[:3], ids=lambda options: next(iter(options)))
+def test_smollm2_as_the_one_expert_writes_what_it_writes_alone(options):
+    alone = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo.fetch_smollm2())
+    model = PCMEnsembleForCausalLM.from_experts({"a": alone}, pcm=alone, pcm_layers=1, tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "List ten fruits, one per line."}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    expected = alone.generate(**inputs, max_new_tokens=24, do_sample=False, **options)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=24, do_sample=False, **options), expected)
 
 
 def test_a_penalty_from_the_experts_own_settings_counts_as_in_that_expert():
