@@ -22,8 +22,9 @@ from transformers.utils import cached_file
 from .chat_templates import leading_bos, render_prompt, without_default_system_turn
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import run_rows
-from .peft_format import check_adapter, read_adapter
+from .peft_format import adapter_place, fit_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
+from .structure import check_nothing_shared, check_structure
 from .thin import hub_source
 from .trust import check_trust, check_weight_names
 
@@ -64,6 +65,7 @@ def build_parts(
     labels = [*loader.labels, "the PCM"]
     _check_vocabularies([*backbones, body], labels, tokenizer)
     _check_dtypes([*backbones, body], labels)
+    check_nothing_shared(backbones, loader.labels)
     bos = leading_bos(tokenizer) if tokenizer is not None else None
     adapters = {
         name: loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
@@ -111,6 +113,7 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, Pa
     labels = [f"backbone {i}" for i in range(len(model.backbones))] + loader.labels + ["the PCM"]
     _check_vocabularies([*loader.backbones, model.pcm.body], labels, tokenizer)
     _check_dtypes([*loader.backbones, model.pcm.body], labels)
+    check_nothing_shared(loader.backbones, labels)
     entry, adapters = _expert_entry(name, spec, index, tokenizer, config.prefix_bos_token_id), {}
     if spec.get("adapter") is not None:
         of_adapter, adapters[name] = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
@@ -190,6 +193,7 @@ class _Loader:
                     f"The model of {label} is a {type(source).__name__}, which has no LM head. Load it with "
                     "`AutoModelForCausalLM`."
                 )
+            check_structure(source, label)
             check_serves_rows(source, label)
             return source
         options = {name: value for name, value in self._hub_options().items() if name != "trust_remote_code"}
@@ -215,8 +219,9 @@ class _Loader:
     def adapter(self, source, backbone: int, label: str) -> tuple[dict, dict[str, torch.Tensor]]:
         """What a LoRA adapter that fits a backbone adds to its expert's entry, and its tensors."""
         config, tensors = read_adapter(source, label, self._hub_options())
-        check_adapter(self.backbones[backbone], config, tensors, label)
-        found = None if isinstance(source, Mapping) else hub_source(source, **self._hub_options())
+        tensors = fit_adapter(self.backbones[backbone], config, tensors, label)
+        place = adapter_place(source, label, self._hub_options())
+        found = None if place is None else hub_source(place[0], **place[1])
         return {"adapter": config, "source": found}, tensors
 
     def pcm_body(self, source, num_layers: int | None) -> PreTrainedModel:
@@ -354,13 +359,13 @@ def check_serves_rows(model: PreTrainedModel, label: str):
 
 
 def check_loading(loading: dict, label: str):
-    """Refuse weights that do not belong to the configuration."""
-    problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+    """Refuse weights that do not fill what the configuration makes. What is left over, transformers warns of."""
+    problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched")}
     found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(
-            f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Save the model again, or use "
-            "the configuration that belongs to these weights."
+            f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Use the configuration that "
+            "belongs to these weights."
         )
 
 

@@ -184,13 +184,31 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         self.pcm.body.set_input_embeddings(value)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """Resize every part's, experts' output layers too; arguments and result (the PCM's) as for any model."""
+        """
+        Resize every part's, experts' output layers and the adapters on them too; arguments and result (the PCM's) as
+        for any model.
+
+        Raises:
+            ValueError: if an expert's prompt or description, or a prefix's first token, would be out of the vocabulary.
+        """
+        self._check_holds_prefixes(new_num_tokens)
         for part in (self.pcm.body, *self.backbones):
             part.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for index, bank in self.backbones.adapters.items():
+            bank.fit(self.backbones[int(index)])
         self.backbones.train()  # what is new is frozen too
         self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())
         self.vocab_size = self.config.vocab_size
         return self.get_input_embeddings()
+
+    def _check_holds_prefixes(self, num_tokens: int | None):
+        used = {token for expert in self.config.experts for token in expert["prompt_ids"] + expert["description_ids"]}
+        used.add(self.config.prefix_bos_token_id or 0)
+        if num_tokens is not None and num_tokens <= max(used):
+            raise ValueError(
+                f"`new_num_tokens` {num_tokens} is too small: experts' prompts and descriptions have tokens up to "
+                f"{max(used)}. Use at least {max(used) + 1}, or build the ensemble with a smaller vocabulary."
+            )
 
 
 def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:

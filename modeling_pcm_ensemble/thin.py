@@ -20,12 +20,13 @@ DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 def hub_source(name: str | os.PathLike, **hub_options) -> dict | None:
-    """Repository and commit of what `from_pretrained(name)` loads; None for a folder."""
+    """Repository, commit and subfolder, if one is given, of what `from_pretrained(name)` loads; None for a folder."""
     if not name or os.path.exists(name):
         return None
     known = ("revision", "token", "local_files_only", "cache_dir")
     revision = resolve_revision(name, **{key: hub_options[key] for key in known if key in hub_options})
-    return {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
+    source = {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
+    return source | ({"subfolder": hub_options["subfolder"]} if hub_options.get("subfolder") else {})
 
 
 def thin_checkpoint(model: PreTrainedModel, **hub_options) -> tuple[dict[str, torch.Tensor], dict]:
