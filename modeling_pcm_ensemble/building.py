@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 
 import torch
 from transformers import (
@@ -72,20 +73,21 @@ def build_parts(
         for (name, spec), index in zip(specs.items(), backbone_of)
         if spec.get("adapter") is not None
     }
+    experts = [
+        _expert_entry(name, spec, backbone, tokenizer, bos) | adapters.get(name, ({},))[0]
+        for (name, spec), backbone in zip(specs.items(), backbone_of)
+    ]
     generation_config = backbones[0].generation_config
-    config = PCMEnsembleConfig(
-        backbones=[backbone.config for backbone in backbones],
-        pcm=body.config,
-        experts=[
-            _expert_entry(name, spec, backbone, tokenizer, bos) | adapters.get(name, ({},))[0]
-            for (name, spec), backbone in zip(specs.items(), backbone_of)
-        ],
-        prefix_bos_token_id=bos,
-        bos_token_id=generation_config.bos_token_id,
-        eos_token_id=all_end_tokens(backbones),
-        pad_token_id=generation_config.pad_token_id,
-        **config_kwargs,
-    )
+    fields = {
+        "backbones": [backbone.config for backbone in backbones],
+        "pcm": body.config,
+        "experts": experts,
+        "prefix_bos_token_id": bos,
+        "bos_token_id": generation_config.bos_token_id,
+        "eos_token_id": all_end_tokens(backbones),
+        "pad_token_id": generation_config.pad_token_id,
+    }
+    config = PCMEnsembleConfig.from_dict(fields | config_kwargs)  # checked as a file would be
     if tokenizer is not None and any(spec.get("prompt") for spec in specs.values()):
         tokenizer = without_default_system_turn(tokenizer)
     if tokenizer is not None and config.max_position_embeddings is not None:  # less than each model's, by its prefix
@@ -281,7 +283,14 @@ def load_tokenizer(source: str, **options) -> PreTrainedTokenizerBase | None:
     hub_options.pop("trust_remote_code", None)
     hub_options["_raise_exceptions_for_missing_entries"] = False
     files = (cached_file(source, name, **hub_options) for name in ("tokenizer_config.json", "tokenizer.json"))
-    return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False} | options) if any(files) else None
+    if not any(files):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False} | options)
+    except (AttributeError, KeyError, TypeError, JSONDecodeError) as error:  # the first would vanish in a property
+        raise ValueError(
+            f"The tokenizer's files in {source!r} cannot be read ({type(error).__name__}: {error}). Save it again."
+        ) from error
 
 
 def _source_key(source):

@@ -69,6 +69,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
         config.validate()  # values that were set after it was made
+        _check_default_preference(config)
         super().__init__(config)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
@@ -131,7 +132,6 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             expert_top_k=expert_top_k,
             default_preference=default_preference,
         )
-        preference_weights(default_preference or parts.config.expert_names, parts.config.expert_names, 1)
         model = cls(parts.config, parts.backbones, parts.pcm)
         for name, tensors in parts.adapters.items():
             model.backbones.bank_of(name).load(name, tensors)
@@ -425,6 +425,15 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         mask = check_mask(input_ids, attention_mask, None)
         check_length(self.config, route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
+
+
+def _check_default_preference(config: PCMEnsembleConfig):
+    if config.default_preference is None:
+        return
+    try:
+        preference_weights(config.default_preference, config.expert_names, 1)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`default_preference` of the configuration cannot be used: {error}") from error
 
 
 def _or_default(value: bool | None, default: bool) -> bool:

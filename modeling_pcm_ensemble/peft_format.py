@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from .adapter_config import adapter_config
 from .lora import adapted_layers, features, linear_layers
+from .trust import read_object
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -65,8 +66,7 @@ def read_adapter(source, label: str, hub_options: dict) -> tuple[dict, dict[str,
 
     folder, options = place
     label = f"{label} in {folder!r}"
-    with open(cached_file(folder, CONFIG_NAME, **options), encoding="utf-8") as file:
-        config = adapter_config(json.load(file), label)
+    config = adapter_config(read_object(cached_file(folder, CONFIG_NAME, **options)), label)
 
     missing = {"_raise_exceptions_for_missing_entries": False}
     weights = cached_file(folder, WEIGHTS_NAME, **options, **missing)

@@ -59,7 +59,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         if isinstance(config, PreTrainedConfig):
             thin, found = config.thin, vars(config)
         else:
-            found = cls.config_class.get_config_dict(config or source, **options)[0]
+            found = cls._config_dict(config or source, options)
             thin = found.get("thin")
         code_options = {name: value for name, value in options.items() if name != "trust_remote_code"}
         if source is not None:
@@ -71,6 +71,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         check_loading(loading, f"the checkpoint {model.name_or_path!r}")
         model._tokenizer_options = options
         return (model, loading) if output_loading_info else model
+
+    @classmethod
+    def _config_dict(cls, source: str | os.PathLike, options: dict) -> dict:
+        try:
+            found = cls.config_class.get_config_dict(source, **options)[0]
+        except TypeError:  # transformers looks into what the file holds
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"config.json of {str(source)!r} must hold a JSON object. Save or fetch it again.")
+        return found
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
