@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -67,6 +68,7 @@ def build_parts(
     _check_vocabularies([*backbones, body], labels, tokenizer)
     _check_dtypes([*backbones, body], labels)
     check_nothing_shared(backbones, loader.labels)
+    _check_generation_config(backbones[0].generation_config, loader.labels[0])
     bos = leading_bos(tokenizer) if tokenizer is not None else None
     adapters = {
         name: loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
@@ -132,6 +134,27 @@ def all_end_tokens(backbones: list[PreTrainedModel]) -> int | list[int] | None:
     return None if not ids else next(iter(ids)) if len(ids) == 1 else list(ids)
 
 
+def _check_generation_config(generation_config: GenerationConfig, label: str):
+    """Refuse what transformers will not save; of one that is as it was published, it only warns."""
+    if not _is_unchanged(generation_config):
+        try:
+            generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ValueError(f"The `generation_config` of {label} could not be saved with the ensemble: {error}") from error
+
+
+def set_end_tokens(generation_config: GenerationConfig, ids: int | list[int] | None):
+    """Set the end tokens of a generation config, which stays one that may be saved as it was published."""
+    unchanged = _is_unchanged(generation_config)
+    generation_config.eos_token_id = ids
+    if unchanged:
+        generation_config._original_object_hash = hash(generation_config)
+
+
+def _is_unchanged(generation_config: GenerationConfig) -> bool:
+    return getattr(generation_config, "_original_object_hash", None) == hash(generation_config)
+
+
 def expert_specs(experts: Mapping) -> dict[str, dict]:
     """Bring what `experts` may hold into one form: name → mapping with `model` and what else was given."""
     if not isinstance(experts, Mapping):
@@ -195,7 +218,8 @@ class _Loader:
                     f"The model of {label} is a {type(source).__name__}, which has no LM head. Load it with "
                     "`AutoModelForCausalLM`."
                 )
-            check_structure(source, label)
+            if not learns:  # the PCM is a copy
+                check_structure(source, label)
             check_serves_rows(source, label)
             return source
         options = {name: value for name, value in self._hub_options().items() if name != "trust_remote_code"}
@@ -267,7 +291,7 @@ class _Loader:
             if (own := load_tokenizer(name, **self._hub_options())) is not None:
                 found.append((repr(name), own))
         for label, other in found[1:]:
-            _check_same_vocabulary(*found[0], label, other)
+            _check_same_vocabulary(*found[0], label, other, may_differ_in_size=given is not None)
         return copy.deepcopy(found[0][1]) if found else None
 
     def _hub_options(self) -> dict:
@@ -397,19 +421,26 @@ def _check_vocabularies(models: list[PreTrainedModel], labels: list[str], tokeni
         if tokenizer is not None and size < len(tokenizer):
             raise ValueError(
                 f"All parts must share one vocabulary: the tokenizer has {len(tokenizer)} tokens, but the model of "
-                f"{label} only {size}. Use models with the same tokenizer."
+                f"{label} only {size}. Use models with the same tokenizer. Where tokens were added to it, pass "
+                f"`tokenizer=` without them, or load this model, call `resize_token_embeddings({len(tokenizer)})`, and "
+                "pass it as `model`."
             )
 
 
-def _check_same_vocabulary(label: str, tokenizer, other_label: str, other):
+def _check_same_vocabulary(label: str, tokenizer, other_label: str, other, may_differ_in_size: bool):
+    """A token that only one of them has is one that was added to it; who passes a tokenizer has chosen."""
     tokens, other_tokens = ({index: token for token, index in t.get_vocab().items()} for t in (tokenizer, other))
     for index in sorted(tokens | other_tokens):
         token, other_token = tokens.get(index), other_tokens.get(index)
-        if token != other_token:
-            raise ValueError(
-                f"All parts must share one vocabulary: token {index} is {token!r} in {label}, but {other_token!r} in "
-                f"{other_label}. Use models with the same tokenizer."
-            )
+        if token == other_token or (may_differ_in_size and None in (token, other_token)):
+            continue
+        hint = "Use models with the same tokenizer."
+        if None in (token, other_token):
+            hint += " If it was added for training, such as a padding token, pass the `tokenizer=` to use."
+        raise ValueError(
+            f"All parts must share one vocabulary: token {index} is {token!r} in {label}, but {other_token!r} in "
+            f"{other_label}. {hint}"
+        )
 
 
 def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | None) -> dict:
@@ -434,4 +465,4 @@ def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | No
     }
 
 
-__all__ = ["Parts", "all_end_tokens", "build_expert", "build_parts", "check_loading", "load_tokenizer"]
+__all__ = ["Parts", "all_end_tokens", "build_expert", "build_parts", "check_loading", "load_tokenizer", "set_end_tokens"]

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .building import all_end_tokens, build_expert, build_parts
+from .building import all_end_tokens, build_expert, build_parts, set_end_tokens
 from .cache import PCMEnsembleCache
 from .checks import cached_length, check_inputs, check_length, check_mask
 from .compiling import forget_weights
@@ -136,7 +136,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         for name, tensors in parts.adapters.items():
             model.backbones.bank_of(name).load(name, tensors)
         model.generation_config = copy.deepcopy(parts.backbones[0].generation_config)
-        model.generation_config.eos_token_id = parts.config.eos_token_id
+        set_end_tokens(model.generation_config, parts.config.eos_token_id)
         model._tokenizer = parts.tokenizer
         return model.eval()
 
@@ -160,7 +160,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             )
         entry, parts = build_expert(self, name, expert, model_kwargs)
         if len(parts.backbones) > len(self.backbones):
-            self.config.eos_token_id = self.generation_config.eos_token_id = all_end_tokens(parts.backbones)
+            self.config.eos_token_id = all_end_tokens(parts.backbones)
+            set_end_tokens(self.generation_config, self.config.eos_token_id)
         head_rows = [*range(self.config.num_experts), None]
         self._set_experts([*self.config.experts, entry], parts.backbones, head_rows, parts.adapters)
         self._tokenizer = parts.tokenizer

@@ -26,16 +26,20 @@ def check_structure(model: PreTrainedModel, label: str):
         fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     if found := _first_difference(modules, {name: type(module) for name, module in fresh.named_modules()}):
         name, ours, theirs = found
-        raise _differs(model, label, f"the module {name or 'itself'!r} is {_kind(ours)}, not {_kind(theirs)}")
+        raise _differs(model, label, f"{name or 'the model'} is {_kind(ours)}, not {_kind(theirs)}")
 
     ours, theirs = model.state_dict(keep_vars=True), fresh.state_dict(keep_vars=True)
+    for name, tensor in ours.items():
+        if not _is_plain(tensor):
+            raise _differs(model, label, f"{name} is a {type(tensor).__name__}, without a `quantization_config`")
     shapes = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs))
     if found := _first_difference(*shapes):
         raise _differs(model, label, "the tensor {} has the shape {}, not {}".format(*found))
 
     found = _first_difference(_same_as(ours), _same_as(theirs))
     if found:
-        raise _differs(model, label, "the tensor {} is shared with {}, not with {}".format(*found))
+        names, wanted = (" and ".join(group or [found[0]]) for group in found[1:])
+        raise _differs(model, label, f"{names} are one tensor" if found[1] else f"{wanted} are not one tensor")
 
 
 def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
@@ -79,9 +83,13 @@ def _same_as(state: dict[str, torch.Tensor]) -> dict[str, list[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
 def _place(tensor: torch.Tensor) -> tuple:
     """Equal for two names of one tensor."""
-    if tensor.is_meta or tensor.numel() == 0 or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if tensor.is_meta or tensor.numel() == 0 or not _is_plain(tensor):
         return (id(tensor),)  # no memory of its own: on disk, or in a form of its own
     return (tensor.device, tensor.data_ptr())
 
