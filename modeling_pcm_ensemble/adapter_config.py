@@ -42,7 +42,7 @@ UNSUPPORTED = {
 INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 NEWEST_PEFT = (0, 21)  # whose LoraConfig has the fields above and no others
 
-PATTERN_SECONDS = 10.0  # for all regular expressions of one adapter
+PATTERN_SECONDS = 5.0  # for all regular expressions of one adapter
 
 
 def adapter_config(config: Mapping, label: str) -> dict:

@@ -106,7 +106,10 @@ def fit_adapter(
 
 
 def _expected_shapes(backbone: PreTrainedModel, config: dict, tensors, label: str) -> dict[str, tuple[int, int]]:
-    layers = adapted_layers(backbone, config)
+    try:
+        layers = adapted_layers(backbone, config)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
     if not layers:
         linears = [f"{path}{suffix}" for path in linear_layers(backbone) for suffix in LORA_SUFFIXES]
         elsewhere = next((hint for key in linears if (hint := _elsewhere(key, tensors))), "")
