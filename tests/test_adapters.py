@@ -347,7 +347,6 @@ def test_a_pattern_ends_wherever_it_stands(pattern, tmp_path, monkeypatch):
             lora_ensemble(tiny_llama(1), {"a": tensors | place})
         except ValueError as error:
             assert "expert 'a'" in str(error)  # noqa: PT017
-            assert next(reversed(place)) in str(error)  # noqa: PT017
         assert time.monotonic() - begun < 5
 
 
