@@ -140,7 +140,9 @@ def _check_generation_config(generation_config: GenerationConfig, label: str):
         try:
             generation_config.validate(strict=True)
         except ValueError as error:
-            raise ValueError(f"The `generation_config` of {label} could not be saved with the ensemble: {error}") from error
+            raise ValueError(
+                f"The `generation_config` of {label} could not be saved with the ensemble: {error}"
+            ) from error
 
 
 def set_end_tokens(generation_config: GenerationConfig, ids: int | list[int] | None):
@@ -465,4 +467,12 @@ def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | No
     }
 
 
-__all__ = ["Parts", "all_end_tokens", "build_expert", "build_parts", "check_loading", "load_tokenizer", "set_end_tokens"]
+__all__ = [
+    "Parts",
+    "all_end_tokens",
+    "build_expert",
+    "build_parts",
+    "check_loading",
+    "load_tokenizer",
+    "set_end_tokens",
+]

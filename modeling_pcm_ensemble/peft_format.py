@@ -180,7 +180,9 @@ def _without_prefix(tensors, label: str) -> dict[str, torch.Tensor]:
         raise TypeError(f"`tensors` of {label} must map names to tensors, got {type(tensors).__name__}.")
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"`tensors` of {label} must map names to tensors, got {type(tensor).__name__} for {key!r}.")
+            raise TypeError(
+                f"`tensors` of {label} must map names to tensors, got {type(tensor).__name__} for {key!r}."
+            )
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta:
             raise ValueError(
                 f"{label}: the tensor {key} must be of floating-point numbers of at least 16 bits, got "

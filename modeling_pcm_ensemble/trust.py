@@ -48,7 +48,9 @@ def weight_files(index: str) -> list[str]:
     """
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f"{index} must be an object whose `weight_map` gives each tensor's file. Save the model again.")
+        raise ValueError(
+            f"{index} must be an object whose `weight_map` gives each tensor's file. Save the model again."
+        )
     return sorted(set(places.values()))
 
 

@@ -365,7 +365,9 @@ def test_a_checkpoints_pattern_ends_too(tmp_path, monkeypatch):
     "options",
     [
         {"target_modules": r"^model\.layers\.(0|1[0-9]|2[0-3])\..*[qv]_proj$"},
-        {"target_modules": r"(?:.*?(?:language|text|layers).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bx\.\d{1,})"},
+        {
+            "target_modules": r"(?:.*?(?:language|text|layers).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bx\.\d{1,})"
+        },
         {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "(layers|h)"},
         {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {r"layers\.1\..*": 2, "up_proj": 3}},
     ],

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.filterwarnings(
 )  # PEFT's call
 
 CONTEXT = torch.tensor([[21, 22, 23, 24]])
-LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
 
 
 def changed(change, **options) -> LlamaForCausalLM:
@@ -54,8 +57,8 @@ def replace(path, module):
 
 
 CANNOT_BE_SAVED = {
-    "add_adapter": (lambda: changed(lambda m: m.add_adapter(LORA)), "an adapter on model.layers.0.self_attn.q_proj"),
-    "get_base_model": (lambda: get_peft_model(tiny_llama(1), LORA).get_base_model(), "an adapter on model.layers.0"),
+    "add_adapter": (lambda: changed(lambda m: m.add_adapter(lora())), "an adapter on model.layers.0.self_attn.q_proj"),
+    "get_base_model": (lambda: get_peft_model(tiny_llama(1), lora()).get_base_model(), "an adapter on model.layers.0"),
     "layer": (lambda: changed(replace("lm_head", ScaledLinear(32, 99, bias=False))), "lm_head is a ScaledLinear"),
     "subclass": (lambda: ScaledLlama(tiny_llama(1).config), "is a ScaledLlama, not a LlamaForCausalLM"),
     "larger-head": (lambda: changed(replace("lm_head", nn.Linear(32, 120, bias=False))), r"shape \(120, 32\), not"),
@@ -93,7 +96,7 @@ def test_a_model_that_a_checkpoint_could_not_hold_is_refused(name):
 
 def test_a_generation_config_that_transformers_would_not_save_is_refused():
     model = changed(lambda m: setattr(m.generation_config, "temperature", 0.7))
-    with pytest.raises(ValueError, match="`generation_config` of expert 'a' could not be saved.*`do_sample`"):
+    with pytest.raises(ValueError, match="`generation_config` of expert 'a' could not be saved"):
         PCMEnsembleForCausalLM.from_experts({"a": model}, pcm=tiny_llama(9))
 
 
@@ -128,7 +131,7 @@ def quantised(tmp_path):
 
 def test_an_adapter_in_a_quantised_model_is_refused_too(tmp_path):
     model = quantised(tmp_path)
-    model.add_adapter(LORA)
+    model.add_adapter(lora())
     with pytest.raises(ValueError, match="an adapter on model.layers.0.self_attn.q_proj"):
         PCMEnsembleForCausalLM.from_experts({"a": model}, pcm=tiny_llama(9).to(torch.bfloat16))
 
@@ -143,7 +146,7 @@ def published_sampler(tmp_path) -> str:
 
 one_config = tiny_llama(1).config
 CAN_BE_SAVED = {
-    "merged": lambda _: {"a": get_peft_model(tiny_llama(1), LORA).merge_and_unload()},
+    "merged": lambda _: {"a": get_peft_model(tiny_llama(1), lora()).merge_and_unload()},
     "one-tied": lambda _: {"a": tiny_llama(1, tie_word_embeddings=True), "b": tiny_llama(2)},
     "one-config": lambda _: {"a": LlamaForCausalLM(one_config), "b": LlamaForCausalLM(one_config)},
     "one-storage": lambda _: {"a": changed(one_storage)},
