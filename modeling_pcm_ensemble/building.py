@@ -394,8 +394,12 @@ def check_serves_rows(model: PreTrainedModel, label: str):
 
 
 def check_loading(loading: dict, label: str):
-    """Refuse weights that do not fill what the configuration makes. What is left over, transformers warns of."""
-    problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched")}
+    """
+    Refuse weights that do not fill what the configuration makes, and an ensemble's adapters that it does not name. Of
+    what else is left over, transformers warns.
+    """
+    problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+    problems["unexpected"] = [key for key in problems["unexpected"] if key.startswith("backbones.adapters.")]
     found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(

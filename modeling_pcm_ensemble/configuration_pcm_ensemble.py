@@ -180,7 +180,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
                 )
         return sizes
 
-    def validate_vocabulary(self):
+    def _check_vocabulary(self):
         largest = min(self._part_sizes().values(), default=None)
         if largest is not None and not (_is_integer(self.vocab_size) and 1 <= self.vocab_size <= largest):
             raise ValueError(
@@ -190,6 +190,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
             self._check_ids("prefix_bos_token_id", [self.prefix_bos_token_id])
 
     def validate_experts(self):
+        self._check_vocabulary()
         for position, expert in enumerate(self.experts):
             label = f"experts[{position}]"
             self._check_fields(label, expert)
@@ -227,8 +228,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
         for token in ids:
             if not _is_integer(token) or not 0 <= token < (self.vocab_size or 0):
                 raise ValueError(
-                    f"`{label}` must hold whole numbers from 0 to {(self.vocab_size or 0) - 1}, the last token that "
-                    f"every part knows; got {token!r}."
+                    f"`{label}` must hold whole numbers of at least 0 and below the `vocab_size`, {self.vocab_size}; "
+                    f"got {token!r}."
                 )
 
     def validate_thin(self):
