@@ -98,8 +98,8 @@ def _check_kind(config: Mapping, label: str):
     unknown = [name for name in used if name not in {*FIELDS, *IGNORED, "peft_type", "init_lora_weights"}]
     if unknown and _version(config) > NEWEST_PEFT:
         raise ValueError(
-            f"{label} uses `{unknown[0]}` ({config[unknown[0]]!r}), and PEFT {config['peft_version']}, which saved it, "
-            "may know more than this library. Take the field out if it changes nothing."
+            f"{label} uses `{unknown[0]}` ({config[unknown[0]]!r}), and PEFT {config['peft_version']}, which saved "
+            "it, may know more than this library. Take the field out if it changes nothing."
         )
     if unknown:
         logger.warning(f"{label} has the fields {unknown}, which PEFT does not read. They are ignored.")

@@ -428,8 +428,8 @@ def _check_vocabularies(models: list[PreTrainedModel], labels: list[str], tokeni
             raise ValueError(
                 f"All parts must share one vocabulary: the tokenizer has {len(tokenizer)} tokens, but the model of "
                 f"{label} only {size}. Use models with the same tokenizer. Where tokens were added to it, pass "
-                f"`tokenizer=` without them, or load this model, call `resize_token_embeddings({len(tokenizer)})`, and "
-                "pass it as `model`."
+                f"`tokenizer=` without them, or load this model, call `resize_token_embeddings({len(tokenizer)})` "
+                "and pass it as `model`."
             )
 
 

@@ -267,8 +267,8 @@ def _as_config(label: str, config: PreTrainedConfig | dict) -> PreTrainedConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"`{label}` has `model_type` {model_type!r}, which transformers does not have. Parts must be models of the "
-            "transformers library itself."
+            f"`{label}` has `model_type` {model_type!r}, which transformers does not have. Parts must be models of "
+            "the transformers library itself."
         )
     try:
         return CONFIG_MAPPING[model_type].from_dict(config)

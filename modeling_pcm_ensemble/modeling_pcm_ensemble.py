@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -68,8 +69,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
                 "An ensemble needs at least one entry in `config.experts`, and `config.pcm`. Build one with "
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
-        config.validate()  # values that were set after it was made
-        _check_default_preference(config)
+        _check_again(config)
         super().__init__(config)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
@@ -428,11 +428,17 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
 
 
-def _check_default_preference(config: PCMEnsembleConfig):
+def _check_again(config: PCMEnsembleConfig):
+    """Refuse values that were set after the configuration was made, and a default preference of no use."""
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
     if config.default_preference is None:
         return
     try:
-        preference_weights(config.default_preference, config.expert_names, 1)
+        with torch.device("cpu"):  # a model that is loaded is made on the meta device
+            preference_weights(config.default_preference, config.expert_names, 1)
     except (TypeError, ValueError) as error:
         raise type(error)(f"`default_preference` of the configuration cannot be used: {error}") from error
 

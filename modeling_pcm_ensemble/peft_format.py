@@ -149,8 +149,8 @@ def _check_is_of_base(own: torch.Tensor | None, key: str, tensor: torch.Tensor, 
         raise ValueError(f"{label}: the tensor {key} is not one of LoRA on a linear layer.")
     if own.shape != tensor.shape:
         raise ValueError(
-            f"{label}: its {key} has the shape {tuple(tensor.shape)}, the base's {tuple(own.shape)}: it was trained on "
-            "another vocabulary, and brings that along. Let PEFT merge it into the base, resized as it was "
+            f"{label}: its {key} has the shape {tuple(tensor.shape)}, the base's {tuple(own.shape)}: it was trained "
+            "on another vocabulary, and brings that along. Let PEFT merge it into the base, resized as it was "
             "(`resize_token_embeddings`), and give the merged model as the expert's `model`."
         )
     if not torch.equal(tensor.to(own.device, own.dtype), own):

@@ -199,7 +199,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         for any model.
 
         Raises:
-            ValueError: if an expert's prompt or description, or a prefix's first token, would be out of the vocabulary.
+            ValueError: if tokens of an expert's prompt or description would be out of the vocabulary.
         """
         self._check_holds_prefixes(new_num_tokens)
         for part in (self.pcm.body, *self.backbones):

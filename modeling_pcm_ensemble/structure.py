@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 def check_structure(model: PreTrainedModel, label: str):
     """
-    Compare a model with a fresh one of its configuration, which is what loading fills: class, modules, names and shapes
-    of tensors, and which of them are one.
+    Compare a model with a fresh one of its configuration, which is what loading fills: class, modules, names and
+    shapes of tensors, and which of them are one.
 
     Raises:
         ValueError: naming what differs. Of a quantised model, whose layers are others than its configuration's, only
@@ -54,15 +54,15 @@ def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
             if other[0] != label:
                 raise ValueError(
                     f"The models of {other[0]} and {label} share the tensor {name} in memory, which a checkpoint "
-                    "cannot hold. Give one of them its own: `module.weight = torch.nn.Parameter(module.weight.clone())`."
+                    "cannot hold. Give one its own: `module.weight = torch.nn.Parameter(module.weight.clone())`."
                 )
 
 
 def _differs(model: PreTrainedModel, label: str, what: str) -> ValueError:
     return ValueError(
-        f"The model of {label} is not what its configuration makes ({type(model).__name__}): {what}. A checkpoint of it "
-        "could not be loaded again. Merge adapters first (`merge_and_unload()`), or give the base as `model` and the "
-        "adapter as `adapter`; save other changes as a checkpoint that `AutoModelForCausalLM` loads."
+        f"The model of {label} is not what its configuration makes ({type(model).__name__}): {what}. A checkpoint of "
+        "it could not be loaded again. Merge adapters first (`merge_and_unload()`), or give the base as `model` and "
+        "the adapter as `adapter`; save other changes as a checkpoint that `AutoModelForCausalLM` loads."
     )
 
 

@@ -140,7 +140,7 @@ def test_a_field_that_peft_does_not_know_is_ignored_with_a_warning(tmp_path, tra
     assert [line for line in transformers_log() if "['lorap_emb_lr']" in line and "expert 'a'" in line]
 
     edit_config(peft_version="99.1.0")(folder)
-    with pytest.raises(ValueError, match="`lorap_emb_lr` .* PEFT 99.1.0, .* may know more"):
+    with pytest.raises(ValueError, match=r"`lorap_emb_lr` .* PEFT 99.1.0, .* may know more"):
         lora_ensemble(tiny_llama(1), {"a": str(folder)})
 
 
@@ -231,7 +231,7 @@ def test_targets_that_match_under_another_prefix_alone_say_so(tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors = {key.replace("model.layers", "language_model.layers"): t for key, t in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="matches no linear layer .* under another prefix, as language_model.layers"):
+    with pytest.raises(ValueError, match=r"matches no linear layer .* under another prefix, as language_model.layers"):
         lora_ensemble(tiny_llama(1), {"a": str(folder)})
 
 
@@ -365,9 +365,7 @@ def test_a_checkpoints_pattern_ends_too(tmp_path, monkeypatch):
     "options",
     [
         {"target_modules": r"^model\.layers\.(0|1[0-9]|2[0-3])\..*[qv]_proj$"},
-        {
-            "target_modules": r"(?:.*?(?:language|text|layers).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bx\.\d{1,})"
-        },
+        {"target_modules": r"(?:.*?(?:language|text|layers).*?(?:self_attn|mlp).*?(?:q|up)_proj.*?)|(?:\bx\.\d{1,})"},
         {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "(layers|h)"},
         {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {r"layers\.1\..*": 2, "up_proj": 3}},
     ],

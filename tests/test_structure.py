@@ -132,7 +132,7 @@ def quantised(tmp_path):
 def test_an_adapter_in_a_quantised_model_is_refused_too(tmp_path):
     model = quantised(tmp_path)
     model.add_adapter(lora())
-    with pytest.raises(ValueError, match="an adapter on model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match=r"an adapter on model.layers.0.self_attn.q_proj"):
         PCMEnsembleForCausalLM.from_experts({"a": model}, pcm=tiny_llama(9).to(torch.bfloat16))
 
 
@@ -250,7 +250,7 @@ def test_tokens_that_two_tokenizers_read_differently_are_refused_with_any_tokeni
     base, _ = with_pad
     tiny_llama(3).save_pretrained(tmp_path / "other")
     tiny_tokenizer(letters="BA").save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="token 36 is 'A' in `tokenizer`, but 'C' in .*other'"):
+    with pytest.raises(ValueError, match=r"token 36 is 'A' in `tokenizer`, but 'C' in .*other'"):
         PCMEnsembleForCausalLM.from_experts({"a": base, "b": str(tmp_path / "other")}, pcm=base, tokenizer=base)
 
 
