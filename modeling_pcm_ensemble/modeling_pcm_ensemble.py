@@ -98,15 +98,17 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             experts (`Mapping`):
                 Each expert's name → a Hub repository, a folder, a loaded `PreTrainedModel` (used as it is, and
                 frozen), or a mapping with `model` (one of these), `adapter` (a LoRA that PEFT saved: a folder, a
-                repository, or a mapping shaped as its `LoraConfig` with `tensors`), `prompt` (what this expert reads
-                before the context, as system turn where the chat template has one), `description` (what tells the PCM
-                that this expert is wanted; defaults to the prompt, else the name) and `dimension` (the axis of
-                preference it stands on). Experts that name the same model share it.
+                repository, a mapping with `repository`, and `revision` or `subfolder` of its own, or one shaped as
+                PEFT's `LoraConfig` with `tensors`), `prompt` (what this expert reads before the context, as system
+                turn where the chat template has one), `description` (what tells the PCM that this expert is wanted;
+                defaults to the prompt, else the name) and `dimension` (the axis of preference it stands on). Experts
+                that name the same model share it.
             pcm (`str`, `os.PathLike`, `PreTrainedModel` or `PreTrainedConfig`):
                 The causal LM that the PCM's body is copied from, or a configuration for random weights.
             pcm_layers (`int`, *optional*): take the first layers only; None takes all.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
-                Defaults to that of the first part which has one.
+                Defaults to that of the first part which has one, and which all others must have too. One that is given
+                may have more or fewer tokens than theirs, but none of another meaning.
             default_preference (`str`, `list` or `Mapping`, *optional*):
                 The preference of calls without one; None is every expert at weight 1.
             merge (`str`): `"probabilities"`, or `"logits"` for the paper's ablation.
@@ -119,8 +121,10 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
 
         Raises:
             TypeError: if an argument is of the wrong kind.
-            ValueError: if there are no experts, models are not causal LMs, do not share one vocabulary, or come from a
-                checkpoint whose configuration and weights disagree, or an argument has a value out of range.
+            ValueError: if there are no experts, models are not causal LMs, do not share one vocabulary, are not what
+                their configurations make (as with an adapter inside), or come from a checkpoint whose configuration
+                and weights disagree, an adapter is not plain LoRA on its base as it is, or an argument has a value out
+                of range.
         """
         parts = build_parts(
             experts,
