@@ -115,7 +115,8 @@ def _expected_shapes(backbone: PreTrainedModel, config: dict, tensors, label: st
         elsewhere = next((hint for key in linears if (hint := _elsewhere(key, tensors))), "")
         raise ValueError(
             f"{label}: `target_modules` {config['target_modules']!r} matches no linear layer of "
-            f"{type(backbone).__name__}. It was made for another architecture.{elsewhere}"
+            f"{type(backbone).__name__}. It was made for another architecture, or for other layers, such as "
+            f"embeddings, which cannot be adapted here.{elsewhere}"
         )
     expected = {}
     for path, (rank, _) in layers.items():

@@ -19,7 +19,7 @@ def check_structure(model: PreTrainedModel, label: str):
     injected = next((name for name in modules if name.endswith(".base_layer")), None)
     if injected is not None:
         raise _differs(model, label, f"it has an adapter on {injected.removesuffix('.base_layer')}")
-    if hasattr(model, "hf_quantizer"):
+    if getattr(model, "hf_quantizer", None) is not None:
         return
 
     with torch.device("meta"):
