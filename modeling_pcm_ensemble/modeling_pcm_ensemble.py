@@ -69,7 +69,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
                 "An ensemble needs at least one entry in `config.experts`, and `config.pcm`. Build one with "
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
-        _check_again(config)
+        _check_config(config)
         super().__init__(config)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
@@ -432,7 +432,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
 
 
-def _check_again(config: PCMEnsembleConfig):
+def _check_config(config: PCMEnsembleConfig):
     """Refuse values that were set after the configuration was made, and a default preference of no use."""
     try:
         config.validate()

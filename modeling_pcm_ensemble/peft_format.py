@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from safetensors import SafetensorError
@@ -111,8 +111,9 @@ def _expected_shapes(backbone: PreTrainedModel, config: dict, tensors, label: st
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
     if not layers:
-        linears = [f"{path}{suffix}" for path in linear_layers(backbone) for suffix in LORA_SUFFIXES]
-        elsewhere = next((hint for key in linears if (hint := _elsewhere(key, tensors))), "")
+        some = [key for key in tensors if key.endswith(LORA_SUFFIXES[0])][:1]
+        places = (f"{path}{LORA_SUFFIXES[0]}" for path in linear_layers(backbone))
+        elsewhere = next((hint for key in places if (hint := _elsewhere(key, some))), "")
         raise ValueError(
             f"{label}: `target_modules` {config['target_modules']!r} matches no linear layer of "
             f"{type(backbone).__name__}. It was made for another architecture, or for other layers, such as "
@@ -126,7 +127,7 @@ def _expected_shapes(backbone: PreTrainedModel, config: dict, tensors, label: st
     return expected
 
 
-def _elsewhere(key: str, tensors: Mapping) -> str:
+def _elsewhere(key: str, tensors: Iterable[str]) -> str:
     """A sentence on the tensor of the same layer, where it has another prefix; else an empty string."""
     parts = key.split(".")
     for start, first in enumerate(parts[:-2]):

@@ -36,7 +36,7 @@ def initialised(initialisation) -> PeftModel:
     options = {
         "corda": {"corda_config": CordaConfig()},
         "lora_ga": {"lora_ga_config": LoraGAConfig()},
-        "eva": {"eva_config": EvaConfig(rho=1.0)},
+        "eva": {"eva_config": EvaConfig()},
     }.get(initialisation, {})
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=initialisation, **options)
     if initialisation == "corda":
