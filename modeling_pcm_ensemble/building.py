@@ -8,7 +8,6 @@ from json import JSONDecodeError
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -22,7 +21,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from .chat_templates import leading_bos, render_prompt, without_default_system_turn
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import PCMEnsembleConfig, check_is_causal_lm
 from .experts import run_rows
 from .peft_format import adapter_place, fit_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
@@ -214,7 +213,7 @@ class _Loader:
 
     def _causal_lm(self, source, label: str, learns: bool = False) -> PreTrainedModel:
         if isinstance(source, PreTrainedModel):
-            _check_is_causal_lm(source.config, label)
+            check_is_causal_lm(source.config, label)
             if not source.can_generate():
                 raise ValueError(
                     f"The model of {label} is a {type(source).__name__}, which has no LM head. Load it with "
@@ -229,7 +228,7 @@ class _Loader:
         if found is not None:
             options["revision"] = found["revision"]  # what is named is what is loaded
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        _check_is_causal_lm(config, label)
+        check_is_causal_lm(config, label)
         check_weight_names(source, vars(config), self.model_kwargs.get("variant"), **options)
         options |= {"trust_remote_code": False}
         options = {"ignore_mismatched_sizes": True} | self.model_kwargs | options  # refused below, by name
@@ -256,7 +255,7 @@ class _Loader:
         """The PCM's body: a causal LM's, cut to its first `num_layers`, with weights of its own."""
         if isinstance(source, PreTrainedConfig):
             config = _first_layers(source, num_layers)
-            _check_is_causal_lm(config, "the PCM")
+            check_is_causal_lm(config, "the PCM")
             return AutoModel.from_config(config, dtype=self.backbones[0].dtype, **self._options("attn_implementation"))
         key = _source_key(source)
         shared = key in self.indexes and not getattr(self.backbones[self.indexes[key]], "is_quantized", False)
@@ -346,18 +345,6 @@ def _first_layers(config: PreTrainedConfig, num_layers: int | None) -> PreTraine
             setattr(config, name, value[:num_layers])
     config.num_hidden_layers = num_layers
     return config
-
-
-def _check_is_causal_lm(config: PreTrainedConfig, label: str):
-    if config.model_type == PCMEnsembleConfig.model_type:
-        raise ValueError(f"The model of {label} is an ensemble itself. Use its experts.")
-    if config.is_encoder_decoder:
-        raise ValueError(f"The model of {label} is an encoder-decoder ({config.model_type}). Use a causal LM.")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers "
-            "library. Use one that `AutoModelForCausalLM` loads without code of its own."
-        )
 
 
 @torch.no_grad()

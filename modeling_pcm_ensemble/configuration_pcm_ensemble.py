@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from .adapter_config import adapter_config
 
@@ -172,6 +172,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         """The vocabulary size of each part."""
         sizes = {}
         for name, part in self.sub_config_items().items():
+            check_is_causal_lm(part, f"`{name}`")
             sizes[name] = getattr(part.get_text_config(), "vocab_size", None)
             if not _is_integer(sizes[name]) or sizes[name] < 1:
                 raise ValueError(
@@ -259,6 +260,19 @@ class PCMEnsembleConfig(PreTrainedConfig):
             )
 
 
+def check_is_causal_lm(config: PreTrainedConfig, label: str):
+    """Refuse what cannot be a part, by the kind of its configuration."""
+    if config.model_type == PCMEnsembleConfig.model_type:
+        raise ValueError(f"The model of {label} is an ensemble itself. Use its experts.")
+    if config.is_encoder_decoder:
+        raise ValueError(f"The model of {label} is an encoder-decoder ({config.model_type}). Use a causal LM.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers "
+            "library. Use one that `AutoModelForCausalLM` loads without code of its own."
+        )
+
+
 def _as_config(label: str, config: PreTrainedConfig | dict) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
@@ -293,4 +307,4 @@ def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["PCMEnsembleConfig"]
+__all__ = ["PCMEnsembleConfig", "check_is_causal_lm"]

@@ -8,10 +8,11 @@ import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_saving import run_without_the_package
 from torch import nn
 from torch.testing import assert_close
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
@@ -258,5 +259,10 @@ def test_the_tokenizer_of_an_ensemble_loads_without_its_code(with_pad, tmp_path)
     base, _ = with_pad
     PCMEnsembleForCausalLM.from_experts({"a": base}, pcm=base).save_pretrained(tmp_path / "ensemble")
     (tmp_path / "ensemble" / "configuration_pcm_ensemble.py").write_text("raise SystemExit('it ran')")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ensemble", trust_remote_code=False)
-    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    code = """
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+        print(sorted(tokenizer.get_vocab().items()))
+    """
+    printed = run_without_the_package(code, str(tmp_path / "ensemble"))
+    assert printed.strip() == str(sorted(tiny_tokenizer().get_vocab().items()))

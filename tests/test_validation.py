@@ -85,7 +85,9 @@ WRONG = [
     *[((*ADAPTER, "layers_to_transform"), value) for value in ("1", [1.5], [True], {})],
     *[((*ADAPTER, "use_rslora"), value) for value in (1, "yes")],
     *[((*ADAPTER, "use_dora"), True), ((*ADAPTER, "init_lora_weights"), "pissa")],
-    *[(("backbones", 0), value) for value in (5, None, {}, {"model_type": []}, {"model_type": "vit"})],
+    *[(("backbones", 0), value) for value in
+      (5, None, {}, {"model_type": []}, {"model_type": "vit"}, {"model_type": "t5"},
+      {"model_type": "pcm_ensemble"})],
     *[(("pcm",), value) for value in (5, [], {}, {"model_type": {}})],
     (("expert_top_k",), True), (("expert_top_k",), 0), (("merge",), "x"), (("experts",), {}), (("experts",), [5]),
     (("backbones",), {}), (("thin",), []), (("thin",), {}),
