@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from rich.console import Console
 from rich.table import Table
@@ -147,7 +146,7 @@ def check_owner(user: dict, repo_id: str):
 def load(folder: Path, token: str | None) -> PCMEnsembleForCausalLM:
     try:
         return PCMEnsembleForCausalLM.from_pretrained(folder, token=token)
-    except (SafetensorError, StrictDataclassError) as error:
+    except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} cannot be loaded: {error}") from error
 
 

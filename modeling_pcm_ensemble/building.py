@@ -4,15 +4,16 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,10 +21,11 @@ from transformers import (
 from transformers.utils import cached_file
 
 from .chat_templates import check_prompt, leading_bos, render_prompt, without_default_system_turn
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import PCMEnsembleConfig, check_is_causal_lm
 from .experts import run_rows
-from .peft_format import check_adapter, read_adapter
+from .peft_format import adapter_place, fit_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
+from .structure import check_nothing_shared, check_structure
 from .thin import hub_source
 from .trust import check_trust, check_weight_names
 
@@ -64,26 +66,29 @@ def build_parts(
     labels = [*loader.labels, "the PCM"]
     _check_vocabularies([*backbones, body], labels, tokenizer)
     _check_dtypes([*backbones, body], labels)
+    check_nothing_shared(backbones, loader.labels)
+    _check_generation_config(backbones[0].generation_config, loader.labels[0])
     bos = leading_bos(tokenizer) if tokenizer is not None else None
     adapters = {
         name: loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
         for (name, spec), index in zip(specs.items(), backbone_of)
         if spec.get("adapter") is not None
     }
+    experts = [
+        _expert_entry(name, spec, backbone, tokenizer, bos) | adapters.get(name, ({},))[0]
+        for (name, spec), backbone in zip(specs.items(), backbone_of)
+    ]
     generation_config = backbones[0].generation_config
-    config = PCMEnsembleConfig(
-        backbones=[backbone.config for backbone in backbones],
-        pcm=body.config,
-        experts=[
-            _expert_entry(name, spec, backbone, tokenizer, bos) | adapters.get(name, ({},))[0]
-            for (name, spec), backbone in zip(specs.items(), backbone_of)
-        ],
-        prefix_bos_token_id=bos,
-        bos_token_id=generation_config.bos_token_id,
-        eos_token_id=all_end_tokens(backbones),
-        pad_token_id=generation_config.pad_token_id,
-        **config_kwargs,
-    )
+    fields = {
+        "backbones": [backbone.config for backbone in backbones],
+        "pcm": body.config,
+        "experts": experts,
+        "prefix_bos_token_id": bos,
+        "bos_token_id": generation_config.bos_token_id,
+        "eos_token_id": all_end_tokens(backbones),
+        "pad_token_id": generation_config.pad_token_id,
+    }
+    config = PCMEnsembleConfig.from_dict(fields | config_kwargs)  # checked as a file would be
     if tokenizer is not None and any(spec.get("prompt") for spec in specs.values()):
         tokenizer = without_default_system_turn(tokenizer)
     if tokenizer is not None and config.max_position_embeddings is not None:  # less than each model's, by its prefix
@@ -111,6 +116,7 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, Pa
     labels = [f"backbone {i}" for i in range(len(model.backbones))] + loader.labels + ["the PCM"]
     _check_vocabularies([*loader.backbones, model.pcm.body], labels, tokenizer)
     _check_dtypes([*loader.backbones, model.pcm.body], labels)
+    check_nothing_shared(loader.backbones, labels)
     entry, adapters = _expert_entry(name, spec, index, tokenizer, config.prefix_bos_token_id), {}
     if spec.get("adapter") is not None:
         of_adapter, adapters[name] = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
@@ -125,6 +131,29 @@ def all_end_tokens(backbones: list[PreTrainedModel]) -> int | list[int] | None:
     found = [backbone.generation_config.eos_token_id for backbone in backbones]
     ids = dict.fromkeys(i for entry in found for i in (entry if isinstance(entry, list) else [entry]) if i is not None)
     return None if not ids else next(iter(ids)) if len(ids) == 1 else list(ids)
+
+
+def _check_generation_config(generation_config: GenerationConfig, label: str):
+    """Refuse what transformers will not save; of one that is as it was published, it only warns."""
+    if not _is_unchanged(generation_config):
+        try:
+            generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ValueError(
+                f"The `generation_config` of {label} could not be saved with the ensemble: {error}"
+            ) from error
+
+
+def set_end_tokens(generation_config: GenerationConfig, ids: int | list[int] | None):
+    """Set the end tokens of a generation config, which stays one that may be saved as it was published."""
+    unchanged = _is_unchanged(generation_config)
+    generation_config.eos_token_id = ids
+    if unchanged:
+        generation_config._original_object_hash = hash(generation_config)
+
+
+def _is_unchanged(generation_config: GenerationConfig) -> bool:
+    return getattr(generation_config, "_original_object_hash", None) == hash(generation_config)
 
 
 def expert_specs(experts: Mapping) -> dict[str, dict]:
@@ -184,12 +213,14 @@ class _Loader:
 
     def _causal_lm(self, source, label: str, learns: bool = False) -> PreTrainedModel:
         if isinstance(source, PreTrainedModel):
-            _check_is_causal_lm(source.config, label)
+            check_is_causal_lm(source.config, label)
             if not source.can_generate():
                 raise ValueError(
                     f"The model of {label} is a {type(source).__name__}, which has no LM head. Load it with "
                     "`AutoModelForCausalLM`."
                 )
+            if not learns:  # the PCM is a copy
+                check_structure(source, label)
             check_serves_rows(source, label)
             return source
         options = {name: value for name, value in self._hub_options().items() if name != "trust_remote_code"}
@@ -197,7 +228,7 @@ class _Loader:
         if found is not None:
             options["revision"] = found["revision"]  # what is named is what is loaded
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        _check_is_causal_lm(config, label)
+        check_is_causal_lm(config, label)
         check_weight_names(source, vars(config), self.model_kwargs.get("variant"), **options)
         options |= {"trust_remote_code": False}
         options = {"ignore_mismatched_sizes": True} | self.model_kwargs | options  # refused below, by name
@@ -215,15 +246,16 @@ class _Loader:
     def adapter(self, source, backbone: int, label: str) -> tuple[dict, dict[str, torch.Tensor]]:
         """What a LoRA adapter that fits a backbone adds to its expert's entry, and its tensors."""
         config, tensors = read_adapter(source, label, self._hub_options())
-        check_adapter(self.backbones[backbone], config, tensors, label)
-        found = None if isinstance(source, Mapping) else hub_source(source, **self._hub_options())
+        tensors = fit_adapter(self.backbones[backbone], config, tensors, label)
+        place = adapter_place(source, label, self._hub_options())
+        found = None if place is None else hub_source(place[0], **place[1])
         return {"adapter": config, "source": found}, tensors
 
     def pcm_body(self, source, num_layers: int | None) -> PreTrainedModel:
         """The PCM's body: a causal LM's, cut to its first `num_layers`, with weights of its own."""
         if isinstance(source, PreTrainedConfig):
             config = _first_layers(source, num_layers)
-            _check_is_causal_lm(config, "the PCM")
+            check_is_causal_lm(config, "the PCM")
             return AutoModel.from_config(config, dtype=self.backbones[0].dtype, **self._options("attn_implementation"))
         key = _source_key(source)
         shared = key in self.indexes and not getattr(self.backbones[self.indexes[key]], "is_quantized", False)
@@ -260,7 +292,7 @@ class _Loader:
             if (own := load_tokenizer(name, **self._hub_options())) is not None:
                 found.append((repr(name), own))
         for label, other in found[1:]:
-            _check_same_vocabulary(*found[0], label, other)
+            _check_same_vocabulary(*found[0], label, other, may_differ_in_size=given is not None)
         return copy.deepcopy(found[0][1]) if found else None
 
     def _hub_options(self) -> dict:
@@ -276,7 +308,14 @@ def load_tokenizer(source: str, **options) -> PreTrainedTokenizerBase | None:
     hub_options.pop("trust_remote_code", None)
     hub_options["_raise_exceptions_for_missing_entries"] = False
     files = (cached_file(source, name, **hub_options) for name in ("tokenizer_config.json", "tokenizer.json"))
-    return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False} | options) if any(files) else None
+    if not any(files):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False} | options)
+    except (AttributeError, KeyError, TypeError, JSONDecodeError) as error:  # the first would vanish in a property
+        raise ValueError(
+            f"The tokenizer's files in {source!r} cannot be read ({type(error).__name__}: {error}). Save it again."
+        ) from error
 
 
 def _source_key(source):
@@ -306,18 +345,6 @@ def _first_layers(config: PreTrainedConfig, num_layers: int | None) -> PreTraine
             setattr(config, name, value[:num_layers])
     config.num_hidden_layers = num_layers
     return config
-
-
-def _check_is_causal_lm(config: PreTrainedConfig, label: str):
-    if config.model_type == PCMEnsembleConfig.model_type:
-        raise ValueError(f"The model of {label} is an ensemble itself. Use its experts.")
-    if config.is_encoder_decoder:
-        raise ValueError(f"The model of {label} is an encoder-decoder ({config.model_type}). Use a causal LM.")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers "
-            "library. Use one that `AutoModelForCausalLM` loads without code of its own."
-        )
 
 
 @torch.no_grad()
@@ -354,13 +381,17 @@ def check_serves_rows(model: PreTrainedModel, label: str):
 
 
 def check_loading(loading: dict, label: str):
-    """Refuse weights that do not belong to the configuration."""
+    """
+    Refuse weights that do not fill what the configuration makes, and an ensemble's adapters that it does not name. Of
+    what else is left over, transformers warns.
+    """
     problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+    problems["unexpected"] = [key for key in problems["unexpected"] if key.startswith("backbones.adapters.")]
     found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(
-            f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Save the model again, or use "
-            "the configuration that belongs to these weights."
+            f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Use the configuration that "
+            "belongs to these weights."
         )
 
 
@@ -383,19 +414,26 @@ def _check_vocabularies(models: list[PreTrainedModel], labels: list[str], tokeni
         if tokenizer is not None and size < len(tokenizer):
             raise ValueError(
                 f"All parts must share one vocabulary: the tokenizer has {len(tokenizer)} tokens, but the model of "
-                f"{label} only {size}. Use models with the same tokenizer."
+                f"{label} only {size}. Use models with the same tokenizer. Where tokens were added to it, pass "
+                f"`tokenizer=` without them, or load this model, call `resize_token_embeddings({len(tokenizer)})` "
+                "and pass it as `model`."
             )
 
 
-def _check_same_vocabulary(label: str, tokenizer, other_label: str, other):
+def _check_same_vocabulary(label: str, tokenizer, other_label: str, other, may_differ_in_size: bool):
+    """A token that only one of them has is one that was added to it; who passes a tokenizer has chosen."""
     tokens, other_tokens = ({index: token for token, index in t.get_vocab().items()} for t in (tokenizer, other))
     for index in sorted(tokens | other_tokens):
         token, other_token = tokens.get(index), other_tokens.get(index)
-        if token != other_token:
-            raise ValueError(
-                f"All parts must share one vocabulary: token {index} is {token!r} in {label}, but {other_token!r} in "
-                f"{other_label}. Use models with the same tokenizer."
-            )
+        if token == other_token or (may_differ_in_size and None in (token, other_token)):
+            continue
+        hint = "Use models with the same tokenizer."
+        if None in (token, other_token):
+            hint += " If it was added for training, such as a padding token, pass the `tokenizer=` to use."
+        raise ValueError(
+            f"All parts must share one vocabulary: token {index} is {token!r} in {label}, but {other_token!r} in "
+            f"{other_label}. {hint}"
+        )
 
 
 def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | None) -> dict:
@@ -422,4 +460,12 @@ def _expert_entry(name: str, spec: dict, backbone: int, tokenizer, bos: int | No
     }
 
 
-__all__ = ["Parts", "all_end_tokens", "build_expert", "build_parts", "check_loading", "load_tokenizer"]
+__all__ = [
+    "Parts",
+    "all_end_tokens",
+    "build_expert",
+    "build_parts",
+    "check_loading",
+    "load_tokenizer",
+    "set_end_tokens",
+]

@@ -7,7 +7,10 @@ from .versions import OLDEST  # noqa: F401
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from .adapter_config import adapter_config
 
 MERGES = ("probabilities", "logits", "adapters")
 AUTO_MAP = {
@@ -42,7 +45,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
             (default 0); `prompt` and `prompt_ids`, the text and tokens that this expert reads before the context;
             `description` and `description_ids`, the text and tokens that tell the PCM that this expert is wanted;
             `dimension`, the axis of preference it stands on; `adapter`, what PEFT's configuration says of its LoRA,
-            and `source`, the `repository` and `revision` that it was loaded from.
+            and `source`, the `repository`, `revision` and, if it has one, `subfolder` that it was loaded from.
         pcm (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the Preference Control Model's body.
         merge (`str`, *optional*, defaults to `"probabilities"`):
@@ -84,9 +87,9 @@ class PCMEnsembleConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.experts = [_complete_expert(expert) for expert in self.experts or []]
-        backbones = [_as_config(backbone) for backbone in self.backbones or []]
-        pcm = _as_config(self.pcm) if self.pcm is not None else None
+        self.experts = [_complete_expert(f"experts[{i}]", expert) for i, expert in enumerate(self.experts or [])]
+        backbones = [_as_config(f"backbones[{i}]", backbone) for i, backbone in enumerate(self.backbones or [])]
+        pcm = _as_config("pcm", self.pcm) if self.pcm is not None else None
         # The base class resets the attention implementation of the sub-configs it sees, even where none is asked for.
         self.backbones, self.pcm = [], None
         super().__post_init__(**kwargs)
@@ -94,8 +97,20 @@ class PCMEnsembleConfig(PreTrainedConfig):
         if self._attn_implementation is not None:  # one that was asked for; setting it passes it on
             self._attn_implementation = self._attn_implementation
         if self.vocab_size is None:
-            parts = self.sub_config_items().values()
-            self.vocab_size = min((part.get_text_config().vocab_size for part in parts), default=None)
+            self.vocab_size = min(self._part_sizes().values(), default=None)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """
+        Make the configuration that a file holds, as any.
+
+        Raises:
+            TypeError, ValueError: naming the field that has a wrong value.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
 
     @property
     def expert_names(self) -> list[str]:
@@ -153,18 +168,70 @@ class PCMEnsembleConfig(PreTrainedConfig):
         output["architectures"] = ["AutoModelForCausalLM"]  # `transformers serve` takes the name from the library
         return output
 
-    def validate_experts(self):
-        names = self.expert_names
-        for position, expert in enumerate(self.experts):
-            if not isinstance(expert["name"], str) or not expert["name"]:
-                raise ValueError(f"`experts[{position}]` needs a `name`, a non-empty string; got {expert['name']!r}.")
-            if expert["backbone"] not in range(len(self.backbones)):
+    def _part_sizes(self) -> dict[str, int]:
+        """The vocabulary size of each part."""
+        sizes = {}
+        for name, part in self.sub_config_items().items():
+            check_is_causal_lm(part, f"`{name}`")
+            sizes[name] = getattr(part.get_text_config(), "vocab_size", None)
+            if not _is_integer(sizes[name]) or sizes[name] < 1:
                 raise ValueError(
-                    f"Expert `{expert['name']}` names backbone {expert['backbone']}, but there are "
-                    f"{len(self.backbones)}. Use an index from 0 to {len(self.backbones) - 1}."
+                    f"`{name}`, a {type(part).__name__}, has the `vocab_size` {sizes[name]!r}. Parts must be language "
+                    "models."
                 )
+        return sizes
+
+    def _check_vocabulary(self):
+        largest = min(self._part_sizes().values(), default=None)
+        if largest is not None and not (_is_integer(self.vocab_size) and 1 <= self.vocab_size <= largest):
+            raise ValueError(
+                f"`vocab_size` must be between 1 and {largest}, the smallest part's, got {self.vocab_size!r}."
+            )
+        if self.prefix_bos_token_id is not None:
+            self._check_ids("prefix_bos_token_id", [self.prefix_bos_token_id])
+
+    def validate_experts(self):
+        self._check_vocabulary()
+        for position, expert in enumerate(self.experts):
+            label = f"experts[{position}]"
+            self._check_fields(label, expert)
+            for name in ("prompt_ids", "description_ids"):
+                self._check_ids(f"{label}.{name}", expert[name])
+            if expert["adapter"] is not None:
+                adapter_config(expert["adapter"], f"`{label}.adapter`")
+
+        names = self.expert_names
         if len(set(names)) != len(names):
             raise ValueError(f"`experts` must have a name of its own each, got {names}.")
+
+    def _check_fields(self, label: str, expert: dict):
+        name, backbone, source = expert["name"], expert["backbone"], expert["source"]
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`{label}` needs a `name`, a non-empty string; got {name!r}.")
+        if not _is_integer(backbone) or backbone not in range(len(self.backbones)):
+            raise ValueError(
+                f"Expert `{name}` names backbone {backbone!r}, but there are {len(self.backbones)}. Set "
+                f"`{label}.backbone` to an index from 0 to {len(self.backbones) - 1}."
+            )
+        for field in ("prompt", "description", "dimension"):
+            if not isinstance(expert[field], str | None):
+                raise ValueError(f"`{label}.{field}` must be a string or None, got {expert[field]!r}.")
+        if source is not None and not (
+            isinstance(source, dict)
+            and isinstance(source.get("repository"), str)
+            and all(isinstance(value, str | None) for value in source.values())
+        ):
+            raise ValueError(f"`{label}.source` must give a `repository` and `revision` as strings, got {source!r}.")
+
+    def _check_ids(self, label: str, ids: list[int]):
+        if not isinstance(ids, list):
+            raise ValueError(f"`{label}` must be a list of tokens, got {ids!r}.")
+        for token in ids:
+            if not _is_integer(token) or not 0 <= token < (self.vocab_size or 0):
+                raise ValueError(
+                    f"`{label}` must hold whole numbers of at least 0 and below the `vocab_size`, {self.vocab_size}; "
+                    f"got {token!r}."
+                )
 
     def validate_thin(self):
         if self.thin is None:
@@ -174,17 +241,18 @@ class PCMEnsembleConfig(PreTrainedConfig):
         named = isinstance(entries, list) and all(
             isinstance(entry, dict) and all(isinstance(entry.get(field), str) for field in fields) for entry in entries
         )
-        if not named or len(entries) != len(self.backbones) or not isinstance(shared, dict):
+        paired = isinstance(shared, dict) and all(isinstance(name, str) for name in [*shared, *shared.values()])
+        if not named or len(entries) != len(self.backbones) or not paired:
             raise ValueError(
                 f"`thin` must give {', '.join(fields)} for each of the {len(self.backbones)} `backbones`, and the "
-                f"tensors `shared` with them; got {self.thin}."
+                f"tensors `shared` with them by name; got {self.thin}."
             )
 
     def validate_merge(self):
         if self.merge not in MERGES:
             raise ValueError(f"`merge` must be one of {', '.join(map(repr, MERGES))}, got {self.merge!r}.")
-        if self.expert_top_k is not None and self.expert_top_k < 1:
-            raise ValueError(f"`expert_top_k` must be at least 1, or None to keep all, got {self.expert_top_k}.")
+        if self.expert_top_k is not None and (not _is_integer(self.expert_top_k) or self.expert_top_k < 1):
+            raise ValueError(f"`expert_top_k` must be at least 1, or None to keep all, got {self.expert_top_k!r}.")
         if self.expert_top_k is not None and self.merge != "probabilities":
             raise ValueError(
                 f"`expert_top_k` cannot be used with `merge={self.merge!r}`: it cuts the distributions that "
@@ -192,26 +260,51 @@ class PCMEnsembleConfig(PreTrainedConfig):
             )
 
 
-def _as_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
+def check_is_causal_lm(config: PreTrainedConfig, label: str):
+    """Refuse what cannot be a part, by the kind of its configuration."""
+    if config.model_type == PCMEnsembleConfig.model_type:
+        raise ValueError(f"The model of {label} is an ensemble itself. Use its experts.")
+    if config.is_encoder_decoder:
+        raise ValueError(f"The model of {label} is an encoder-decoder ({config.model_type}). Use a causal LM.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers "
+            "library. Use one that `AutoModelForCausalLM` loads without code of its own."
+        )
+
+
+def _as_config(label: str, config: PreTrainedConfig | dict) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict):
-        raise TypeError(f"A part's configuration must be a `PreTrainedConfig` or a dict, got {type(config).__name__}.")
+        raise TypeError(f"`{label}` must be a `PreTrainedConfig` or a dict, got {type(config).__name__}.")
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"A part's configuration has `model_type` {model_type!r}, which transformers does not have. Parts must be "
-            "models of the transformers library itself."
+            f"`{label}` has `model_type` {model_type!r}, which transformers does not have. Parts must be models of "
+            "the transformers library itself."
         )
-    return CONFIG_MAPPING[model_type].from_dict(config)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(config)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`{label}` is no configuration of a {model_type!r}: {error}") from error
 
 
-def _complete_expert(expert: dict) -> dict:
-    unknown = sorted(set(expert) - set(EXPERT_FIELDS))
+def _complete_expert(label: str, expert: dict) -> dict:
+    unknown = sorted(map(str, set(expert) - set(EXPERT_FIELDS)))
     if unknown:
-        raise ValueError(f"An expert has the unknown fields {unknown}; the known ones are {list(EXPERT_FIELDS)}.")
+        raise ValueError(f"`{label}` has the unknown fields {unknown}; the known ones are {list(EXPERT_FIELDS)}.")
     completed = EXPERT_FIELDS | expert
-    return completed | {field: list(completed[field]) for field in ("prompt_ids", "description_ids")}
+    for field in ("prompt_ids", "description_ids"):
+        if isinstance(completed[field], list | tuple):
+            completed[field] = list(completed[field])
+    if completed["adapter"] is not None:
+        completed["adapter"] = adapter_config(completed["adapter"], f"`{label}.adapter`")
+    return completed
 
 
-__all__ = ["PCMEnsembleConfig"]
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+__all__ = ["PCMEnsembleConfig", "check_is_causal_lm"]

@@ -1,7 +1,5 @@
 """Many LoRA adapters on one frozen model, selected or weighted for each batch row, and PEFT's format in and out."""
 
-import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,8 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
+from .adapter_config import adapted_paths
 from .compiling import compile_config, turn
+
+logger = logging.get_logger(__name__)
 
 # Linear layers beside one another that read the same input, so that their A products can be one. Only speed depends on
 # this table.
@@ -241,49 +243,36 @@ class LoraBank(nn.Module):
 
     @torch.no_grad()
     def load(self, name: str, tensors: Mapping[str, torch.Tensor]):
-        """Fill one expert's adapter, see [`tensors`]."""
+        """Fill one expert's adapter, see [`tensors`], in the backbone's dtype; say where that rounds."""
+        rounded = False
         for key, place in self.tensors(name).items():  # views of the bank's own parameters
             place.copy_(tensors[key])
+            rounded |= not torch.equal(place.to(tensors[key]), tensors[key])
+        if rounded:
+            logger.warning(
+                f"The adapter of expert {name!r} is rounded from {tensors[key].dtype} to {place.dtype}, the dtype of "
+                "its base. PEFT computes it in float32. Pass `dtype=torch.float32` for the same numbers."
+            )
+
+    @torch.no_grad()
+    def fit(self, backbone: PreTrainedModel):
+        """Give each layer's B as many rows as its layer has by now: new ones add nothing, others go."""
+        for path, layer in self.layers():
+            new_rows = features(backbone.get_submodule(path))[1] - len(layer.lora_B)
+            if new_rows:
+                layer.lora_B = nn.Parameter(nn.functional.pad(layer.lora_B, (0, 0, 0, new_rows)))
 
 
 def adapted_layers(backbone: PreTrainedModel, adapter: dict) -> dict[str, tuple[int, float]]:
     """Path → (rank, scale) of each layer of the backbone that PEFT would adapt under this configuration."""
-    output = backbone.get_output_embeddings()
-    layers = {}
-    for path, module in backbone.named_modules():
-        is_linear = isinstance(module, (nn.Linear, Conv1D))
-        if is_linear and _is_target(path, adapter, is_output=module is output):
-            rank = _by_pattern(adapter["rank_pattern"], path, adapter["r"])
-            alpha = _by_pattern(adapter["alpha_pattern"], path, adapter["lora_alpha"])
-            layers[path] = (rank, alpha / (math.sqrt(rank) if adapter["use_rslora"] else rank))
-    return layers
+    linears, output = linear_layers(backbone), backbone.get_output_embeddings()
+    output_path = next((path for path, module in linears.items() if module is output), None)
+    return adapted_paths(list(linears), output_path, adapter)
 
 
-def _is_target(path: str, adapter: dict, is_output: bool) -> bool:
-    target, excluded = adapter["target_modules"], adapter["exclude_modules"]
-    if excluded and (re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded)):
-        return False
-    if isinstance(target, str):
-        return not is_output if target.lower() == "all-linear" else bool(re.fullmatch(target, path))
-    if path in target:
-        return True
-    if not _ends_with(path, target):
-        return False
-    indexes = adapter["layers_to_transform"]
-    if indexes is None or indexes == []:
-        return True
-    patterns = adapter["layers_pattern"] or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = next((m for p in patterns if (m := re.match(rf"(?:.*?\.)??{p}\.(\d+)\.", path))), None)
-    return found is not None and int(found[1]) in ([indexes] if isinstance(indexes, int) else indexes)
-
-
-def _ends_with(path: str, names: list[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _by_pattern(patterns: dict, path: str, default):
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+def linear_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
+    """By path, the layers that an adapter can be on."""
+    return {path: module for path, module in backbone.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
@@ -309,4 +298,4 @@ def _add_at(root: nn.Module, path: str, name: str, module: nn.Module):
     root.add_module(name, module)
 
 
-__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "features", "readable_by_compiled_code"]
+__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "features", "linear_layers", "readable_by_compiled_code"]

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .building import all_end_tokens, build_expert, build_parts
+from .building import all_end_tokens, build_expert, build_parts, set_end_tokens
 from .cache import PCMEnsembleCache
 from .checks import cached_length, check_inputs, check_length, check_mask
 from .compiling import forget_weights
@@ -69,7 +70,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
                 "An ensemble needs at least one entry in `config.experts`, and `config.pcm`. Build one with "
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
-        config.validate()  # values that were set after it was made
+        _check_config(config)
         super().__init__(config)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
@@ -98,15 +99,17 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             experts (`Mapping`):
                 Each expert's name → a Hub repository, a folder, a loaded `PreTrainedModel` (used as it is, and
                 frozen), or a mapping with `model` (one of these), `adapter` (a LoRA that PEFT saved: a folder, a
-                repository, or a mapping shaped as its `LoraConfig` with `tensors`), `prompt` (what this expert reads
-                before the context, as system turn where the chat template has one), `description` (what tells the PCM
-                that this expert is wanted; defaults to the prompt, else the name) and `dimension` (the axis of
-                preference it stands on). Experts that name the same model share it.
+                repository, a mapping with `repository`, and `revision` or `subfolder` of its own, or one shaped as
+                PEFT's `LoraConfig` with `tensors`), `prompt` (what this expert reads before the context, as system
+                turn where the chat template has one), `description` (what tells the PCM that this expert is wanted;
+                defaults to the prompt, else the name) and `dimension` (the axis of preference it stands on). Experts
+                that name the same model share it.
             pcm (`str`, `os.PathLike`, `PreTrainedModel` or `PreTrainedConfig`):
                 The causal LM that the PCM's body is copied from, or a configuration for random weights.
             pcm_layers (`int`, *optional*): take the first layers only; None takes all.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
-                Defaults to that of the first part which has one.
+                Defaults to that of the first part which has one, and which all others must have too. One that is given
+                may have more or fewer tokens than theirs, but none of another meaning.
             default_preference (`str`, `list` or `Mapping`, *optional*):
                 The preference of calls without one; None is every expert at weight 1.
             merge (`str`): `"probabilities"`, or `"logits"` for the paper's ablation.
@@ -119,8 +122,10 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
 
         Raises:
             TypeError: if an argument is of the wrong kind.
-            ValueError: if there are no experts, models are not causal LMs, do not share one vocabulary, or come from a
-                checkpoint whose configuration and weights disagree, or an argument has a value out of range.
+            ValueError: if there are no experts, models are not causal LMs, do not share one vocabulary, are not what
+                their configurations make (as with an adapter inside), or come from a checkpoint whose configuration
+                and weights disagree, an adapter is not plain LoRA on its base as it is, or an argument has a value out
+                of range.
         """
         parts = build_parts(
             experts,
@@ -132,12 +137,11 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             expert_top_k=expert_top_k,
             default_preference=default_preference,
         )
-        preference_weights(default_preference or parts.config.expert_names, parts.config.expert_names, 1)
         model = cls(parts.config, parts.backbones, parts.pcm)
         for name, tensors in parts.adapters.items():
             model.backbones.bank_of(name).load(name, tensors)
         model.generation_config = copy.deepcopy(parts.backbones[0].generation_config)
-        model.generation_config.eos_token_id = parts.config.eos_token_id
+        set_end_tokens(model.generation_config, parts.config.eos_token_id)
         model._tokenizer = parts.tokenizer
         return model.eval()
 
@@ -161,7 +165,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             )
         entry, parts = build_expert(self, name, expert, model_kwargs)
         if len(parts.backbones) > len(self.backbones):
-            self.config.eos_token_id = self.generation_config.eos_token_id = all_end_tokens(parts.backbones)
+            self.config.eos_token_id = all_end_tokens(parts.backbones)
+            set_end_tokens(self.generation_config, self.config.eos_token_id)
         head_rows = [*range(self.config.num_experts), None]
         self._set_experts([*self.config.experts, entry], parts.backbones, head_rows, parts.adapters)
         self._tokenizer = parts.tokenizer
@@ -432,6 +437,21 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         mask = check_mask(input_ids, attention_mask, None)
         check_length(self.config, route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
+
+
+def _check_config(config: PCMEnsembleConfig):
+    """Refuse values that were set after the configuration was made, and a default preference of no use."""
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+    if config.default_preference is None:
+        return
+    try:
+        with torch.device("cpu"):  # a model that is loaded is made on the meta device
+            preference_weights(config.default_preference, config.expert_names, 1)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`default_preference` of the configuration cannot be used: {error}") from error
 
 
 def _or_default(value: bool | None, default: bool) -> bool:

@@ -59,7 +59,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         if isinstance(config, PreTrainedConfig):
             thin, found = config.thin, vars(config)
         else:
-            found = cls.config_class.get_config_dict(config or source, **options)[0]
+            found = cls._config_dict(config or source, options)
             thin = found.get("thin")
         code_options = {name: value for name, value in options.items() if name != "trust_remote_code"}
         if source is not None:
@@ -71,6 +71,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         check_loading(loading, f"the checkpoint {model.name_or_path!r}")
         model._tokenizer_options = options
         return (model, loading) if output_loading_info else model
+
+    @classmethod
+    def _config_dict(cls, source: str | os.PathLike, options: dict) -> dict:
+        try:
+            found = cls.config_class.get_config_dict(source, **options)[0]
+        except TypeError:  # transformers looks into what the file holds
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"config.json of {str(source)!r} must hold a JSON object. Save or fetch it again.")
+        return found
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
@@ -184,13 +194,31 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         self.pcm.body.set_input_embeddings(value)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """Resize every part's, experts' output layers too; arguments and result (the PCM's) as for any model."""
+        """
+        Resize every part's, experts' output layers and the adapters on them too; arguments and result (the PCM's) as
+        for any model.
+
+        Raises:
+            ValueError: if tokens of an expert's prompt or description would be out of the vocabulary.
+        """
+        self._check_holds_prefixes(new_num_tokens)
         for part in (self.pcm.body, *self.backbones):
             part.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for index, bank in self.backbones.adapters.items():
+            bank.fit(self.backbones[int(index)])
         self.backbones.train()  # what is new is frozen too
         self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())
         self.vocab_size = self.config.vocab_size
         return self.get_input_embeddings()
+
+    def _check_holds_prefixes(self, num_tokens: int | None):
+        used = {token for expert in self.config.experts for token in expert["prompt_ids"] + expert["description_ids"]}
+        used.add(self.config.prefix_bos_token_id or 0)
+        if num_tokens is not None and num_tokens <= max(used):
+            raise ValueError(
+                f"`new_num_tokens` {num_tokens} is too small: experts' prompts and descriptions have tokens up to "
+                f"{max(used)}. Use at least {max(used) + 1}, or build the ensemble with a smaller vocabulary."
+            )
 
 
 def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:

@@ -1,7 +1,6 @@
 """Thin checkpoints: PCM and adapters alone, each backbone named by repository and commit instead of stored."""
 
 import hashlib
-import json
 import os
 import re
 
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import resolve_revision
 
-from .trust import check_weight_names
+from .trust import check_weight_names, read_object, weight_files
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
@@ -20,12 +19,13 @@ DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 def hub_source(name: str | os.PathLike, **hub_options) -> dict | None:
-    """Repository and commit of what `from_pretrained(name)` loads; None for a folder."""
+    """Repository, commit and subfolder, if one is given, of what `from_pretrained(name)` loads; None for a folder."""
     if not name or os.path.exists(name):
         return None
     known = ("revision", "token", "local_files_only", "cache_dir")
     revision = resolve_revision(name, **{key: hub_options[key] for key in known if key in hub_options})
-    return {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
+    source = {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
+    return source | ({"subfolder": hub_options["subfolder"]} if hub_options.get("subfolder") else {})
 
 
 def thin_checkpoint(model: PreTrainedModel, **hub_options) -> tuple[dict[str, torch.Tensor], dict]:
@@ -96,6 +96,8 @@ def whole_state(thin: dict, source: str, variant: str | None = None, **hub_optio
             )
         backbone = _load(folder, "auto")
         state |= {f"backbones.{index}.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    if unknown := sorted(set(thin["shared"].values()) - state.keys()):
+        raise ValueError(f"`thin.shared` names the tensor {unknown[0]!r}, which no backbone has. Save it again.")
     return state | {name: state[other].clone() for name, other in thin["shared"].items()}
 
 
@@ -121,8 +123,7 @@ def _fetch(entry: dict, **hub_options) -> str:
         )
     options = {name: hub_options[name] for name in DOWNLOAD_OPTIONS if name in hub_options}
     folder = snapshot_download(entry["repository"], revision=entry["revision"], allow_patterns=WEIGHT_FILES, **options)
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        check_weight_names(folder, json.load(file))
+    check_weight_names(folder, read_object(os.path.join(folder, "config.json")))
     return folder
 
 
@@ -136,9 +137,7 @@ def _weight_files(folder: str) -> list[str]:
     single, index = (os.path.join(folder, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if os.path.exists(single):
         return [single]
-    with open(index, encoding="utf-8") as file:
-        names = sorted(set(json.load(file)["weight_map"].values()))
-    return [os.path.join(folder, name) for name in names]
+    return [os.path.join(folder, name) for name in weight_files(index)]
 
 
 def _embeddings(model: PreTrainedModel) -> dict[str, torch.Tensor]:

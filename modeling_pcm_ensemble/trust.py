@@ -34,11 +34,41 @@ def check_weight_names(source: str | os.PathLike, config: dict, variant: str | N
     index = cached_file(source, name, **missing, **hub_options)
     if index is None:
         return
-    with open(index, encoding="utf-8") as file:
-        names = set(json.load(file)["weight_map"].values())
-    for name in sorted(names):
+    for name in weight_files(index):
         if os.path.basename(name) != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names the weights {name!r}. They must be safetensors beside it.")
+
+
+def weight_files(index: str) -> list[str]:
+    """
+    The files that an index of weights names.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(
+            f"{index} must be an object whose `weight_map` gives each tensor's file. Save the model again."
+        )
+    return sorted(set(places.values()))
+
+
+def read_object(path: str | os.PathLike) -> dict:
+    """
+    What a JSON file holds.
+
+    Raises:
+        ValueError: naming the file, if that is no JSON object.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON file: {error}. Save or fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {content!r:.60}. Save or fetch it again.")
+    return content
 
 
 def check_trust(model_kwargs: dict):
@@ -55,4 +85,4 @@ def check_trust(model_kwargs: dict):
         )
 
 
-__all__ = ["check_trust", "check_weight_names"]
+__all__ = ["check_trust", "check_weight_names", "read_object", "weight_files"]

@@ -195,6 +195,13 @@ def test_a_thin_checkpoint_cannot_point_outside_the_hub(hub, thin, tmp_path, cha
         PCMEnsembleForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_thin_checkpoint_that_shares_a_tensor_of_no_backbone_is_refused(hub, thin, tmp_path):
+    config = json.loads(hub.files("owner/ensemble")["config.json"])
+    config["thin"]["shared"] = dict.fromkeys(config["thin"]["shared"], "nope")
+    change(hub, "owner/ensemble", config__json=json.dumps(config).encode())
+    assert "`thin.shared` names the tensor 'nope', which no backbone has" in pull(hub, tmp_path).stderr
+
+
 def test_a_local_folder_does_not_stand_in_for_a_backbones_repository(hub, thin, tmp_path, monkeypatch):
     tiny_llama(9).save_pretrained(tmp_path / "work/someone/llama")
     monkeypatch.chdir(tmp_path / "work")
