@@ -4,10 +4,13 @@
 from .versions import OLDEST  # noqa: F401
 
 # isort: split
+import os
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .saving import finish_save
 
 MERGES = ("probabilities", "logits", "adapters")
 AUTO_MAP = {
@@ -96,6 +99,19 @@ class PCMEnsembleConfig(PreTrainedConfig):
         if self.vocab_size is None:
             parts = self.sub_config_items().values()
             self.vocab_size = min((part.get_text_config().vocab_size for part in parts), default=None)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """As for any model, of a folder after an interrupted save to it is finished."""
+        finish_save(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "PCMEnsembleConfig":
+        """As for any model. `AutoConfig` reads a folder itself, and gives its name and what it has read."""
+        if (folder := kwargs.get("name_or_path")) and finish_save(folder):
+            config_dict, _ = cls.get_config_dict(folder)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def expert_names(self) -> list[str]:

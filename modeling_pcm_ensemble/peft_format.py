@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .lora import adapted_layers, features
+from .saving import finish_save, staged_folder
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -73,6 +74,7 @@ def read_adapter(source, label: str, hub_options: dict) -> tuple[dict, dict[str,
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"{label} must be a folder, a repository or a mapping, got {type(source).__name__}.")
     source = os.fspath(source)
+    finish_save(source)
     with open(cached_file(source, CONFIG_NAME, **hub_options), encoding="utf-8") as file:
         config = adapter_config(json.load(file), f"{label} in {source!r}")
     missing = {"_raise_exceptions_for_missing_entries": False}
@@ -114,8 +116,17 @@ def check_adapter(backbone: PreTrainedModel, config: dict, tensors: Mapping[str,
 
 
 def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str, torch.Tensor], base_model: str):
-    """Write a folder that `PeftModel.from_pretrained` loads."""
-    os.makedirs(folder, exist_ok=True)
+    """
+    Write a folder that `PeftModel.from_pretrained` loads. An interruption leaves the old adapter or the new one.
+
+    Raises:
+        ValueError: if a model stands there, which would be loaded with this adapter.
+    """
+    if os.path.exists(os.path.join(folder, "config.json")):
+        raise ValueError(
+            f"{str(folder)!r} holds a model, config.json, which would be loaded with an adapter beside it. Give the "
+            "adapter a folder of its own."
+        )
     full = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -123,9 +134,10 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str,
         "base_model_name_or_path": base_model,
     }
     tensors = {PREFIX + key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-    save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
-    with open(os.path.join(folder, CONFIG_NAME), "w", encoding="utf-8") as file:
-        json.dump(full | config, file, indent=2, sort_keys=True)
+    with staged_folder(folder) as staging:
+        save_file(tensors, os.path.join(staging, WEIGHTS_NAME), metadata={"format": "pt"})
+        with open(os.path.join(staging, CONFIG_NAME), "w", encoding="utf-8") as file:
+            json.dump(full | config, file, indent=2, sort_keys=True)
 
 
 def _without_prefix(tensors: Mapping[str, torch.Tensor], label: str) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .saving import staged_folder
+from .saving import check_no_adapter, finish_save, staged_folder
 from .thin import thin_checkpoint, whole_state
 from .trust import check_weight_names
 
@@ -51,9 +51,10 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if configuration and weights disagree, or a thin checkpoint's backbones are not those it names.
-            OSError: if files cannot be fetched, nor found in the cache.
+            OSError: if files cannot be fetched, nor found in the cache; or an interrupted save cannot be finished.
         """
         source, config = pretrained_model_name_or_path, kwargs.get("config")
+        _finish_save(source, config, kwargs.get("subfolder"))
         kwargs |= {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", True), "use_safetensors": True}
         options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         if isinstance(config, PreTrainedConfig):
@@ -108,18 +109,22 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         self, save_directory: str | os.PathLike, is_main_process: bool = True, thin: bool = False, **kwargs
     ):
         r"""
-        Save as any model, with the tokenizer if there is one.
+        Save as any model, with the tokenizer if there is one. Of a checkpoint that stood there, nothing is left that
+        loading reads.
 
-        An interrupted save leaves `save_directory` as it was, or, in its last moments, as a folder that does not load.
+        An interrupted save leaves the old checkpoint or the new one. Of the new one some files may still lie in
+        `save_directory`/.saving, from where the next save or load moves them up. Another process or thread that saves
+        to the same folder waits.
 
         Args:
             thin (`bool`): save only the PCM and the adapters, and name each backbone by its repository and commit on
                 the Hub, from where `from_pretrained` fetches it.
 
         Raises:
-            ValueError: if backbones were quantised before the ensemble was built, or `thin`, and a backbone is not
-                what a repository holds.
+            ValueError: if the folder holds a PEFT adapter, if backbones were quantised before the ensemble was built,
+                or `thin`, and a backbone is not what a repository holds.
         """
+        check_no_adapter(save_directory)
         sharded = getattr(self.config, "distributed_config", None)
         if thin and sharded is not None:
             raise ValueError("A model that is split over processes is saved whole. Load that, and save it thin.")
@@ -145,15 +150,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             raise ValueError("`thin=True` chooses what is saved itself. Leave `state_dict` out.")
         if thin:
             token = {"token": kwargs["token"]} if "token" in kwargs else {}
-            kwargs["state_dict"], self.config.thin = thin_checkpoint(self, **token)
+            kwargs["state_dict"], sources = thin_checkpoint(self, **token)
             kwargs.pop("max_shard_size", None)  # it is always one file
-        try:
-            with staged_folder(save_directory, kwargs.get("variant")) as staging:
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(staging)
-                super().save_pretrained(staging, **kwargs)
-        finally:
-            self.config.thin = None
+        with staged_folder(save_directory) as staging:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            super().save_pretrained(staging, **kwargs)
+            if thin:  # in a copy: another thread may be saving this model whole
+                config = copy.deepcopy(self.config)
+                config.thin = sources
+                config.save_pretrained(staging)
         self.barrier_after_gathered_checkpoint_save(sharded)
         if push:
             repo_id = hub_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
@@ -191,6 +197,17 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())
         self.vocab_size = self.config.vocab_size
         return self.get_input_embeddings()
+
+
+def _finish_save(source: str | os.PathLike | None, config, subfolder: str | None):
+    """Finish an interrupted save to the folder that weights are loaded from; refuse a configuration that it outdates."""
+    if source is None or not finish_save(os.path.join(source, subfolder or "")):
+        return
+    if isinstance(config, PreTrainedConfig):
+        raise OSError(
+            f"An interrupted save to {str(source)!r} has just been finished. `config` may have been read before that; "
+            "read it again, and load again."
+        )
 
 
 def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
