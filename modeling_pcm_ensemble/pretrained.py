@@ -200,7 +200,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
 
 def _finish_save(source: str | os.PathLike | None, config, subfolder: str | None):
-    """Finish an interrupted save to the folder that weights are loaded from; refuse a configuration that it outdates."""
+    """Finish an interrupted save to the folder of the weights; refuse a configuration that was read before that."""
     if source is None or not finish_save(os.path.join(source, subfolder or "")):
         return
     if isinstance(config, PreTrainedConfig):

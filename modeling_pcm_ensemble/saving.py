@@ -1,8 +1,8 @@
 """
 Writing files so that an interruption leaves the old ones or the new ones, never half of either.
 
-A save writes into a hidden folder beside what it will replace. When all files are there, it marks that folder as whole:
-from then on they are what the folder holds, and moving them up can be repeated by anyone until it is done.
+A save writes into a hidden folder in the folder that it saves to, and marks it as whole when all files are there. From
+then on they are what has been saved, and whoever comes next can go on with moving them up.
 """
 
 import os

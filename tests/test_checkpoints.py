@@ -121,7 +121,7 @@ def test_after_a_save_that_failed_the_ensemble_is_saved_whole(tmp_path):
     trainer.train()
     (tmp_path / "run").rename(tmp_path / "away")
     (tmp_path / "run").write_text("a file where the folder should be")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileExistsError):
         trainer._save_checkpoint(trainer.model, trial=None)
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "config.json").exists()  # the ensemble
