@@ -95,7 +95,7 @@ def stop_everywhere(folder: Path, old: Path, model, way: str, numbers: range, **
 
 
 # Every operation would take minutes: some of each kind of save are tried, and all in the slow tests.
-STRIDES = [pytest.param(5, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+STRIDES = [pytest.param(11, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("stride", STRIDES)
@@ -138,20 +138,20 @@ def test_a_thin_save_that_is_stopped_leaves_the_old_ensemble_or_the_new_one(hub,
 def test_a_first_save_that_is_stopped_leaves_nothing_or_an_ensemble(folder, way):
     _, new = make_pair()
     new.save_pretrained(folder / "new")
-    outcomes = set()
+    expected, outcomes = loaded(folder / "new"), set()
     for number in range(1 + WAYS.index(way), 999, 7):
         target = folder / f"target-{number}"
         finished = stopped_at(number, way, lambda: new.save_pretrained(target))  # noqa: B023
-        whole = (target / MARK).exists() or finished
-        if whole:
-            assert same(loaded(target), loaded(folder / "new"))
-        else:
-            with pytest.raises(OSError, match=r"model\.safetensors|Repo id must be"):
-                loaded(target)
-        outcomes.add(whole)
+        must_load = finished or (target / MARK).exists()
+        try:
+            assert same(loaded(target), expected)
+            outcomes.add("ensemble")
+        except OSError:
+            assert not must_load
+            outcomes.add("nothing")
         if finished:
             break
-    assert outcomes == {True, False}
+    assert outcomes == {"ensemble", "nothing"}
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_the_weights_leaves_the_old_ensemble(folder):
@@ -186,7 +186,8 @@ for folder in sys.argv[1:]:
     assert tokenizer.chat_template == "{{ '<s>' }}{{ '<s>' }}", tokenizer.chat_template
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
-        print(model(torch.tensor([[21, 22, 23, 24, 25]])).logits.double().sum().item(), model.config.experts[0]["prompt"])
+        logits = model(torch.tensor([[21, 22, 23, 24, 25]])).logits
+    print(logits.double().sum().item(), model.config.experts[0]["prompt"])
 """
 
 
