@@ -1,4 +1,4 @@
-"""What saving leaves in a folder: nothing of an earlier checkpoint that loading reads, and files that others can read."""
+"""What saving leaves in a folder: nothing of an earlier checkpoint that loading reads, and files others can read."""
 
 import json
 import os
@@ -76,14 +76,14 @@ def test_a_folder_of_an_adapter_is_refused_before_anything_is_written(tmp_path):
     adapter = {"r": 2, "target_modules": ["q_proj"]}
     write_adapter(tmp_path, adapter, {}, "base")
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(ValueError, match="holds a PEFT adapter, adapter_config.json.* Save to another folder"):
+    with pytest.raises(ValueError, match=r"holds a PEFT adapter, adapter_config\.json.* Save to another folder"):
         make_ensemble().save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_an_adapter_is_not_written_beside_a_model(tmp_path):
     make_ensemble().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a model, config.json.* folder of its own"):
+    with pytest.raises(ValueError, match=r"holds a model, config\.json.* folder of its own"):
         write_adapter(tmp_path, {"r": 2, "target_modules": ["q_proj"]}, {}, "base")
     assert PCMEnsembleForCausalLM.from_pretrained(tmp_path).config.expert_names == ["a"]
 
