@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .saving import check_no_adapter, finish_save, staged_folder
+from .saving import check_no_adapter, finish_save, last_saved, staged_folder
 from .thin import thin_checkpoint, whole_state
 from .trust import check_weight_names
 
@@ -51,10 +51,12 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if configuration and weights disagree, or a thin checkpoint's backbones are not those it names.
-            OSError: if files cannot be fetched, nor found in the cache; or an interrupted save cannot be finished.
+            OSError: if files cannot be fetched, nor found in the cache; if an interrupted save cannot be finished, or
+                another process saves to the folder meanwhile.
         """
         source, config = pretrained_model_name_or_path, kwargs.get("config")
-        _finish_save(source, config, kwargs.get("subfolder"))
+        folder = None if source is None else os.path.join(source, kwargs.get("subfolder") or "")
+        saved = _finish_save(folder, config)
         kwargs |= {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", True), "use_safetensors": True}
         options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         if isinstance(config, PreTrainedConfig):
@@ -69,6 +71,11 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = _of_backbones(quantization)
         load = super().from_pretrained if thin is None else partial(cls._from_thin, thin)
         model, loading = load(source, *args, output_loading_info=True, **kwargs)
+        if last_saved(folder) != saved:
+            raise OSError(
+                f"{folder!r} was saved to while it was loaded. Its configuration and weights may not belong together; "
+                "load it again."
+            )
         check_loading(loading, f"the checkpoint {model.name_or_path!r}")
         model._tokenizer_options = options
         return (model, loading) if output_loading_info else model
@@ -199,15 +206,20 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         return self.get_input_embeddings()
 
 
-def _finish_save(source: str | os.PathLike | None, config, subfolder: str | None):
-    """Finish an interrupted save to the folder of the weights; refuse a configuration that was read before that."""
-    if source is None or not finish_save(os.path.join(source, subfolder or "")):
-        return
-    if isinstance(config, PreTrainedConfig):
-        raise OSError(
-            f"An interrupted save to {str(source)!r} has just been finished. `config` may have been read before that; "
-            "read it again, and load again."
-        )
+def _finish_save(folder: str | None, config) -> tuple[int, int] | None:
+    """
+    Finish an interrupted save to the folder of the weights; refuse a configuration that was read before that. Give
+    which save the folder is of.
+    """
+    saved = last_saved(folder)
+    while folder is not None and finish_save(folder):
+        if isinstance(config, PreTrainedConfig):
+            raise OSError(
+                f"An interrupted save to {folder!r} has just been finished. `config` may have been read before that; "
+                "read it again, and load again."
+            )
+        saved = last_saved(folder)
+    return saved
 
 
 def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:

@@ -32,7 +32,7 @@ TOKENIZER = re.compile(
     | word_(pronunciation|shape)\.json""",
     re.VERBOSE,
 )
-ADAPTER_CONFIG = "adapter_config.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # What finishes an interrupted save when a checkpoint is loaded by its own code: it must be there whenever any of the
 # other code is new.
 FIRST = ("saving.py", "versions.py", "configuration_pcm_ensemble.py")
@@ -89,6 +89,14 @@ def finish_save(folder: str | os.PathLike) -> bool:
             "can be written to."
         ) from error
     return True
+
+
+def last_saved(folder: str | None) -> tuple[int, int] | None:
+    """What changes whenever an ensemble is saved to a folder; None where there is none, as for a repository."""
+    if folder is None or not os.path.exists(path := os.path.join(folder, CONFIG)):
+        return None
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns
 
 
 def write_text(path: str | os.PathLike, text: str):
@@ -194,4 +202,4 @@ def _stale(found: list[str], written: list[str]) -> list[str]:
     return [name for name in found if name not in written and is_read(name)]
 
 
-__all__ = ["check_no_adapter", "finish_save", "staged_folder", "write_text"]
+__all__ = ["check_no_adapter", "finish_save", "last_saved", "staged_folder", "write_text"]

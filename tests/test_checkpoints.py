@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interruptions import WAYS, stopped_at
+from interruptions import WAYS, killed_at, stopped_at
 from safetensors.torch import load_file
 from test_training import PROMPTS, make_trainer, tiny_ensemble
 from transformers import TrainerCallback
@@ -233,6 +233,15 @@ def test_a_checkpoint_that_is_stopped_while_it_is_written_is_the_old_or_the_new_
     assert found == [False, True]
     trainer._save_checkpoint(trainer.model, None)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_that_is_killed_between_the_old_checkpoint_and_the_new_one_has_the_new_one(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    trainer.train()
+    trainer.model.head.weight.data += 1
+    killed_at("os.rename", ".saving/checkpoint-2", lambda: trainer._save_checkpoint(trainer.model, None))
+    assert not (tmp_path / "checkpoint-2").exists()
+    assert torch.equal(resumed_head(tmp_path), trainer.model.head.weight)
 
 
 def test_two_runs_in_one_folder_leave_each_others_checkpoints_whole(tmp_path):

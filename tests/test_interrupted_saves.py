@@ -221,6 +221,25 @@ def test_weights_are_not_loaded_with_a_configuration_that_was_read_before_they_w
     assert same(traits(PCMEnsembleForCausalLM.from_pretrained(folder / "a", config=config)), traits(new))
 
 
+def test_an_ensemble_that_is_saved_to_while_it_is_loaded_is_refused(folder):
+    old, new = make_pair()
+    old.save_pretrained(folder / "a")
+    saves = []
+
+    def load():
+        def hook(event: str, arguments: tuple):
+            if event == "open" and str(arguments[0]).endswith("a/generation_config.json") and not saves:
+                saves.append(True)
+                new.save_pretrained(folder / "a")
+
+        sys.addaudithook(hook)
+        with pytest.raises(OSError, match=r"was saved to while it was loaded.* load it again"):
+            loaded(folder / "a")
+        assert same(loaded(folder / "a"), traits(new))
+
+    assert stopped_at(9999, "killed", load)
+
+
 def test_a_whole_save_that_cannot_be_moved_up_is_named(folder):
     old, new = make_pair()
     leave_whole(folder / "a", old, new, "model.safetensors")
