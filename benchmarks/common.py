@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble.saving import write_text
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -143,10 +144,9 @@ def write_results(name: str, rows: list[dict], columns: list[str], arguments, pi
         table.add_row(*(f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
     Console().print(table)
     folder = Path(arguments.output)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = name if arguments.layers is None else f"{name}-llama-{arguments.layers}x{arguments.hidden}"
     stem += "" if DEVICE == "cpu" else "-gpu"
-    (folder / f"{stem}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    write_text(folder / f"{stem}.json", json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     if picture is not None:
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         picture(axes)

@@ -46,6 +46,7 @@ from modeling_pcm_ensemble.evaluation import (
     processes,
     read_by_all,
 )
+from modeling_pcm_ensemble.saving import write_text
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 MEASURES = ("static", "mean", "words")
@@ -247,10 +248,9 @@ def main():
     if "static" in arguments.measure:
         report["static weights"] = static
     folder = arguments.output / "pcm"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     for run, lines in zip(arguments.pcm, weights):
-        (folder / f"expert-weights-{run.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_text(folder / f"expert-weights-{run.name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.evaluation import omega_squared
+from modeling_pcm_ensemble.saving import write_text
 
 NAMES = list(demo.PREFERENCES)
 
@@ -109,7 +110,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(demo.fetch_smollm2())
     tokens = [tokenizer.decode([token]) for token in line["token_ids"]]
     console.print(f"\n{line['prompt']}\n[{line['preference']}]\n{''.join(tokens)}", markup=False)
-    (folder / "expert_weights.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_text(folder / "expert_weights.json", json.dumps(report, indent=1) + "\n")
     draw_expert_weights(line, tokens, folder / "expert_weights.png")
     draw_rewards(json.loads((folder / "evaluation.json").read_text()), folder / "rewards.png")
 

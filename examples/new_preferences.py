@@ -38,6 +38,7 @@ from modeling_pcm_ensemble.evaluation import (
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.report import draw_win_rates, win_rate_table
+from modeling_pcm_ensemble.saving import write_text
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 ADDED = {  # the seventh expert, judged as friendly
@@ -130,7 +131,7 @@ def main():
     for entries in report.values():
         for entry, p in zip(entries.values(), holm([entry["p"] for entry in entries.values()])):
             entry["p"] = p
-    (arguments.output / "new_preferences.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text(arguments.output / "new_preferences.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     draw_win_rates(report, arguments.output / "new_preferences.png")
     console = Console()
     for judge, entries in report.items():

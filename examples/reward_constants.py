@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_constants
+from modeling_pcm_ensemble.saving import write_text
 from modeling_pcm_ensemble.training.rewards import Guard, reward_constants
 
 
@@ -36,9 +37,9 @@ def main():
         lines += sample(model, tokenizer, prompts[start : start + 64], arguments.tokens)
     completions = [line["completion"] for line in lines]
     held_out = held_out_constants(completions)
-    arguments.held_out.write_text(json.dumps(held_out, indent=2) + "\n")
+    write_text(arguments.held_out, json.dumps(held_out, indent=2) + "\n")
     constants = reward_constants(Guard(model, tokenizer), prompts, completions)
-    arguments.output.write_text(json.dumps(constants, indent=2) + "\n")
+    write_text(arguments.output, json.dumps(constants, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY
+from modeling_pcm_ensemble.saving import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 from modeling_pcm_ensemble.training.scoring import normalised_reward
 
@@ -132,8 +133,9 @@ def train_adapter(model, tokenizer, pairs: Dataset, folder: Path, arguments):
     )
     trainer.train()
     trainer.model.peft_config["default"].base_model_name_or_path = REPOSITORY  # not the folder it was found in
-    trainer.model.to(torch.bfloat16).save_pretrained(folder, selected_adapters=["default"])
-    (folder / "README.md").unlink(missing_ok=True)
+    with staged_folder(folder) as staging:
+        trainer.model.to(torch.bfloat16).save_pretrained(staging, selected_adapters=["default"])
+        (Path(staging) / "README.md").unlink(missing_ok=True)
     trainer.model.unload()
     model.to(dtype)
 
@@ -150,6 +152,7 @@ def train_expert(model, tokenizer, rewards, name: str, arguments) -> Path:
     for number in range(1, arguments.rounds + 1):
         last = number == arguments.rounds
         folder = arguments.output / (name if last else f"{name}-round{number}")
+        finish_save(folder)
         if not (folder / "adapter_model.safetensors").exists():
             if previous is None:
                 policy, rewarded = model, answers(model, "plain", plain, "")
@@ -182,12 +185,12 @@ def evaluate(model, tokenizer, rewards, folders: dict[str, Path], arguments):
             for name, reward in rewards.items()
         } | {key: fmean(entry[key] for entry in sanity) for key in ("nll", "gain", "repetition", "words")}
         report[author]["guard"] = fmean(rewards["concise"].guard(prompts, texts))
-    (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text(arguments.output / "report.json", json.dumps(report, indent=2) + "\n")
     samples = [
         f"## {p}\n" + "".join(f"\n**{a}**: {texts[i]}\n" for a, texts in answers.items())
         for i, p in enumerate(prompts)
     ]
-    (arguments.output / "answers.md").write_text("\n".join(samples))
+    write_text(arguments.output / "answers.md", "\n".join(samples))
     table = Table(
         "answers by", *next(iter(report.values())), title="normalised rewards, and means of what guards read"
     )

@@ -30,6 +30,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble.saving import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
@@ -82,10 +83,9 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
 
 def save_learnt(pcm, path: Path):
     """Write a PCM without its frozen embeddings, in bfloat16."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     learnt = {name: p.detach().to(torch.bfloat16) for name, p in pcm.named_parameters() if p.requires_grad}
-    save_file(learnt, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    with staged_folder(path.parent) as staging:
+        save_file(learnt, Path(staging) / path.name)
 
 
 def load_learnt(pcm, path: Path):
@@ -96,6 +96,7 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
     rewarded, described = folder / "rewards.safetensors", folder / "pcm.safetensors"
+    finish_save(folder)
     if described.exists():
         return folder
     set_seed(seed)
@@ -104,7 +105,7 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
         model.pcm.body.requires_grad_(False)
         trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-        (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+        write_text(folder / "history.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
         save_learnt(model.pcm, rewarded)
     load_learnt(model.pcm, rewarded)
     model.pcm.body.requires_grad_(True)

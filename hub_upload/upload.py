@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.saving import finish_save, staged_folder
 
 from .card import GENERATED, code_blocks, model_card, read_report
 from .clean_process import run
@@ -127,6 +128,7 @@ def hub_upload(
 def check_folder(folder: Path):
     """Refuse what is no ensemble's folder."""
     path = folder / "config.json"
+    finish_save(folder)
     if not path.exists():
         raise ValueError(f"{str(folder)!r} has no config.json. Give a folder that `save_pretrained` wrote.")
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
@@ -232,7 +234,8 @@ def write_card(
     )
     card.content = card.content.replace(PRINTED, PRINTED.replace("PRINTED", printed.strip()), 1)
     card.validate()
-    card.save(path)
+    with staged_folder(folder) as staging:
+        card.save(Path(staging) / path.name)
     Console().print("Wrote README.md, the model card; its code runs.")
 
 

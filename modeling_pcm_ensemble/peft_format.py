@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from .adapter_config import adapter_config
 from .lora import adapted_layers, features, linear_layers
+from .saving import finish_save, staged_folder
 from .trust import read_object
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -66,6 +67,7 @@ def read_adapter(source, label: str, hub_options: dict) -> tuple[dict, dict[str,
 
     folder, options = place
     label = f"{label} in {folder!r}"
+    finish_save(os.path.join(folder, options.get("subfolder") or ""))
     config = adapter_config(read_object(cached_file(folder, CONFIG_NAME, **options)), label)
 
     missing = {"_raise_exceptions_for_missing_entries": False}
@@ -163,8 +165,17 @@ def _check_is_of_base(own: torch.Tensor | None, key: str, tensor: torch.Tensor, 
 
 
 def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str, torch.Tensor], base_model: str):
-    """Write a folder that `PeftModel.from_pretrained` loads."""
-    os.makedirs(folder, exist_ok=True)
+    """
+    Write a folder that `PeftModel.from_pretrained` loads. An interruption leaves the old adapter or the new one.
+
+    Raises:
+        ValueError: if a model stands there, which would be loaded with this adapter.
+    """
+    if os.path.exists(os.path.join(folder, "config.json")):
+        raise ValueError(
+            f"{str(folder)!r} holds a model, config.json, which would be loaded with an adapter beside it. Give the "
+            "adapter a folder of its own."
+        )
     full = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -172,9 +183,10 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str,
         "base_model_name_or_path": base_model,
     }
     tensors = {PREFIX + key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-    save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
-    with open(os.path.join(folder, CONFIG_NAME), "w", encoding="utf-8") as file:
-        json.dump(full | config, file, indent=2, sort_keys=True)
+    with staged_folder(folder) as staging:
+        save_file(tensors, os.path.join(staging, WEIGHTS_NAME), metadata={"format": "pt"})
+        with open(os.path.join(staging, CONFIG_NAME), "w", encoding="utf-8") as file:
+            json.dump(full | config, file, indent=2, sort_keys=True)
 
 
 def _without_prefix(tensors, label: str) -> dict[str, torch.Tensor]:

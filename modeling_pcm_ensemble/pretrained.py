@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .saving import staged_folder
+from .saving import check_no_adapter, finish_save, last_saved, staged_folder
 from .thin import thin_checkpoint, whole_state
 from .trust import check_weight_names
 
@@ -51,9 +51,12 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if configuration and weights disagree, or a thin checkpoint's backbones are not those it names.
-            OSError: if files cannot be fetched, nor found in the cache.
+            OSError: if files cannot be fetched, nor found in the cache; if an interrupted save cannot be finished, or
+                another process saves to the folder meanwhile.
         """
         source, config = pretrained_model_name_or_path, kwargs.get("config")
+        folder = None if source is None else os.path.join(source, kwargs.get("subfolder") or "")
+        saved = _finish_save(folder, config)
         kwargs |= {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", True), "use_safetensors": True}
         options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         if isinstance(config, PreTrainedConfig):
@@ -68,6 +71,11 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = _of_backbones(quantization)
         load = super().from_pretrained if thin is None else partial(cls._from_thin, thin)
         model, loading = load(source, *args, output_loading_info=True, **kwargs)
+        if last_saved(folder) != saved:
+            raise OSError(
+                f"{folder!r} was saved to while it was loaded. Its configuration and weights may not belong together; "
+                "load it again."
+            )
         check_loading(loading, f"the checkpoint {model.name_or_path!r}")
         model._tokenizer_options = options
         return (model, loading) if output_loading_info else model
@@ -118,18 +126,22 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         self, save_directory: str | os.PathLike, is_main_process: bool = True, thin: bool = False, **kwargs
     ):
         r"""
-        Save as any model, with the tokenizer if there is one.
+        Save as any model, with the tokenizer if there is one. Of a checkpoint that stood there, nothing is left that
+        loading reads.
 
-        An interrupted save leaves `save_directory` as it was, or, in its last moments, as a folder that does not load.
+        An interrupted save leaves the old checkpoint or the new one. Of the new one some files may still lie in
+        `save_directory`/.saving, from where the next save or load moves them up. Another process or thread that saves
+        to the same folder waits.
 
         Args:
             thin (`bool`): save only the PCM and the adapters, and name each backbone by its repository and commit on
                 the Hub, from where `from_pretrained` fetches it.
 
         Raises:
-            ValueError: if backbones were quantised before the ensemble was built, or `thin`, and a backbone is not
-                what a repository holds.
+            ValueError: if the folder holds a PEFT adapter, if backbones were quantised before the ensemble was built,
+                or `thin`, and a backbone is not what a repository holds.
         """
+        check_no_adapter(save_directory)
         sharded = getattr(self.config, "distributed_config", None)
         if thin and sharded is not None:
             raise ValueError("A model that is split over processes is saved whole. Load that, and save it thin.")
@@ -155,15 +167,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             raise ValueError("`thin=True` chooses what is saved itself. Leave `state_dict` out.")
         if thin:
             token = {"token": kwargs["token"]} if "token" in kwargs else {}
-            kwargs["state_dict"], self.config.thin = thin_checkpoint(self, **token)
+            kwargs["state_dict"], sources = thin_checkpoint(self, **token)
             kwargs.pop("max_shard_size", None)  # it is always one file
-        try:
-            with staged_folder(save_directory, kwargs.get("variant")) as staging:
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(staging)
-                super().save_pretrained(staging, **kwargs)
-        finally:
-            self.config.thin = None
+        with staged_folder(save_directory) as staging:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+            super().save_pretrained(staging, **kwargs)
+            if thin:  # in a copy: another thread may be saving this model whole
+                config = copy.deepcopy(self.config)
+                config.thin = sources
+                config.save_pretrained(staging)
         self.barrier_after_gathered_checkpoint_save(sharded)
         if push:
             repo_id = hub_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
@@ -219,6 +232,22 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 f"`new_num_tokens` {num_tokens} is too small: experts' prompts and descriptions have tokens up to "
                 f"{max(used)}. Use at least {max(used) + 1}, or build the ensemble with a smaller vocabulary."
             )
+
+
+def _finish_save(folder: str | None, config) -> tuple[int, int] | None:
+    """
+    Finish an interrupted save to the folder of the weights; refuse a configuration that was read before that. Give
+    which save the folder is of.
+    """
+    saved = last_saved(folder)
+    while folder is not None and finish_save(folder):
+        if isinstance(config, PreTrainedConfig):
+            raise OSError(
+                f"An interrupted save to {folder!r} has just been finished. `config` may have been read before that; "
+                "read it again, and load again."
+            )
+        saved = last_saved(folder)
+    return saved
 
 
 def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:

@@ -1,6 +1,7 @@
 """What a training run keeps, and where it goes on from."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruptions import WAYS, killed_at, stopped_at
 from safetensors.torch import load_file
 from test_training import PROMPTS, make_trainer, tiny_ensemble
+from transformers import TrainerCallback
 
 RUN = """
 import sys
@@ -121,7 +124,7 @@ def test_after_a_save_that_failed_the_ensemble_is_saved_whole(tmp_path):
     trainer.train()
     (tmp_path / "run").rename(tmp_path / "away")
     (tmp_path / "run").write_text("a file where the folder should be")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileExistsError):
         trainer._save_checkpoint(trainer.model, trial=None)
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "config.json").exists()  # the ensemble
@@ -189,3 +192,95 @@ def test_frozen_weights_that_differ_are_not_resumed(tmp_path):
     model.pcm.body.get_input_embeddings().weight.data[5] += 1
     with pytest.raises(ValueError, match="frozen weights of the PCM"):
         make_trainer(tmp_path, model).train(resume_from_checkpoint=True)
+
+
+class Beginning(TrainerCallback):
+    """Keeps the PCM's head as it is when a run goes on."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.head = model.head.weight.detach().clone()
+
+
+def resumed_head(folder: Path, checkpoint: str | bool = True) -> torch.Tensor:
+    beginning, trainer = Beginning(), make_trainer(folder, max_steps=1)
+    trainer.add_callback(beginning)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return beginning.head
+
+
+@pytest.mark.parametrize("stride", [pytest.param(19, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("is_over", [True, False], ids=["over-another", "beside-another"])
+def test_a_checkpoint_that_is_stopped_while_it_is_written_is_the_old_or_the_new_one(tmp_path, way, is_over, stride):
+    """A run that is begun anew in its old folder writes over a checkpoint of the same number."""
+    trainer = make_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, max_steps=2)
+    trainer.train()
+    heads = [trainer.model.head.weight.detach().clone()]
+    trainer.model.head.weight.data += 1
+    heads.append(trainer.model.head.weight.detach().clone())
+    trainer.state.global_step += not is_over
+    outcomes, finished, number = set(), False, 1 + 4 * WAYS.index(way) % stride
+    while not finished:
+        folder = tmp_path / f"run-{number}"
+        shutil.copytree(tmp_path / "run", folder)
+        trainer.args.output_dir = str(folder)
+        finished = stopped_at(number, way, lambda: trainer._save_checkpoint(trainer.model, None))
+        found = [torch.equal(resumed_head(folder), head) for head in heads]
+        assert sum(found) == 1, number
+        outcomes.add(found.index(True))
+        number += stride
+    assert outcomes == {0, 1}
+    assert found == [False, True]
+    trainer._save_checkpoint(trainer.model, None)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_that_is_killed_between_the_old_checkpoint_and_the_new_one_has_the_new_one(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    trainer.train()
+    trainer.model.head.weight.data += 1
+    killed_at("os.rename", ".saving/checkpoint-2", lambda: trainer._save_checkpoint(trainer.model, None))
+    assert not (tmp_path / "checkpoint-2").exists()
+    assert torch.equal(resumed_head(tmp_path), trainer.model.head.weight)
+
+
+def test_two_runs_in_one_folder_leave_each_others_checkpoints_whole(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.train()
+    runs = []
+    for number in range(2):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                for turn in range(8):
+                    trainer.state.global_step = 1 + turn // 2
+                    trainer.model.head.weight.data.fill_(number + 1)
+                    make_trainer(tmp_path).train() if turn % 4 == 3 else trainer._save_checkpoint(trainer.model, None)
+                code = 0
+            finally:
+                os._exit(code)
+        runs.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in runs] == [0, 0]
+    for number in range(1, 5):
+        head = resumed_head(tmp_path, str(tmp_path / f"checkpoint-{number}"))
+        assert set(head.flatten().tolist()) in ({1.0}, {2.0})
+
+
+def test_checkpoints_are_as_readable_as_the_umask_says(tmp_path):
+    trainer, before = make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1), os.umask(0o027)
+    try:
+        trainer.train()
+        trainer.save_model(str(tmp_path / "ensemble"))
+    finally:
+        os.umask(before)
+    for name in ("checkpoint-1/pcm.safetensors", "ensemble/model.safetensors", "ensemble/pcm_training.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640, name
+
+
+def test_a_folder_that_the_ensemble_could_not_be_saved_to_is_refused_before_training(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="holds a PEFT adapter"):
+        trainer.train()
+    assert trainer.state.global_step == 0

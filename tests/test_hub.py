@@ -41,6 +41,7 @@ def test_what_is_pushed_gives_the_same_logits_where_it_is_pulled(hub, published,
     assert ("pcm.body.embed_tokens.weight" in tensors) == (not is_thin)
     assert "pcm.head.weight" in tensors
     assert (json.loads(stored["config.json"])["thin"] is not None) == is_thin
+    assert {name for name in stored if name.startswith(".")} <= {".gitattributes"}
 
 
 def test_a_thin_checkpoint_loads_as_a_whole_one_with_every_option(hub, thin, tmp_path):

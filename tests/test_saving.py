@@ -176,58 +176,6 @@ def test_an_ensemble_without_a_tokenizer_is_saved_without_one(prompted, tmp_path
     assert torch.equal(model(CONTEXT).logits, prompted(CONTEXT).logits)
 
 
-@pytest.mark.parametrize("stage", ["new", "over"])
-def test_an_interrupted_save_leaves_no_folder_that_loads_half(ensemble, tmp_path, stage):
-    """The process is killed at every write in turn; what is there then is the old ensemble, the new one or refused."""
-    folder = tmp_path / "ensemble"
-    old = ensemble(CONTEXT).logits
-    if stage == "over":
-        ensemble.save_pretrained(folder, max_shard_size="50KB")
-    torch.nn.init.ones_(ensemble.pcm.head.weight)
-    ensemble.save_pretrained(tmp_path / "new")
-    new = ensemble(CONTEXT).logits
-    outcomes = set()
-    for kill_at in range(1, 100, 2):
-        target = tmp_path / f"killed-{kill_at}"
-        if stage == "over":
-            subprocess.run(["cp", "-r", folder, target], check=True)
-        finished = save_and_die(tmp_path / "new", target, kill_at)
-        try:
-            logits = PCMEnsembleForCausalLM.from_pretrained(target)(CONTEXT).logits
-            outcomes.add("new" if torch.equal(logits, new) else "old")
-            assert torch.equal(logits, new) or (stage == "over" and torch.equal(logits, old))
-        except (OSError, ValueError):
-            outcomes.add("refused")
-        if finished:
-            break
-    assert outcomes == {"new": {"new", "refused"}, "over": {"old", "new", "refused"}}[stage]
-
-
-def save_and_die(source, target, kill_at: int) -> bool:
-    """Save in a forked process that dies at its `kill_at`-th opened, moved or removed file; True if it got through."""
-    model = PCMEnsembleForCausalLM.from_pretrained(source)
-    _ = model.tokenizer
-    pid = os.fork()
-    if pid == 0:
-        seen = 0
-
-        def hook(event, arguments):
-            nonlocal seen
-            is_write = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
-            if is_write or event in ("os.rename", "os.remove"):
-                seen += 1
-                if seen == kill_at:
-                    os._exit(9)
-
-        sys.addaudithook(hook)
-        model.save_pretrained(target, max_shard_size="50KB")
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-ADAPTER_OF_NO_EXPERT = {"backbones.adapters.0.model.layers.0.mlp.up_proj.lora_A": torch.ones(1)}
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -20,7 +20,7 @@ from transformers import set_seed
 from ..training.rewards import Guard
 from .baselines import Baseline, Conversation, Preference, digest, label
 from .judges import FIRST, SECOND, TIE, Comparison, Judge, Verdict
-from .kept_lines import KeptLines, parse_lines
+from .kept_lines import KeptLines, read_lines
 from .statistics import bootstrap_interval, holm, permutation_p_value
 
 
@@ -124,7 +124,7 @@ def kept_by_all(folder: Path, name: str, process_index: int) -> tuple[dict[str, 
     """What the processes of runs before have kept in `folder` under a name, and this process's file to go on with."""
     known: dict[str, dict] = {}
     for path in sorted(folder.glob(f"{name}-*.jsonl")):
-        known |= parse_lines(path.read_text(encoding="utf-8"))
+        known |= read_lines(path)[0]
     return known, KeptLines(folder / f"{name}-{process_index}.jsonl")
 
 

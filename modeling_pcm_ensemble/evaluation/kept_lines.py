@@ -1,23 +1,27 @@
 """A file of lines that survives a kill."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 
 
 class KeptLines:
-    """A JSONL file of lines with a key, for one writer: whatever a killed run had written whole is there again."""
+    """
+    A JSONL file of lines with a key, for one writer: whatever a killed run had written whole is there again.
+
+    Raises:
+        ValueError: if a line is damaged, see [`read_lines`].
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.lines, self._lock = path, {}, Lock()
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # cut off in the middle of a line
-            path.with_suffix(".part").write_text(whole, encoding="utf-8")
-            path.with_suffix(".part").replace(path)
-        self.lines = parse_lines(whole)
+        if path.exists():
+            self.lines, whole = read_lines(path)
+            if path.stat().st_size > whole:  # cut off in the middle of a line
+                os.truncate(path, whole)
 
     def __contains__(self, key: str) -> bool:
         return key in self.lines
@@ -26,13 +30,43 @@ class KeptLines:
         return self.lines[key]
 
     def add(self, lines: Iterable[dict]):
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            for line in lines:
-                self.lines[line["key"]] = line
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        """Append lines: all of them, or, where that fails, none."""
+        new = {line["key"]: line for line in lines}
+        rest = memoryview("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new.values()).encode())
+        with self._lock, self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException:
+                file.truncate(before)  # or the next line would go on in the middle of this one
+                raise
+            self.lines |= new
 
 
-def parse_lines(text: str) -> dict[str, dict]:
-    """Whole lines of a JSONL file by their key; one that is still being written is left out."""
-    lines = map(json.loads, text[: text.rfind("\n") + 1].split("\n")[:-1])
-    return {line["key"]: line for line in lines}
+def read_lines(path: Path) -> tuple[dict[str, dict], int]:
+    """
+    Read the whole lines of a JSONL file; what stands behind the last newline is still being written, or was cut off.
+
+    Returns:
+        The lines by their key, and how many bytes they take.
+
+    Raises:
+        ValueError: if a whole line is not a JSON object with a key, naming the file and the line.
+    """
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1  # before decoding, for the cut may be inside a character
+    lines = {}
+    for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line.decode())
+            lines[entry["key"]] = entry
+        except (ValueError, KeyError, TypeError) as error:  # not UTF-8 or JSON, no key, no object
+            raise ValueError(
+                f"Line {number} of {path} is damaged: it must be a JSON object with a `key`, and begins with "
+                f"{line[:40]!r}. Remove that line; what it held is then made again."
+            ) from error
+    return lines, whole
+
+
+__all__ = ["KeptLines", "read_lines"]

@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub import EvalResult
 
+from ..saving import staged_folder
+
 
 def write_report(report: dict, folder: Path):
     r"""
@@ -20,13 +22,14 @@ def write_report(report: dict, folder: Path):
             `expert_weights` (`tokens`, `names`, `values`, `title`).
         folder (`Path`): made if it is not there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw_win_rates(report["judges"], folder / "win_rates.png")
-    draw_rewards(report["rewards"], folder / "rewards.png")
-    draw_cost(report["cost"], report["rewards"], folder / "cost.png")
-    draw_expert_weights(report["expert_weights"], folder / "expert_weights.png")
-    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    with staged_folder(folder) as staging:  # pictures and tables of one report
+        staging = Path(staging)
+        (staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draw_win_rates(report["judges"], staging / "win_rates.png")
+        draw_rewards(report["rewards"], staging / "rewards.png")
+        draw_cost(report["cost"], report["rewards"], staging / "cost.png")
+        draw_expert_weights(report["expert_weights"], staging / "expert_weights.png")
+        (staging / "report.md").write_text(markdown(report), encoding="utf-8")
 
 
 def markdown(report: dict) -> str:

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections import defaultdict
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..saving import STAGING, finish_save, staged_folder
 from .pcm_trainer import PCMTrainer, own_settings
 from .rebel_config import RebelConfig
 from .rollouts import Rollout
@@ -56,19 +56,25 @@ class CheckpointTrainer(PCMTrainer):
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint beside its place, and move it there when it is whole."""
-        try:
+        with ExitStack() as staged:
+            self._staging = Path(self.args.output_dir) / STAGING
+            staged.callback(setattr, self, "_staging", None)
+            if self.args.should_save:
+                staged.enter_context(staged_folder(self.args.output_dir))
             self._write_checkpoint(model, trial)
-        finally:
-            self._staging = None
         self._micro_batches_saved = self._micro_batches_done
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, model, trial):
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self._staging = Path(self.args.output_dir) / f".{final.name}"
-        if self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)
+        """Write a checkpoint to the staging folder, every process its part."""
         self.accelerator.wait_for_everyone()
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         folder = self._staging / final.name
         folder.mkdir(parents=True, exist_ok=True)
         rank = self.args.process_index
@@ -81,15 +87,6 @@ class CheckpointTrainer(PCMTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            if final.exists():
-                os.replace(final, self._staging / "old")
-            os.replace(folder, final)
-            shutil.rmtree(self._staging)
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -135,6 +132,7 @@ class CheckpointTrainer(PCMTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         folder, rank = Path(resume_from_checkpoint), self.args.process_index
+        finish_save(folder.parent)
         saved = json.loads((folder / f"0_{STATE_FILE}").read_text())["settings"]
         for name, value in self._settings().items():
             if saved.get(name) != value:

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..saving import check_no_adapter, staged_folder, write_text
 
 COMMON_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 
@@ -62,6 +63,7 @@ class PCMTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """As for any trainer. Afterwards the PCM is without the precision wrapper of training, and evaluates."""
+        check_no_adapter(self.args.output_dir)  # or it could not be saved there in the end
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -69,17 +71,18 @@ class PCMTrainer(Trainer):
             self.ensemble.pcm.eval()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Write the ensemble, in the experts' dtype."""
-        if self.args.should_save:
-            pcm = self.ensemble.pcm
-            self.ensemble.pcm = copy.deepcopy(pcm).to(self.ensemble.backbones[0].dtype)
-            try:
-                self.ensemble.save_pretrained(output_dir or self.args.output_dir)
-            finally:
-                self.ensemble.pcm = pcm
-            path = os.path.join(output_dir or self.args.output_dir, "pcm_training.json")
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(self._training_facts(), file, indent=1)
+        """Write the ensemble, in the experts' dtype, and what a model card says of the training."""
+        if not self.args.should_save:
+            return
+        folder, pcm = output_dir or self.args.output_dir, self.ensemble.pcm
+        check_no_adapter(folder)
+        self.ensemble.pcm = copy.deepcopy(pcm).to(self.ensemble.backbones[0].dtype)
+        try:
+            with staged_folder(folder) as staging:
+                self.ensemble.save_pretrained(staging)
+                write_text(os.path.join(staging, "pcm_training.json"), json.dumps(self._training_facts(), indent=1))
+        finally:
+            self.ensemble.pcm = pcm
 
     def _training_facts(self) -> dict:
         """What a model card says of the training."""

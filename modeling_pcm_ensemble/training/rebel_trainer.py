@@ -1,11 +1,9 @@
 """Trains the Preference Control Model on what the mixture itself samples; the experts stay as they are."""
 
 import random
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -15,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..saving import finish_save
 from .checkpoints import CheckpointTrainer
 from .checks import check_dataset, check_model
 from .losses import (
@@ -100,12 +99,10 @@ class RebelTrainer(CheckpointTrainer):
         self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
 
     def train(self, *args, **kwargs):
-        """As for any trainer, after clearing up what a killed run had begun to save."""
+        """As for any trainer, from a checkpoint after what a killed run had saved whole is in its place."""
         if self.train_dataset is None:
             raise ValueError("There is nothing to train on. Pass `train_dataset`.")
-        if self.args.should_save:
-            for unfinished in Path(self.args.output_dir).glob(".checkpoint-*"):  # of a run that was killed
-                shutil.rmtree(unfinished)
+        finish_save(self.args.output_dir)
         self._rollout, self._micro_batches_done, self._micro_batches_saved = None, 0, 0  # or a checkpoint's
         return super().train(*args, **kwargs)
 
