@@ -10,9 +10,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .arguments import check_flags
 from .building import all_end_tokens, build_expert, build_parts
 from .cache import PCMEnsembleCache
-from .checks import cached_length, check_inputs, check_length, check_mask
+from .checks import (
+    cached_length,
+    check_inputs,
+    check_labels,
+    check_length,
+    check_logits_to_keep,
+    check_mask,
+    check_positions,
+)
 from .compiling import forget_weights
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
@@ -268,10 +277,20 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         Raises:
             TypeError, ValueError: on input that is not as above, before any model runs.
         """
-        check_inputs(input_ids, inputs_embeds, past_key_values, logits_to_keep, kwargs)
-        route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
+        check_inputs(self.config, input_ids, inputs_embeds, past_key_values, kwargs)
+        check_flags(
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_expert_logits=output_expert_logits,
+        )
+        length = cached_length(past_key_values) + input_ids.shape[1]
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
-        check_length(self.config, route, cached_length(past_key_values) + input_ids.shape[1], past_key_values)
+        check_positions(kwargs.get("position_ids"), attention_mask, len(input_ids), length)
+        logits_to_keep = check_logits_to_keep(logits_to_keep, input_ids.shape[1])
+        labels = check_labels(self.config, labels, input_ids, logits_to_keep, kwargs.get("ignore_index", -100))
+        route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
+        check_length(self.config, route, length, past_key_values)
         if past_key_values is not None and attention_mask is not None:
             past_key_values.check_no_gaps(attention_mask, input_ids.shape[1])
         use_cache = _or_default(use_cache, self.config.use_cache and not self.training)
@@ -414,15 +433,16 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         )
         positions = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
         expert_logits = self._expert_logits(route, input_ids, mask, None, positions)
-        log_probs = token_log_probs(expert_logits, input_ids[:, 1:], self.config.num_experts, self.config.expert_top_k)
+        tokens = input_ids[:, 1:].long()
+        log_probs = token_log_probs(expert_logits, tokens, self.config.num_experts, self.config.expert_top_k)
         shares = (weights[:, :-1].log() + log_probs).softmax(dim=-1).nan_to_num()  # (batch, seq - 1, experts)
         return shares if mask is None else shares * (mask[:, 1:] * mask[:, :-1])[..., None]
 
     def _whole_text(self, input_ids, attention_mask, *preference):
         """Route, mask of the tokens, and α at each of them."""
-        check_inputs(input_ids, None, None, 0, {})
-        route = self._route(len(input_ids), None, *preference)
+        check_inputs(self.config, input_ids, None, None, {})
         mask = check_mask(input_ids, attention_mask, None)
+        route = self._route(len(input_ids), None, *preference)
         check_length(self.config, route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
 

@@ -1,0 +1,41 @@
+"""What kind of value an argument may be."""
+
+import torch
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NUMBERS = (*INTEGERS, torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value, what: str, dtypes: tuple[torch.dtype, ...] = INTEGERS):
+    r"""
+    Refuse what is no tensor that can be read.
+
+    Args:
+        name (`str`): the argument's.
+        value: what was given for it.
+        what (`str`): what the tensor holds, for the message.
+        dtypes (`tuple[torch.dtype]`): those that it may have.
+
+    Raises:
+        TypeError: if it is no tensor, of another dtype, sparse, or without data.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor of {what}, got {type(value).__name__}.")
+    if value.dtype not in dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"`{name}` must be a tensor of {what}, got {value.dtype}. Convert it to one of {known}.")
+    if value.layout is not torch.strided or value.is_meta:
+        raise TypeError(
+            f"`{name}` must be a dense tensor with data, got {value.layout} on the device {value.device}. Use "
+            "`to_dense()`, or a tensor of another device than meta."
+        )
+
+
+def check_flags(**flags):
+    """Refuse what is neither a `bool` nor None, the argument's name being the keyword."""
+    for name, value in flags.items():
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True, False or None, got {type(value).__name__}.")
+
+
+__all__ = ["INTEGERS", "NUMBERS", "check_flags", "check_tensor"]
