@@ -31,11 +31,14 @@ def check_tensor(name: str, value, what: str, dtypes: tuple[torch.dtype, ...] = 
         )
 
 
-def check_flags(**flags):
-    """Refuse what is neither a `bool` nor None, the argument's name being the keyword."""
-    for name, value in flags.items():
-        if value is not None and not isinstance(value, bool):
-            raise TypeError(f"`{name}` must be True, False or None, got {type(value).__name__}.")
+def check_kind(name: str, value, kind: type | tuple[type, ...], optional: bool = False):
+    """Refuse what is not of the kind, with a `TypeError`. A `bool` is no `int`."""
+    if value is None and optional:
+        return
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(f"`{one.__name__}`" for one in kinds) + (" or None" if optional else "")
+        raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
 
 
-__all__ = ["INTEGERS", "NUMBERS", "check_flags", "check_tensor"]
+__all__ = ["INTEGERS", "NUMBERS", "check_kind", "check_tensor"]

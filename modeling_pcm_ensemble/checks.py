@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.utils import TransformersKwargs
 
 from .arguments import INTEGERS, NUMBERS, check_tensor
-from .cache import PCMEnsembleCache
+from .cache import PCMEnsembleCache, is_ensemble_cache
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
 
@@ -47,8 +47,7 @@ def check_ids(config: PCMEnsembleConfig, name: str, ids, cache=None):
 
 
 def check_cache(config: PCMEnsembleConfig, cache):
-    # By what it can do: a model that came with its checkpoint's code has a class of the same name for it.
-    if not all(hasattr(cache, name) for name in ("part", "parts", "route", "check_no_gaps")):
+    if not is_ensemble_cache(cache):
         raise TypeError(
             f"`past_key_values` must be a `PCMEnsembleCache`, got {type(cache).__name__}. Leave it out of the first "
             "call and pass back the one it returns, or start with `PCMEnsembleCache(model.config)`."

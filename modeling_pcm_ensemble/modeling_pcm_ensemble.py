@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .arguments import check_flags
+from .arguments import check_kind
 from .building import all_end_tokens, build_expert, build_parts
 from .cache import PCMEnsembleCache
 from .checks import (
@@ -278,12 +278,13 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             TypeError, ValueError: on input that is not as above, before any model runs.
         """
         check_inputs(self.config, input_ids, inputs_embeds, past_key_values, kwargs)
-        check_flags(
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            output_expert_logits=output_expert_logits,
-        )
+        for name, flag in (
+            ("use_cache", use_cache),
+            ("output_hidden_states", output_hidden_states),
+            ("output_attentions", output_attentions),
+            ("output_expert_logits", output_expert_logits),
+        ):
+            check_kind(name, flag, bool, optional=True)
         length = cached_length(past_key_values) + input_ids.shape[1]
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
         check_positions(kwargs.get("position_ids"), attention_mask, len(input_ids), length)

@@ -112,7 +112,7 @@ def _as_float(weight: Real) -> float:
     try:
         return float(weight)
     except OverflowError:
-        return math.copysign(math.inf, weight)
+        return math.inf if weight > 0 else -math.inf
 
 
 def _expert_index(name: str, names: list[str]) -> int:
@@ -348,9 +348,16 @@ def _text_prefixes(config: PCMEnsembleConfig, text, weights: list[list[float]], 
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}.")
     return [
-        description_prefix(config, row) if entry is None else _after_bos(config, encode_description(tokenizer, entry))
+        description_prefix(config, row) if entry is None else _after_bos(config, _read(tokenizer, entry))
         for entry, row in zip(texts, weights)
     ]
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        return encode_description(tokenizer, text)
+    except (TypeError, UnicodeError) as error:  # half a surrogate pair, say, is a string and no text
+        raise ValueError(f"`preference_text` holds {text!r}, which the tokenizer cannot read: {error}") from error
 
 
 def _after_bos(config: PCMEnsembleConfig, ids: list[int]) -> list[int]:
