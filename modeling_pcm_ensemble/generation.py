@@ -24,6 +24,7 @@ from .checks import (
     longest_context,
 )
 from .compiling import compiled_steps, forget_if_changed
+from .prefixes import pad_left
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +71,14 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
             if told["preference_text"] is not None or told["preference_ids"] is not None:
                 kwargs["preference_ids"] = route.prefix_ids
         return super().generate(inputs, config, *args[1:], **kwargs)
+
+    def _keep_own_generation_settings(self):
+        """Of a configuration that was made from the model's, transformers forgets a preference when it is loaded."""
+        self.generation_config._from_model_config = False
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        super().adjust_generation_fn(*args, **kwargs)
+        self._keep_own_generation_settings()
 
     def _check_call(self, inputs, kwargs: dict) -> int:
         """Refuse what transformers would stumble over before `forward` sees it; gives the number of rows."""
@@ -228,13 +237,16 @@ def _filled_in(told: dict, config: GenerationConfig | None) -> dict:
     return {name: held.get(name) if value is None else value for name, value in told.items()}
 
 
-def _as_tensor(ids: list) -> torch.Tensor:
-    try:
-        return torch.tensor(ids)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"`preference_ids` in a `generation_config` must be a list of token ids, or lists of one length: {error}"
-        ) from error
+def _as_tensor(ids: list) -> torch.LongTensor | None:
+    """Token ids `(tokens,)`, or `(rows, longest)` of lists of them, padded on the left."""
+    is_nested = any(isinstance(row, list) for row in ids)
+    rows = ids if is_nested else [ids]
+    if not all(isinstance(row, list) and all(isinstance(token, int) for token in row) for row in rows):
+        raise TypeError("`preference_ids` in a `generation_config` must be a list of token ids, or of such lists.")
+    if (largest := max((token for row in rows for token in row), default=0)) >= 2**31:
+        raise ValueError(f"`preference_ids` holds {largest}, which no vocabulary has.")
+    tensor = pad_left([[max(token, -1) for token in row] for row in rows])
+    return tensor if is_nested or tensor is None else tensor[0]
 
 
 __all__ = ["PCMEnsembleGenerationMixin"]

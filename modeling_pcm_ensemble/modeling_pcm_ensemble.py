@@ -83,6 +83,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         self.backbones = ExpertBackbones(config, backbones)
         parts = (self.pcm.body, *self.backbones)
         self._is_stateful = any(part._is_stateful for part in parts)
+        self._keep_own_generation_settings()
         self.post_init()
 
     # Building
@@ -146,6 +147,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             model.backbones.bank_of(name).load(name, tensors)
         model.generation_config = copy.deepcopy(parts.backbones[0].generation_config)
         model.generation_config.eos_token_id = parts.config.eos_token_id
+        model._keep_own_generation_settings()
         model._tokenizer = parts.tokenizer
         return model.eval()
 
