@@ -170,6 +170,8 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         cached = length - new
         room = longest_context(self.config, route, cache)
         most = generation_config.max_length if room is None else room - cached + 1
+        if generation_config.prompt_lookup_num_tokens:  # which may be read beyond the end
+            most = max(most - generation_config.prompt_lookup_num_tokens + 1, new + 1)
         if most < generation_config.max_length:
             if generation_config._length_was_given:
                 logger.warning_once(
