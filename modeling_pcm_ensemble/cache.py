@@ -222,7 +222,7 @@ class PCMEnsembleCache(Cache):
             if not is_ensemble_cache(cache):
                 raise TypeError(f"`caches` must be a list of `PCMEnsembleCache`, got a {type(cache).__name__} in it.")
         if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
-            raise ValueError("`join` takes `caches`, one or more, that one ensemble has filled.")
+            raise ValueError("`caches` must be one or more caches that one ensemble has filled.")
         for cache in caches:
             if not all(takes_padding(part.cache, StaticLayer) for part in cache.parts.values()):
                 raise ValueError(
