@@ -41,4 +41,9 @@ def check_kind(name: str, value, kind: type | tuple[type, ...], optional: bool =
         raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
 
 
-__all__ = ["INTEGERS", "NUMBERS", "check_kind", "check_tensor"]
+def has_class(value, name: str) -> bool:
+    """Whether it is of the class of this name, the package's or that of the code which came with a checkpoint."""
+    return any(base.__name__ == name for base in type(value).__mro__)
+
+
+__all__ = ["INTEGERS", "NUMBERS", "check_kind", "check_tensor", "has_class"]

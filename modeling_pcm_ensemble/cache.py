@@ -5,7 +5,7 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .arguments import check_kind
+from .arguments import check_kind, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
 from .prefixes import CachePart, is_recurrent
@@ -219,7 +219,7 @@ class PCMEnsembleCache(Cache):
             raise ValueError(f"`room` must be at least 1, or None for a cache that grows, got {room}.")
         check_kind("caches", caches, (list, tuple))
         for cache in caches:
-            if not is_ensemble_cache(cache):
+            if not has_class(cache, "PCMEnsembleCache"):
                 raise TypeError(f"`caches` must be a list of `PCMEnsembleCache`, got a {type(cache).__name__} in it.")
         if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
             raise ValueError("`caches` must be one or more caches that one ensemble has filled.")
@@ -243,11 +243,6 @@ class PCMEnsembleCache(Cache):
             part.prefix_length = width - context_length
             _fill(part, parts[name], masks[name], width, _order(routes, name))
         return joined
-
-
-def is_ensemble_cache(cache) -> bool:
-    """By its class's name: what came with a checkpoint's code is another class than the package's."""
-    return any(base.__name__ == PCMEnsembleCache.__name__ for base in type(cache).__mro__)
 
 
 def _join_routes(routes: list[Route]) -> Route:
@@ -307,4 +302,4 @@ def _of_width(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
     return pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (missing, 0))
 
 
-__all__ = ["PCMEnsembleCache", "is_ensemble_cache"]
+__all__ = ["PCMEnsembleCache"]

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import TransformersKwargs
 
-from .arguments import INTEGERS, NUMBERS, check_tensor
-from .cache import PCMEnsembleCache, is_ensemble_cache
+from .arguments import INTEGERS, NUMBERS, check_tensor, has_class
+from .cache import PCMEnsembleCache
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
 
@@ -47,7 +47,7 @@ def check_ids(config: PCMEnsembleConfig, name: str, ids, cache=None):
 
 
 def check_cache(config: PCMEnsembleConfig, cache):
-    if not is_ensemble_cache(cache):
+    if not has_class(cache, "PCMEnsembleCache"):
         raise TypeError(
             f"`past_key_values` must be a `PCMEnsembleCache`, got {type(cache).__name__}. Leave it out of the first "
             "call and pass back the one it returns, or start with `PCMEnsembleCache(model.config)`."
