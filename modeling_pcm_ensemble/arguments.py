@@ -1,5 +1,7 @@
 """What kind of value an argument may be."""
 
+from numbers import Integral
+
 import torch
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -32,10 +34,11 @@ def check_tensor(name: str, value, what: str, dtypes: tuple[torch.dtype, ...] = 
 
 
 def check_kind(name: str, value, kind: type | tuple[type, ...], optional: bool = False):
-    """Refuse what is not of the kind, with a `TypeError`. A `bool` is no `int`."""
+    """Refuse what is not of the kind, with a `TypeError`. An `int` may be numpy's, and a `bool` is none."""
     if value is None and optional:
         return
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    accepted = Integral if kind is int else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(f"`{one.__name__}`" for one in kinds) + (" or None" if optional else "")
         raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")

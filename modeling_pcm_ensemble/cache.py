@@ -86,8 +86,10 @@ class PCMEnsembleCache(Cache):
             )
         if cache_implementation in STATIC and max_length is None:
             raise ValueError("A static cache needs `max_length`, the most context tokens that it holds.")
-        if max_length is not None and not 0 < max_length <= MOST_TOKENS:
-            raise ValueError(f"`max_length` must be from 1 to {MOST_TOKENS} tokens, got {max_length}.")
+        if max_length is not None and (
+            max_length < 1 or (max_length > MOST_TOKENS and cache_implementation in STATIC)
+        ):
+            raise ValueError(f"`max_length` must be at least 1, and at most {MOST_TOKENS} tokens, got {max_length}.")
         if cache_implementation in OFFLOADED and not torch.accelerator.is_available():
             raise ValueError(
                 f"{cache_implementation!r} moves keys and values off an accelerator, and there is none. Use 'dynamic' "

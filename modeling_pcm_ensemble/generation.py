@@ -48,8 +48,8 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         [`~preferences.build_route`]; `tokenizer` reads the text and defaults to the ensemble's own.
 
         Each of the three may also stand in a `generation_config`, `preference_ids` as a list there. The call's own
-        argument comes first, then the call's `generation_config`, then the model's. (The model's is not asked where
-        `past_key_values` knows the preference.)
+        argument comes first, then the call's `generation_config`, then the model's. Where `past_key_values` knows the
+        preference and the call says nothing of it, the cache's holds.
 
         An answer ends at the longest context that a submodel can read, whatever greater length was asked for.
 
@@ -61,7 +61,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         told = {"preference": preference, "preference_text": preference_text, "preference_ids": preference_ids}
         told = _filled_in(told, config)
         cache = kwargs.get("past_key_values")
-        if cache is None or cache.route is None:
+        if cache is None or cache.route is None or any(value is not None for value in told.values()):
             told = _filled_in(told, self.generation_config)
 
         if any(value is not None for value in told.values()):
@@ -143,7 +143,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
             cache = PCMEnsembleCache(
                 self.config,
                 generation_config.cache_implementation,
-                max(max_cache_length, generation_config.max_cache_len or 0),
+                int(max(max_cache_length, generation_config.max_cache_len or 0)),
                 generation_config.cache_config,
             )
         if cache is not None:
@@ -169,16 +169,16 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         # `max_length` counts the last token, which nothing reads, and not what is cached and not passed again
         cached = length - new
         room = longest_context(self.config, route, cache)
-        most = generation_config.max_length if room is None else room - cached + 1
-        if generation_config.prompt_lookup_num_tokens:  # which may be read beyond the end
-            most = max(most - generation_config.prompt_lookup_num_tokens + 1, new + 1)
-        if most < generation_config.max_length:
-            if generation_config._length_was_given:
+        if room is not None:
+            most = room - cached + 1
+            if generation_config.prompt_lookup_num_tokens:  # which may be read beyond the end
+                most = max(most - generation_config.prompt_lookup_num_tokens + 1, new + 1)
+            if most < generation_config.max_length and generation_config._length_was_given:
                 logger.warning_once(
                     f"The answer has at most {most - new} tokens instead of {generation_config.max_length - new}: the "
                     f"longest context that the PCM and the experts of this preference can read has {room}."
                 )
-            generation_config.max_length = most
+            generation_config.max_length = min(most, generation_config.max_length)
         return generation_config.max_length - 1 + cached
 
     def _get_logits_processor(self, *args, model_kwargs: dict | None = None, **kwargs):

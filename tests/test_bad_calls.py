@@ -148,7 +148,7 @@ def test_a_structure_given_to_generate_is_read_or_refused_by_name(value):
 
 
 @torch.no_grad()
-@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 @given(value=STRUCTURES)
 def test_a_structure_in_a_generation_config_is_read_or_refused_by_name(value):
     model = ensemble()
@@ -159,7 +159,7 @@ def test_a_structure_in_a_generation_config_is_read_or_refused_by_name(value):
 
 
 @torch.no_grad()
-@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 @given(value=STRUCTURES)
 def test_a_structure_given_to_what_looks_into_a_text_is_read_or_refused_by_name(value):
     model = ensemble()

@@ -211,6 +211,14 @@ def test_a_chat_goes_on_under_its_own_preference_not_the_models_default(model, a
     assert answer(model, more, past_key_values=first.past_key_values) == expected
 
 
+def test_what_began_under_a_default_and_words_goes_on_when_the_words_are_given_again(model):
+    model.generation_config.preference = ["e0", "e1"]
+    first = model.generate(IDS, preference_text="be quick", return_dict_in_generate=True, **OPTIONS)
+    more = torch.cat([first.sequences, torch.tensor([[61]])], dim=1)
+    expected = answer(model, more, preference_text="be quick")
+    assert answer(model, more, preference_text="be quick", past_key_values=first.past_key_values) == expected
+
+
 def test_calls_of_many_threads_each_have_their_own(model, answers):
     model.generation_config.preference = "e1"
     found = [[] for _ in range(3)]

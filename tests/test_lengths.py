@@ -1,5 +1,6 @@
 """A length that is asked for is an upper bound: answers end where positions do, and only the input can be too long."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_ensemble, tiny_gpt2, tiny_llama, tiny_mistral, tiny_tokenizer
@@ -140,6 +141,18 @@ def test_a_pipeline_with_its_own_default_length_answers(model):
     answer = pipe("Hi", preference="e0", return_full_text=False, return_tensors=None, skip_special_tokens=False)
     ids = model.tokenizer(answer[0]["generated_text"])["input_ids"]
     assert len(ids) == LONGEST + 1 - 2
+
+
+@pytest.mark.parametrize("mode", [{}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "lookup"])
+def test_without_a_limit_nothing_is_cut(model, mode):
+    for part in (model.config.pcm, *model.config.backbones):
+        part.max_position_embeddings = -1
+    ids = torch.tensor([[21, 22, 21, 22]])
+    found = generate(model, ids, max_new_tokens=12, **mode)
+    assert found.shape == (1, 16)
+    end = found[0, 6].item()
+    many = {"max_new_tokens": np.int64(2**40), "eos_token_id": end}
+    assert generate(model, ids, **many, **mode)[0].tolist() == found[0].tolist()[: found[0].tolist().index(end, 4) + 1]
 
 
 def test_the_users_configurations_stay_as_they_are(model):
