@@ -139,13 +139,14 @@ def check_labels(
         raise ValueError(
             f"`labels` has the shape {tuple(labels.shape)}, but the logits are of {(len(input_ids), kept)} tokens."
         )
+    labels = labels.long()  # before it is compared: as a byte, -100 is 156
     wrong = (labels != ignored) & ((labels < 0) | (labels >= config.vocab_size))
     if wrong.any():
         raise ValueError(
             f"`labels` holds {labels[wrong][0].item()}, but token ids are from 0 to {config.vocab_size - 1}, and "
             f"{ignored} leaves a token out."
         )
-    return labels.long()
+    return labels
 
 
 def cached_length(cache: PCMEnsembleCache | None) -> int:

@@ -233,6 +233,7 @@ REFUSED_BY_FORWARD = [
     ({"logits_to_keep": IDS[0, :0]}, ValueError, r"`logits_to_keep` must be .* of shape \(0,\)"),
     ({"labels": IDS[:, :2]}, ValueError, r"`labels` has the shape \(2, 2\), but the logits are of \(2, 3\) tokens"),
     ({"labels": IDS, "logits_to_keep": 2}, ValueError, r"`labels` has the shape \(2, 3\), .* of \(2, 2\) tokens"),
+    ({"labels": (IDS * 0 - 100).to(torch.uint8)}, ValueError, "`labels` holds 156"),
     ({"labels": IDS.float()}, TypeError, "`labels` must be a tensor of token ids, got torch.float32"),
     ({"labels": IDS.tolist()}, TypeError, "`labels` must be a tensor of token ids, got list"),
     ({"labels": IDS + 70}, ValueError, "`labels` holds 101, .* from 0 to 98, and -100 leaves a token out"),
