@@ -265,16 +265,19 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`): context tokens that are not in the cache.
-            attention_mask (`torch.Tensor` of shape `(batch, cached + seq)`, *optional*): 1 for tokens to read.
+            attention_mask (`torch.Tensor` of shape `(batch, cached + seq)`, *optional*):
+                1 for tokens to read; any number but 0 is read as 1, as in other models.
             past_key_values (`PCMEnsembleCache`, *optional*): from an earlier call; it knows the preference.
             inputs_embeds: refused, because experts do not share embeddings.
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*): -100 is ignored; the loss shifts them.
             use_cache (`bool`, *optional*): defaults to `config.use_cache` when not training.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): 0 gives logits for all tokens.
+                `labels` are of those that are kept.
             preference, preference_text, preference_ids (*optional*): see [`~preferences.build_route`].
             tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`; defaults to the ensemble's own.
             output_hidden_states, output_attentions (`bool`, *optional*): of the PCM.
             output_expert_logits (`bool`): whether to give each active expert's logits too.
+            kwargs: what every model of transformers knows. `position_ids` must say what `attention_mask` says.
 
         Raises:
             TypeError, ValueError: on input that is not as above, before any model runs.
