@@ -67,6 +67,7 @@ class Scheduler:
         self.decode = model.get_compiled_call(compile_config) if self.compiled else model
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.ended: list[Request] = []  # that `step` has not returned yet
         self.cache: PCMEnsembleCache | None = None
         self.ends = set(torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist())
 
@@ -95,11 +96,10 @@ class Scheduler:
     @torch.no_grad()
     def step(self) -> list[Request]:
         """Give every running request its next token, let waiting ones in, and return those that have ended by it."""
-        ended = []
         if self.running:
             tokens = torch.tensor([[request.tokens[-1]] for request in self.running], device=self.model.device)
             self._take(self.running, self.decode(tokens, past_key_values=self.cache, logits_to_keep=1).logits)
-            ended += self._leave()
+            self._leave()
 
         room = self.max_rows - len(self.running) if self.joins or not self.running else 0
         if new := self.waiting[:room]:
@@ -110,7 +110,8 @@ class Scheduler:
             ).logits
             self._join(new, cache)
             self._take(new, logits)
-            ended += self._leave()
+            self._leave()
+        ended, self.ended = self.ended, []
         return ended
 
     def _route(self, request: Request) -> Route:
@@ -131,13 +132,13 @@ class Scheduler:
 
     def _room(self, requests: list[Request]) -> int | None:
         """Of a static cache, for compiled steps, the tokens that its rows may still need."""
-        return max(request.max_new_tokens - len(request.tokens) for request in requests) if self.compiled else None
+        needed = [request.max_new_tokens - len(request.tokens) for request in requests]
+        return max(1, *needed) if self.compiled else None
 
-    def _leave(self) -> list[Request]:
+    def _leave(self):
         is_over = [len(r.tokens) >= r.max_new_tokens or r.tokens[-1] in self.ends for r in self.running]
-        ended = [request for request, over in zip(self.running, is_over) if over]
+        self.ended += [request for request, over in zip(self.running, is_over) if over]
         self._keep([not over for over in is_over])
-        return ended
 
     def _keep(self, wanted: list[bool]):
         """Let the other rows go, and with them the columns that they alone needed."""

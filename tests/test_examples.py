@@ -243,12 +243,24 @@ def test_cancelled_requests_leave_the_others_alone(example, scheduler):
     scheduler.step()
     scheduler.step()
     cancelled, lowered = [requests[0], requests[4]], requests[2]
+    lowered.max_new_tokens = 1
     for one in (*cancelled, requests[0], request([1], None, 2)):  # twice, and one that was never added
         scheduler.cancel(one)
-    lowered.max_new_tokens = 1
     assert {*run(scheduler)} == {*requests} - {*cancelled}
     assert [len(one.tokens) for one in requests] == [2, 6, 3, 6, 0]
     check_answered(scheduler, *requests[:4])
+
+
+def test_a_request_may_be_the_last_and_lowered(example, scheduler):
+    request = example("continuous_batching").Request
+    first, lowered = request([21, 22], "e0", 6), request([31], "e1", 6)
+    scheduler.add(first)
+    scheduler.add(lowered)
+    scheduler.step()
+    lowered.max_new_tokens = 1
+    scheduler.cancel(first)
+    assert run(scheduler) == [lowered]
+    check_answered(scheduler, lowered)
 
 
 def test_all_may_be_cancelled_and_others_come(example, scheduler):
@@ -276,10 +288,11 @@ def test_requests_near_the_limit_do_not_end_those_beside_them(example, scheduler
     check_answered(scheduler, long, short)
 
 
-def test_a_prefill_that_fails_loses_no_request(example, scheduler, monkeypatch):
+def test_a_prefill_that_fails_loses_no_request(example, scheduler):
     request = example("continuous_batching").Request
-    running, waiting = request([21, 22], "e0", 6), request([31], "e2", 4)
+    running, ending, waiting = request([21, 22], "e0", 6), request([41], "e1", 2), request([31], "e2", 4)
     scheduler.add(running)
+    scheduler.add(ending)
     scheduler.step()
     scheduler.add(waiting)
 
@@ -290,8 +303,8 @@ def test_a_prefill_that_fails_loses_no_request(example, scheduler, monkeypatch):
     with pytest.raises(MemoryError):
         scheduler.step()
     hook.remove()
-    assert {*run(scheduler)} == {running, waiting}
-    check_answered(scheduler, running, waiting)
+    assert {*run(scheduler)} == {running, ending, waiting}
+    check_answered(scheduler, running, ending, waiting)
 
 
 @pytest.mark.parametrize("text", ['{"prompt": "a"}', '["a"]', "[]", "3", '[{"prompt": 3}]'])
