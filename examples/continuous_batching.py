@@ -26,16 +26,18 @@ from tqdm import tqdm
 from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble.checks import check_ids, check_length
+from modeling_pcm_ensemble.preferences import Route, build_route
 
 EXAMPLES = Path(__file__).parent
 
 
-@dataclass
+@dataclass(eq=False)  # two users may ask the same
 class Request:
     """What a user asks, and what has become of it. Times are seconds from the start."""
 
     input_ids: list[int]
-    preference: dict[str, float]
+    preference: dict[str, float] | list | str | None  # in any form of one row's; None is the ensemble's default
     max_new_tokens: int
     arrival: float = 0.0
     tokens: list[int] = field(default_factory=list)
@@ -65,31 +67,55 @@ class Scheduler:
         self.decode = model.get_compiled_call(compile_config) if self.compiled else model
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.ended: list[Request] = []  # that `step` has not returned yet
         self.cache: PCMEnsembleCache | None = None
         self.ends = set(torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist())
+
+    def add(self, request: Request):
+        """
+        Let a request wait for its turn.
+
+        Raises:
+            TypeError, ValueError: if it could not be answered. The others do not notice.
+        """
+        if not isinstance(request.max_new_tokens, int) or request.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be a number from 1 on, got {request.max_new_tokens!r}.")
+        if not isinstance(request.input_ids, list) or not all(type(token) is int for token in request.input_ids):
+            raise TypeError(f"`input_ids` must be a list of token ids, got {request.input_ids!r}.")
+        check_ids(self.model.config, "input_ids", torch.tensor([request.input_ids], dtype=torch.long))
+        # The last token is not read.
+        length = len(request.input_ids) + request.max_new_tokens - 1
+        check_length(self.model.config, self._route(request), length)
+        self.waiting.append(request)
+
+    def cancel(self, request: Request):
+        """Forget a request, whose tokens so far it keeps. One that has ended, or was never added, changes nothing."""
+        self.waiting = [other for other in self.waiting if other is not request]
+        self._keep([other is not request for other in self.running])
 
     @torch.no_grad()
     def step(self) -> list[Request]:
         """Give every running request its next token, let waiting ones in, and return those that have ended by it."""
-        ended = []
         if self.running:
             tokens = torch.tensor([[request.tokens[-1]] for request in self.running], device=self.model.device)
             self._take(self.running, self.decode(tokens, past_key_values=self.cache, logits_to_keep=1).logits)
-            ended += self._leave()
+            self._leave()
+
         room = self.max_rows - len(self.running) if self.joins or not self.running else 0
-        new, self.waiting = self.waiting[:room], self.waiting[room:]
-        if new:
+        if new := self.waiting[:room]:
             cache = PCMEnsembleCache(self.model.config)
-            preferences = [request.preference for request in new]
-            inputs = self._padded(new)
-            logits = self.model(**inputs, past_key_values=cache, preference=preferences, logits_to_keep=1).logits
+            weights = torch.cat([self._route(request).weights for request in new])
+            logits = self.model(
+                **self._padded(new), past_key_values=cache, preference=weights, logits_to_keep=1
+            ).logits
+            self._join(new, cache)
             self._take(new, logits)
-            caches = [self.cache, cache] if self.running else [cache]
-            self.running += new
-            longest = max(request.max_new_tokens - len(request.tokens) for request in self.running)
-            self.cache = PCMEnsembleCache.join(caches, max(longest, 1) if self.compiled else None)
-            ended += self._leave()
+            self._leave()
+        ended, self.ended = self.ended, []
         return ended
+
+    def _route(self, request: Request) -> Route:
+        return build_route(self.model.config, 1, request.preference)
 
     def _padded(self, requests: list[Request]) -> dict[str, torch.Tensor]:
         rows = {"input_ids": [request.input_ids for request in requests]}
@@ -99,14 +125,30 @@ class Scheduler:
         for request, token in zip(requests, logits[:, -1].argmax(dim=-1).tolist()):
             request.tokens.append(token)
 
-    def _leave(self) -> list[Request]:
-        is_over = [len(r.tokens) == r.max_new_tokens or r.tokens[-1] in self.ends for r in self.running]
-        kept = [row for row, over in enumerate(is_over) if not over]
-        if kept and len(kept) < len(self.running):
-            self.cache.batch_select_indices(torch.tensor(kept, device=self.model.device))
-        ended = [request for request, over in zip(self.running, is_over) if over]
-        self.running = [self.running[row] for row in kept]
-        return ended
+    def _join(self, new: list[Request], cache: PCMEnsembleCache):
+        running, caches = self.running + new, [self.cache, cache] if self.running else [cache]
+        self.cache = PCMEnsembleCache.join(caches, self._room(running))
+        self.running, self.waiting = running, self.waiting[len(new) :]
+
+    def _room(self, requests: list[Request]) -> int | None:
+        """Of a static cache, for compiled steps, the tokens that its rows may still need."""
+        needed = [request.max_new_tokens - len(request.tokens) for request in requests]
+        return max(1, *needed) if self.compiled else None
+
+    def _leave(self):
+        is_over = [len(r.tokens) >= r.max_new_tokens or r.tokens[-1] in self.ends for r in self.running]
+        self.ended += [request for request, over in zip(self.running, is_over) if over]
+        self._keep([not over for over in is_over])
+
+    def _keep(self, wanted: list[bool]):
+        """Let the other rows go, and with them the columns that they alone needed."""
+        if all(wanted):
+            return
+        rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
+        self.running = [self.running[row] for row in rows]
+        if rows:
+            self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+            self.cache = PCMEnsembleCache.join([self.cache], self._room(self.running))
 
 
 def serve(scheduler: Scheduler, requests: list[Request], title: str) -> float:
@@ -116,7 +158,7 @@ def serve(scheduler: Scheduler, requests: list[Request], title: str) -> float:
         while coming or scheduler.waiting or scheduler.running:
             now = time.perf_counter() - start
             while coming and coming[0].arrival <= now:
-                scheduler.waiting.append(coming.pop(0))
+                scheduler.add(coming.pop(0))
             if not scheduler.waiting and not scheduler.running:
                 time.sleep(coming[0].arrival - now)
                 continue

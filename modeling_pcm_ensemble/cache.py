@@ -5,12 +5,14 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .arguments import check_kind, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
 from .prefixes import CachePart, is_recurrent
 
 STATIC, QUANTIZED, OFFLOADED = ("static", "offloaded_static"), ("quantized",), ("offloaded", "offloaded_static")
 STEPS_AHEAD = 64  # tokens that a growing layer makes room for, at least
+MOST_TOKENS = 2**31 - 1
 
 
 class GrowingLayer(DynamicLayer):
@@ -45,7 +47,8 @@ class GrowingLayer(DynamicLayer):
 
 def takes_padding(cache: Cache, *layer_types: type) -> bool:
     """Whether rows may be padded behind others' backs: full attention in layers that grow, or of the types given."""
-    return not cache.offloading and all(type(x) in (DynamicLayer, GrowingLayer, *layer_types) for x in cache.layers)
+    known = (DynamicLayer, *layer_types)
+    return not cache.offloading and all(type(x) in known or hasattr(x, "rooms") for x in cache.layers)
 
 
 class PCMEnsembleCache(Cache):
@@ -70,13 +73,23 @@ class PCMEnsembleCache(Cache):
         max_length: int | None = None,
         cache_config: dict | None = None,
     ):
-        if cache_implementation not in (None, "dynamic", *STATIC, *QUANTIZED, *OFFLOADED):
+        kinds = ("dynamic", *STATIC, *QUANTIZED, *OFFLOADED)
+        if not hasattr(config, "sub_config_items"):
+            raise TypeError(f"`config` must be the ensemble's, `model.config`, got {type(config).__name__}.")
+        check_kind("cache_implementation", cache_implementation, str, optional=True)
+        check_kind("max_length", max_length, int, optional=True)
+        check_kind("cache_config", cache_config, dict, optional=True)
+        if cache_implementation is not None and cache_implementation not in kinds:
             raise ValueError(
                 "`cache_implementation` must be None, 'dynamic', 'offloaded', 'static', 'offloaded_static' or "
                 f"'quantized', got {cache_implementation!r}."
             )
         if cache_implementation in STATIC and max_length is None:
             raise ValueError("A static cache needs `max_length`, the most context tokens that it holds.")
+        if max_length is not None and (
+            max_length < 1 or (max_length > MOST_TOKENS and cache_implementation in STATIC)
+        ):
+            raise ValueError(f"`max_length` must be at least 1, and at most {MOST_TOKENS} tokens, got {max_length}.")
         if cache_implementation in OFFLOADED and not torch.accelerator.is_available():
             raise ValueError(
                 f"{cache_implementation!r} moves keys and values off an accelerator, and there is none. Use 'dynamic' "
@@ -203,10 +216,15 @@ class PCMEnsembleCache(Cache):
             ValueError: if there are none, one is empty or of another ensemble than the first, `room` is below 1, or
                 caches are quantised, offloaded, of sliding windows, or keep states.
         """
-        if room is not None and room < 1:
+        check_kind("room", room, int, optional=True)
+        if room is not None and not 0 < room <= MOST_TOKENS:
             raise ValueError(f"`room` must be at least 1, or None for a cache that grows, got {room}.")
+        check_kind("caches", caches, (list, tuple))
+        for cache in caches:
+            if not has_class(cache, "PCMEnsembleCache"):
+                raise TypeError(f"`caches` must be a list of `PCMEnsembleCache`, got a {type(cache).__name__} in it.")
         if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
-            raise ValueError("`join` takes one or more caches that one ensemble has filled.")
+            raise ValueError("`caches` must be one or more caches that one ensemble has filled.")
         for cache in caches:
             if not all(takes_padding(part.cache, StaticLayer) for part in cache.parts.values()):
                 raise ValueError(

@@ -103,19 +103,6 @@ class PCMEnsembleConfig(PreTrainedConfig):
             self.vocab_size = min(self._part_sizes().values(), default=None)
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
-        """
-        Make the configuration that a file holds, as any.
-
-        Raises:
-            TypeError, ValueError: naming the field that has a wrong value.
-        """
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(str(error)) from error
-
-    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         """As for any model, of a folder after an interrupted save to it is finished."""
         finish_save(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
@@ -123,10 +110,19 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "PCMEnsembleConfig":
-        """As for any model. `AutoConfig` reads a folder itself, and gives its name and what it has read."""
+        """
+        Make the configuration that a file holds, as any. `AutoConfig` reads a folder itself, and gives its name and
+        what it has read.
+
+        Raises:
+            TypeError, ValueError: naming the field that has a wrong value.
+        """
         if (folder := kwargs.get("name_or_path")) and finish_save(folder):
             config_dict, _ = cls.get_config_dict(folder)
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
 
     @property
     def expert_names(self) -> list[str]:

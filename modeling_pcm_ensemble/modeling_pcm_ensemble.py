@@ -11,9 +11,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .arguments import check_kind
 from .building import all_end_tokens, build_expert, build_parts, set_end_tokens
 from .cache import PCMEnsembleCache
-from .checks import cached_length, check_inputs, check_length, check_mask
+from .checks import (
+    cached_length,
+    check_inputs,
+    check_labels,
+    check_length,
+    check_logits_to_keep,
+    check_mask,
+    check_positions,
+)
 from .compiling import forget_weights
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .experts import ExpertBackbones
@@ -76,6 +85,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         self.backbones = ExpertBackbones(config, backbones)
         parts = (self.pcm.body, *self.backbones)
         self._is_stateful = any(part._is_stateful for part in parts)
+        self._keep_own_generation_settings()
         self.post_init()
 
     # Building
@@ -142,6 +152,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             model.backbones.bank_of(name).load(name, tensors)
         model.generation_config = copy.deepcopy(parts.backbones[0].generation_config)
         set_end_tokens(model.generation_config, parts.config.eos_token_id)
+        model._keep_own_generation_settings()
         model._tokenizer = parts.tokenizer
         return model.eval()
 
@@ -261,12 +272,14 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`): context tokens that are not in the cache.
-            attention_mask (`torch.Tensor` of shape `(batch, cached + seq)`, *optional*): 1 for tokens to read.
+            attention_mask (`torch.Tensor` of shape `(batch, cached + seq)`, *optional*):
+                1 for tokens to read; any number but 0 is read as 1, as in other models.
             past_key_values (`PCMEnsembleCache`, *optional*): from an earlier call; it knows the preference.
             inputs_embeds: refused, because experts do not share embeddings.
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*): -100 is ignored; the loss shifts them.
             use_cache (`bool`, *optional*): defaults to `config.use_cache` when not training.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): 0 gives logits for all tokens.
+                `labels` are of those that are kept.
             preference, preference_text, preference_ids (*optional*): see [`~preferences.build_route`].
             tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`; defaults to the ensemble's own.
             output_hidden_states, output_attentions (`bool`, *optional*): of the PCM.
@@ -274,14 +287,27 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             normalize_logits (`bool`): False adds the experts' log-normalizers, Σ_i α_i log Z_i, to log π, so that one
                 active expert gives its own logits. `generate` asks for that, since some logits processors, such as
                 repetition penalties, depend on where the zero is.
+            kwargs: what every model of transformers knows. `position_ids` must say what `attention_mask` says.
 
         Raises:
             TypeError, ValueError: on input that is not as above, before any model runs.
         """
-        check_inputs(input_ids, inputs_embeds, past_key_values, logits_to_keep, kwargs)
-        route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
+        check_inputs(self.config, input_ids, inputs_embeds, past_key_values, kwargs)
+        for name, flag in (
+            ("use_cache", use_cache),
+            ("output_hidden_states", output_hidden_states),
+            ("output_attentions", output_attentions),
+            ("output_expert_logits", output_expert_logits),
+            ("normalize_logits", normalize_logits),
+        ):
+            check_kind(name, flag, bool, optional=True)
+        length = cached_length(past_key_values) + input_ids.shape[1]
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
-        check_length(self.config, route, cached_length(past_key_values) + input_ids.shape[1], past_key_values)
+        check_positions(kwargs.get("position_ids"), attention_mask, len(input_ids), length)
+        logits_to_keep = check_logits_to_keep(logits_to_keep, input_ids.shape[1])
+        labels = check_labels(self.config, labels, input_ids, logits_to_keep, kwargs.get("ignore_index", -100))
+        route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
+        check_length(self.config, route, length, past_key_values)
         if past_key_values is not None and attention_mask is not None:
             past_key_values.check_no_gaps(attention_mask, input_ids.shape[1])
         use_cache = _or_default(use_cache, self.config.use_cache and not self.training)
@@ -426,15 +452,16 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         )
         positions = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
         expert_logits = self._expert_logits(route, input_ids, mask, None, positions)
-        log_probs = token_log_probs(expert_logits, input_ids[:, 1:], self.config.num_experts, self.config.expert_top_k)
+        tokens = input_ids[:, 1:].long()
+        log_probs = token_log_probs(expert_logits, tokens, self.config.num_experts, self.config.expert_top_k)
         shares = (weights[:, :-1].log() + log_probs).softmax(dim=-1).nan_to_num()  # (batch, seq - 1, experts)
         return shares if mask is None else shares * (mask[:, 1:] * mask[:, :-1])[..., None]
 
     def _whole_text(self, input_ids, attention_mask, *preference):
         """Route, mask of the tokens, and α at each of them."""
-        check_inputs(input_ids, None, None, 0, {})
-        route = self._route(len(input_ids), None, *preference)
+        check_inputs(self.config, input_ids, None, None, {})
         mask = check_mask(input_ids, attention_mask, None)
+        route = self._route(len(input_ids), None, *preference)
         check_length(self.config, route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
 

@@ -1,5 +1,7 @@
 """What a user may say about a preference, turned into log-weights and a route."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -9,6 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .arguments import NUMBERS, check_tensor
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .prefixes import encode_description, pad_left
 
@@ -30,11 +33,12 @@ def preference_weights(preference, names: list[str], batch_size: int) -> torch.T
 
     Raises:
         TypeError: if `preference`, or a part of it, is of a kind not listed above.
-        ValueError: if a name is unknown, a weight is negative, NaN or infinite, a row has no weight above 0, or the
-            number of rows or weights does not fit.
+        ValueError: if a name is unknown or repeated, a weight is negative, NaN, infinite or too small for float32, a
+            row has no weight above 0, or the number of rows or weights does not fit.
     """
     if isinstance(preference, torch.Tensor):
-        weights = preference.detach().float()
+        check_tensor("preference", preference, "weights", NUMBERS)
+        weights = preference.detach().cpu().double()
     elif _is_rows(preference):
         weights = torch.stack([_row_weights(row, names) for row in preference])
     else:
@@ -50,10 +54,10 @@ def preference_weights(preference, names: list[str], batch_size: int) -> torch.T
     if weights.shape[0] != batch_size:
         raise ValueError(
             f"`preference` has {weights.shape[0]} rows, but the batch has {batch_size}. Pass one entry for each row, "
-            "or one preference for all of them."
+            "or one preference for all of them. (A pipeline gives all entries to each of its batches. There, let "
+            "`batch_size` be the number of prompts.)"
         )
-    _check_weights(weights, names)
-    return weights
+    return _single_precision(weights, names)
 
 
 def _is_rows(preference) -> bool:
@@ -80,7 +84,13 @@ def _row_weights(preference, names: list[str]) -> torch.Tensor:
     elif isinstance(preference, (list, tuple)) and not _is_rows(preference):
         if isinstance(preference[0], Real):
             _check_width(len(preference), names)
-            return torch.tensor([float(weight) for weight in preference], dtype=torch.float64).float()
+            return torch.tensor([_as_float(weight) for weight in preference], dtype=torch.float64)
+        repeated = [name for name, count in Counter(preference).items() if count > 1]
+        if repeated:
+            raise ValueError(
+                f"`preference` names {', '.join(map(repr, repeated))} more than once. Give weights to say how much: "
+                f"{{{repeated[0]!r}: 2.0, …}}."
+            )
         preference = dict.fromkeys(preference, 1.0)
     if not isinstance(preference, Mapping):
         raise TypeError(
@@ -90,9 +100,19 @@ def _row_weights(preference, names: list[str]) -> torch.Tensor:
     weights = [0.0] * len(names)
     for name, weight in preference.items():
         if not isinstance(weight, Real):
-            raise TypeError(f"The weight of expert {name!r} must be a number, got {type(weight).__name__}.")
-        weights[_expert_index(name, names)] = float(weight)
-    return torch.tensor(weights, dtype=torch.float64).float()
+            raise TypeError(
+                f"In `preference` the weight of expert {name!r} must be a number, got {type(weight).__name__}."
+            )
+        weights[_expert_index(name, names)] = _as_float(weight)
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def _as_float(weight: Real) -> float:
+    """The weight, infinite where a float would not hold it, which is refused later."""
+    try:
+        return float(weight)
+    except OverflowError:
+        return math.inf if weight > 0 else -math.inf
 
 
 def _expert_index(name: str, names: list[str]) -> int:
@@ -111,20 +131,34 @@ def _check_width(num_weights: int, names: list[str]):
         )
 
 
-def _check_weights(weights: torch.Tensor, names: list[str]):
-    wrong = ~torch.isfinite(weights) | (weights < 0)
+def _single_precision(weights: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Weights `(batch, experts)` of float64 as float32, in which none may vanish."""
+    single = weights.float()
+    wrong = ~torch.isfinite(single) | (weights < 0)
     if wrong.any():
         row, expert = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"`preference` gives expert {names[expert]!r} the weight {weights[row, expert].item()} in row {row}. "
+            f"`preference` gives expert {names[expert]!r} the weight {single[row, expert].item()} in row {row}. "
             "Weights must be finite numbers of at least 0."
         )
+
+    smallest = torch.finfo(torch.float32).tiny
+    vanishing = (weights > 0) & (single < smallest)
+    if vanishing.any():
+        row, expert = vanishing.nonzero()[0].tolist()
+        raise ValueError(
+            f"`preference` gives expert {names[expert]!r} the weight {weights[row, expert].item()} in row {row}. "
+            f"Weights above 0 must be at least {smallest:.3g}, what float32 holds. Scale them all, or leave the "
+            "expert out."
+        )
+
     empty = ~(weights > 0).any(dim=-1)
     if empty.any():
         raise ValueError(
             f"`preference` leaves row {empty.nonzero()[0].item()} without an expert: all its weights are 0. Give at "
             "least one expert a weight above 0."
         )
+    return single
 
 
 class ExpertRows(NamedTuple):
@@ -301,16 +335,29 @@ def _text_prefixes(config: PCMEnsembleConfig, text, weights: list[list[float]], 
     if not isinstance(texts, (list, tuple)) or not all(isinstance(entry, str | None) for entry in texts):
         raise TypeError(f"`preference_text` must be a string or one string for each row, got {text!r}.")
     if len(texts) != len(weights):
-        raise ValueError(f"`preference_text` has {len(texts)} entries, but the batch has {len(weights)} rows.")
+        raise ValueError(
+            f"`preference_text` has {len(texts)} entries, but the batch has {len(weights)} rows. Pass one for each "
+            "row, or one text for all of them. (A pipeline gives all entries to each of its batches. There, let "
+            "`batch_size` be the number of prompts.)"
+        )
     if tokenizer is None:
         raise ValueError(
             "`preference_text` needs a tokenizer, and this ensemble was built and saved without one. Pass "
             "`tokenizer=`, or `preference_ids` in its place."
         )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}.")
     return [
-        description_prefix(config, row) if entry is None else _after_bos(config, encode_description(tokenizer, entry))
+        description_prefix(config, row) if entry is None else _after_bos(config, _read(tokenizer, entry))
         for entry, row in zip(texts, weights)
     ]
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        return encode_description(tokenizer, text)
+    except (TypeError, UnicodeError) as error:  # half a surrogate pair, say, is a string and no text
+        raise ValueError(f"`preference_text` holds {text!r}, which the tokenizer cannot read: {error}") from error
 
 
 def _after_bos(config: PCMEnsembleConfig, ids: list[int]) -> list[int]:
@@ -318,9 +365,7 @@ def _after_bos(config: PCMEnsembleConfig, ids: list[int]) -> list[int]:
 
 
 def _given_prefixes(config: PCMEnsembleConfig, ids: torch.LongTensor, batch_size: int) -> torch.LongTensor:
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
-        kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise TypeError(f"`preference_ids` must be a tensor of token ids, got {kind}.")
+    check_tensor("preference_ids", ids, "token ids")
     if ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != batch_size):
         raise ValueError(
             f"`preference_ids` has the shape {tuple(ids.shape)}. Pass (tokens,) or ({batch_size}, tokens)."

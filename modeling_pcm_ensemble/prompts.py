@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 
 import torch
 from torch.nn.functional import pad
@@ -26,6 +27,7 @@ class KeptPrompts:
     def __init__(self):
         self.weights: WeightSnapshot | None = None
         self.states: OrderedDict[Text, list[tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
+        self.changing = Lock()  # of `states`
 
     def __reduce__(self):
         return type(self), ()  # a copy's weights are others
@@ -66,11 +68,14 @@ class KeptPrompts:
         states = {}
         for expert, ids in distinct:
             if ids:  # each alone, so that it does not depend on who came first
-                found = kept.pop((expert, ids), None)
+                found = kept.get((expert, ids))
                 states[expert, ids] = found or _states_of(ids, model, partial(read, expert), device)
-        kept |= states
-        while sum(len(ids) for _, ids in kept) > MOST_KEPT:
-            kept.popitem(last=False)
+        with self.changing:
+            for text, state in states.items():
+                kept[text] = state
+                kept.move_to_end(text)
+            while sum(len(ids) for _, ids in kept) > MOST_KEPT:
+                kept.popitem(last=False)
         width = max(len(ids) for _, ids in distinct)
         some = next(iter(states.values()))
         for index, layer in enumerate(part.cache.layers):

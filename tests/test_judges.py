@@ -240,3 +240,15 @@ def test_a_ballot_can_be_voted_on_and_read(tmp_path):
     voted = HumanVotes(write_votes(tmp_path / "votes.csv", *[row.values() for row in rows]))
     outcome = judge_answers(voted, make_jobs([PROMPT], [{"concise": 1.0}]), ["ours, 3"], ["theirs 3"])
     assert outcome.wins.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "＝", "'=", "'"])
+def test_no_cell_of_a_ballot_is_a_formula(tmp_path, start):
+    pair = Comparison([{"role": "user", "content": f"{start}1+1"}], {"concise": 1.0}, f"{start}2", f"{start}3")
+    write_ballot([pair], tmp_path / "ballot.csv")
+    with (tmp_path / "ballot.csv").open(newline="", encoding="utf-8") as file:
+        *_, row = csv.reader(file)
+    assert not any(cell.startswith(tuple("=+-@\t\r＝")) for cell in row)
+    voted = HumanVotes(write_votes(tmp_path / "votes.csv", [*row[:4], "first"]))
+    assert voted.judge([pair]) != voted.judge([pair.swapped()])
+    assert [*voted.judge([pair]), *voted.judge([pair.swapped()])].count(None) == 1

@@ -348,8 +348,13 @@ def test_shares_of_right_padded_rows_and_truncated_experts_equal_the_formula(mix
 
 def test_a_failed_call_leaves_an_empty_cache_empty(mixed):
     cache = PCMEnsembleCache(mixed.config)
-    with pytest.raises(IndexError):
-        mixed(torch.tensor([[500]]), past_key_values=cache, preference="e0")
+
+    def fail(*_):
+        raise MemoryError
+
+    mixed.backbones[0].register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        mixed(torch.tensor([[50]]), past_key_values=cache, preference="e0")
     assert cache.route is None
 
 

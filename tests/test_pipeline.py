@@ -82,6 +82,28 @@ def test_a_wrong_preference_is_refused(pipe):
         pipe("Hi", preference="z", **GREEDY)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"preference": [{"a": 1.0}, {"b": 1.0, "c": 0.5}, {"c": 1.0}]},
+        {"preference": [["a"], ["b", "c"], ["c"]]},
+        {"preference": torch.tensor([[1.0, 0, 0], [0, 1, 0.5], [0, 0, 1]])},
+        {"preference_text": ["be quick", None, "tell me more"], "preference": [["a", "b"], ["b", "c"], ["a", "c"]]},
+    ],
+    ids=["mappings", "names", "tensor", "words"],
+)
+def test_each_prompt_has_its_own_preference_where_all_are_one_batch(ensemble, pipe, given):
+    texts = ["Hello there", "Why?", "Once upon a time"]
+    torch.nn.init.normal_(ensemble.pcm.head.weight)
+    found = pipe(texts, batch_size=3, **given, **GREEDY)
+    for row, text in enumerate(texts):
+        mine = {name: [values[row]] if isinstance(values, list) else values[row] for name, values in given.items()}
+        assert found[row] == pipe(text, **mine, **GREEDY)
+    for batch_size in (1, 2):
+        with pytest.raises(ValueError, match="A pipeline gives all entries to each of its batches"):
+            pipe(texts, batch_size=batch_size, **given, **GREEDY)
+
+
 def test_a_long_text_is_cut_to_what_prompted_experts_can_read(ensemble, pipe):
     text = "".join(chr(97 + i % 26) for i in range(100))
     found = pipe(text, preference="a", handle_long_generation="hole", **GREEDY)[0]["generated_text"]

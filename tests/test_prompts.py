@@ -1,6 +1,8 @@
 """Long prompts and descriptions are read once and kept from call to call, for every cache that can hold them."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -168,3 +170,29 @@ def test_weights_made_in_inference_mode_are_kept_track_of(monkeypatch):
         assert_close(model(torch.tensor([ROWS[0]])).logits, first, atol=1e-5, rtol=0)
     with torch.no_grad():
         assert_close(model(torch.tensor([ROWS[0]])).logits, first, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_threads_that_read_and_drop_texts_at_once_do_not_disturb_one_another(model, monkeypatch):
+    monkeypatch.setattr(prompts, "MOST_KEPT", 5100)
+    torch.nn.init.normal_(model.pcm.head.weight)
+    ids = torch.tensor([ROWS[0]])
+    descriptions = [torch.tensor([[5 + number, 6, 7]]) for number in range(60)]
+    expected = [model(ids, preference_ids=description).expert_weights for description in descriptions]
+    model.pcm.kept_descriptions.states |= {
+        ((), (-number,)): [] for number in range(5000)
+    }  # so that counting takes long
+
+    @torch.no_grad()  # which is each thread's own
+    def ask(number: int):
+        number %= len(descriptions)
+        return model(ids, preference_ids=descriptions[number]).expert_weights - expected[number]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            differences = list(pool.map(ask, range(300)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.stack(differences).abs().max() < 1e-5

@@ -176,6 +176,9 @@ def test_an_ensemble_without_a_tokenizer_is_saved_without_one(prompted, tmp_path
     assert torch.equal(model(CONTEXT).logits, prompted(CONTEXT).logits)
 
 
+ADAPTER_OF_NO_EXPERT = {"backbones.adapters.0.model.layers.0.mlp.up_proj.lora_A": torch.ones(1)}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

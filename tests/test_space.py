@@ -1,5 +1,7 @@
 """The Space in a real browser: sliders, two streamed answers, colours, charts, a vote."""
 
+import csv
+import importlib
 import os
 import re
 import shutil
@@ -9,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import gradio as gr
 import pytest
+from conftest import tiny_llama, tiny_tokenizer
 from huggingface_hub import RepoCard
 from playwright.sync_api import expect, sync_playwright
 
-from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.evaluation import HumanVotes
 from modeling_pcm_ensemble.evaluation.judges import Comparison
 
@@ -135,3 +139,59 @@ def test_an_app_without_an_ensemble_says_what_to_do():
     environment = {name: value for name, value in os.environ.items() if name != "ENSEMBLE"}
     result = subprocess.run([sys.executable, "app.py"], cwd=SPACE, env=environment, capture_output=True, text=True)
     assert "Name an ensemble: as argument, or, in a Space, by the variable ENSEMBLE." in result.stderr
+
+
+@pytest.fixture
+def app(monkeypatch):
+    monkeypatch.syspath_prepend(str(SPACE))
+    return importlib.import_module("app")
+
+
+CELLS = [
+    "=1+1",
+    "+1",
+    "-2 is it",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n-",
+    "＝1+1",
+    "'=1",
+    "''@x",
+    "'quoted'",
+    "'",
+    "",
+    "a=1",
+    "é",
+]
+
+
+@pytest.mark.parametrize("text", CELLS, ids=repr)
+def test_a_vote_is_no_formula_and_is_read_as_it_was(app, tmp_path, text):
+    votes = tmp_path / "votes.csv"
+    for place in range(4):
+        shown = ["What is gravity?", "a", "one", "other"]
+        shown[place] = text
+        app.add_vote(str(votes), (*shown, "first"))
+    with votes.open(newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not any(cell.startswith(tuple("=+-@\t\r\n＝＋－＠")) for cell in cells)
+    assert [key[place] for place, key in enumerate(HumanVotes(votes).votes)] == [text] * 4
+
+
+def test_what_is_no_number_is_refused_with_the_sliders_name(app, tmp_path):
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2), tokenizer=tiny_tokenizer())
+    sliders = [block for block in app.build_app(model, str(tmp_path)).blocks.values() if isinstance(block, gr.Slider)]
+    assert len(sliders) == 4
+    for slider in sliders:
+        for payload in (None, "1", [1], {}, float("nan"), True):
+            with pytest.raises(gr.Error, match=f"'{re.escape(slider.label)}' must be a number from .*, got"):
+                slider.preprocess(payload)
+        with pytest.raises(gr.Error, match="greater than maximum"):
+            slider.preprocess(10**9)
+        assert slider.preprocess(slider.maximum) == slider.maximum
+
+
+def test_no_words_are_no_words(app):
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2), tokenizer=tiny_tokenizer())
+    assert app.preferences_of(model, [1, None, 0, " brief "]) == ([{"a": 1.0}, {"a": 1.0}], [None, "brief"])

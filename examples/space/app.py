@@ -9,6 +9,7 @@ names another file), in the form that `HumanVotes` of the evaluation reads.
 
 import csv
 import itertools
+import math
 import os
 import queue
 import sys
@@ -24,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 COLUMNS = ("prompt", "preference", "first", "second", "choice")
 CHOICES = {"Left": "first", "Neither": "tie", "Right": "second"}
 SIDES = ("left", "right")
+FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # what makes a spreadsheet run a cell
 WRITING = threading.Lock()
 
 
@@ -75,7 +77,7 @@ def preferences_of(model, values: list) -> tuple[list[dict[str, float]], list[st
     """Weights and words of both sides from the controls' values; words alone may choose among all experts."""
     names = model.config.expert_names
     sides = [values[: len(names) + 1], values[len(names) + 1 :]]
-    words = [side[-1].strip() or None for side in sides]
+    words = [(side[-1] or "").strip() or None for side in sides]
     weights = [{name: float(w) for name, w in zip(names, side) if w} for side in sides]
     return [w or (dict.fromkeys(names, 1.0) if text else {}) for w, text in zip(weights, words)], words
 
@@ -156,13 +158,32 @@ def label(weights: dict[str, float], words: str | None) -> str:
     return named if words is None else f"{named}: {words}"
 
 
+def as_cell(text: str) -> str:
+    """A text that a spreadsheet shows and does not run, as `HumanVotes` of the evaluation reads it back."""
+    return f"'{text}" if text.lstrip("'").startswith(FORMULAS) else text
+
+
+def slider(lowest: float, highest: float, value: float, **options) -> gr.Slider:
+    """A slider that says so where the API sends what is no number."""
+    made = gr.Slider(lowest, highest, value, **options)
+    read = made.preprocess
+
+    def preprocess(payload):
+        if type(payload) not in (int, float) or math.isnan(payload):
+            raise gr.Error(f"{made.label!r} must be a number from {lowest} to {highest}, got {payload!r}.")
+        return read(payload)
+
+    made.preprocess = preprocess
+    return made
+
+
 def add_vote(path: str, row: tuple[str, ...]):
     with WRITING, open(path, "a", newline="", encoding="utf-8") as file:
         new = file.tell() == 0
         writer = csv.writer(file)
         if new:
             writer.writerow(COLUMNS)
-        writer.writerow(row)
+        writer.writerow([as_cell(text) for text in row])
 
 
 def build_app(model, votes: str) -> gr.Blocks:
@@ -173,7 +194,7 @@ def build_app(model, votes: str) -> gr.Blocks:
     def answer(question, max_new_tokens, temperature, *values):
         """Text as it comes; at the end tokens by expert, α, and what a vote is about."""
         weights, words = preferences_of(model, list(values))
-        if not question.strip():
+        if not (question or "").strip():
             raise gr.Error("Ask something.")
         if not all(weights):
             raise gr.Error("Give each side an expert with a weight above 0, or words.")
@@ -203,8 +224,8 @@ def build_app(model, votes: str) -> gr.Blocks:
         gr.Markdown("# PCM Ensemble\nOne question, two preferences. Colours: the expert that carried each token.")
         question = gr.Textbox(label="Question", value="What is gravity?", elem_id="question")
         with gr.Row():
-            max_new_tokens = gr.Slider(8, 256, 64, step=8, label="Most tokens")
-            temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0: the most probable token)")
+            max_new_tokens = slider(8, 256, 64, step=8, label="Most tokens")
+            temperature = slider(0, 1.5, 0, step=0.1, label="Temperature (0: the most probable token)")
         controls, texts, charts = [], [], []
         with gr.Row():
             for number, side in enumerate(SIDES):
@@ -212,7 +233,7 @@ def build_app(model, votes: str) -> gr.Blocks:
                     gr.Markdown(f"### {side.capitalize()}")
                     for index, expert in enumerate(model.config.experts):
                         controls.append(
-                            gr.Slider(
+                            slider(
                                 0,
                                 2,
                                 float(index == number),

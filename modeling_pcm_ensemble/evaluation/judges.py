@@ -218,6 +218,18 @@ class ChatEndpoint:
 
 
 COLUMNS = ("prompt", "preference", "first", "second", "choice")
+FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # what makes a spreadsheet run a cell
+
+
+def as_cell(text: str) -> str:
+    """A text that a spreadsheet shows and does not run."""
+    return f"'{text}" if text.lstrip("'").startswith(FORMULAS) else text
+
+
+def from_cell(cell: str | None) -> str:
+    """The text of a cell that [`as_cell`] made, or that is as it was."""
+    cell = cell or ""
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULAS) else cell
 
 
 def write_ballot(comparisons: list[Comparison], path: Path, seed: int = 0):
@@ -229,14 +241,16 @@ def write_ballot(comparisons: list[Comparison], path: Path, seed: int = 0):
         writer.writerow(COLUMNS)
         for c in shown:
             sides = rng.sample((c.first, c.second), 2)
-            writer.writerow([c.prompt[-1]["content"], label(c.preference), *sides, ""])
+            texts = (c.prompt[-1]["content"], label(c.preference), *sides, "")
+            writer.writerow([as_cell(text) for text in texts])
 
 
 class HumanVotes(Judge):
     r"""
     People's choices from a CSV file with columns `prompt` (the last turn), `preference` (see [`label`]), `first` and
     `second` as they were shown, and `choice` (`first`, `second`, `tie`, or nothing yet), such as [`write_ballot`] lays
-    out. Several votes on one pair are averaged; pairs without votes are left out.
+    out. Several votes on one pair are averaged; pairs without votes are left out. A cell may begin with an apostrophe
+    before what would make a spreadsheet run it.
 
     Raises:
         ValueError: if a column is missing or a choice is another; the message names the line.
@@ -257,7 +271,7 @@ class HumanVotes(Judge):
             choice = {"first": FIRST, "second": SECOND, "tie": TIE}.get(row["choice"].strip().lower())
             if choice is None:
                 raise ValueError(f"`choice` must be first, second or tie, got {row['choice']!r} in line {number}.")
-            self.votes[row["prompt"], row["preference"], row["first"], row["second"]].append(choice)
+            self.votes[tuple(from_cell(row[column]) for column in COLUMNS[:4])].append(choice)
 
     def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
         shown = [(c.prompt[-1]["content"], label(c.preference), c.first, c.second) for c in comparisons]

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import has_class
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from .preference_sampling import DrawnPreference, PreferenceSampler
@@ -11,7 +12,7 @@ from .rollouts import tokenize, with_words
 
 def check_model(model, args: RebelConfig):
     """Refuse what is no ensemble, or mixes otherwise than REBEL trains."""
-    if not isinstance(model, PCMEnsembleForCausalLM):
+    if not has_class(model, "PCMEnsembleForCausalLM"):
         raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
     if not isinstance(args, RebelConfig):
         raise TypeError(f"`args` must be a RebelConfig, got {type(args).__name__}.")

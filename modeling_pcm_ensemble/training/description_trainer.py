@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from ..arguments import has_class
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
@@ -78,7 +79,7 @@ class DescriptionTrainer(PCMTrainer):
         preference_sets: list | None = None,
         paraphrases: Mapping[str, list[str]] | None = None,
     ):
-        if not isinstance(model, PCMEnsembleForCausalLM):
+        if not has_class(model, "PCMEnsembleForCausalLM"):
             raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
         check_columns(train_dataset, "train_dataset", "prompt", "completion")
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets

@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..arguments import has_class
 
 
 def add_mixture_head(trainer: Trainer, temperature: float | None = None):
@@ -27,7 +27,7 @@ def add_mixture_head(trainer: Trainer, temperature: float | None = None):
         TypeError: if the trainer's model is no ensemble.
     """
     models = [trainer.accelerator.unwrap_model(trainer.model), getattr(trainer, "ref_model", None)]
-    if not isinstance(models[0], PCMEnsembleForCausalLM):
+    if not has_class(models[0], "PCMEnsembleForCausalLM"):
         raise TypeError(f"The trainer's model must be a `PCMEnsembleForCausalLM`, got {type(models[0]).__name__}.")
     if temperature is None:
         temperature = getattr(trainer.args, "temperature", None) or 1.0
