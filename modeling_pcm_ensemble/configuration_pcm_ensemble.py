@@ -12,7 +12,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from .adapter_config import adapter_config
-
 from .saving import finish_save
 
 MERGES = ("probabilities", "logits", "adapters")
