@@ -17,6 +17,7 @@ from .attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .saving import check_no_adapter, finish_save, last_saved, staged_folder
+from .structure import check_not_injected
 from .thin import thin_checkpoint, whole_state
 from .trust import check_weight_names
 
@@ -138,10 +139,13 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 the Hub, from where `from_pretrained` fetches it.
 
         Raises:
-            ValueError: if the folder holds a PEFT adapter, if backbones were quantised before the ensemble was built,
-                or `thin`, and a backbone is not what a repository holds.
+            ValueError: if the folder holds a PEFT adapter, if a part has had one put into it, if backbones were
+                quantised before the ensemble was built, or `thin`, and a backbone is not what a repository holds.
         """
         check_no_adapter(save_directory)
+        check_not_injected(self.pcm.body, "the PCM")
+        for index, backbone in enumerate(self.backbones):
+            check_not_injected(backbone, f"backbone {index}")
         sharded = getattr(self.config, "distributed_config", None)
         if thin and sharded is not None:
             raise ValueError("A model that is split over processes is saved whole. Load that, and save it thin.")

@@ -22,6 +22,7 @@ def check_structure(model: PreTrainedModel, label: str):
     if getattr(model, "hf_quantizer", None) is not None:
         return
 
+    modules = {name: type(module) for name, module in model.named_modules()}
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     if found := _first_difference(modules, {name: type(module) for name, module in fresh.named_modules()}):
@@ -40,6 +41,16 @@ def check_structure(model: PreTrainedModel, label: str):
     if found:
         names, wanted = (" and ".join(group or [found[0]]) for group in found[1:])
         raise _differs(model, label, f"{names} are one tensor" if found[1] else f"{wanted} are not one tensor")
+
+
+def check_not_injected(model: PreTrainedModel, label: str):
+    """
+    Raises:
+        ValueError: if PEFT has put an adapter into the model's own layers.
+    """
+    injected = next((name for name, _ in model.named_modules() if name.endswith(".base_layer")), None)
+    if injected is not None:
+        raise _differs(model, label, f"it has an adapter on {injected.removesuffix('.base_layer')}")
 
 
 def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
@@ -94,4 +105,4 @@ def _place(tensor: torch.Tensor) -> tuple:
     return (tensor.device, tensor.data_ptr())
 
 
-__all__ = ["check_nothing_shared", "check_structure"]
+__all__ = ["check_not_injected", "check_nothing_shared", "check_structure"]

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from test_saving import run_without_the_package
 from torch import nn
@@ -128,6 +128,16 @@ def quantised(tmp_path):
     tiny_llama(1).save_pretrained(tmp_path / "whole")
     options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "dtype": torch.bfloat16}
     return AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **options)
+
+
+@pytest.mark.parametrize("part", ["expert", "pcm"])
+def test_an_adapter_that_is_put_into_a_part_later_is_refused_when_saving(part, tmp_path):
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2), pcm_layers=1)
+    changed = {"expert": model.backbones[0], "pcm": model.pcm.body}[part]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), changed)
+    with pytest.raises(ValueError, match=r"it has an adapter on .*q_proj"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_in_a_quantised_model_is_refused_too(tmp_path):
