@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .chat_templates import check_prompt, leading_bos, render_prompt, without_default_system_turn
 from .configuration_pcm_ensemble import PCMEnsembleConfig, check_is_causal_lm
@@ -28,6 +29,8 @@ from .prefixes import CachePart, encode_description, submodel_inputs
 from .structure import check_nothing_shared, check_structure
 from .thin import hub_source
 from .trust import check_trust, check_weight_names
+
+logger = logging.get_logger(__name__)
 
 SPEC_FIELDS = ("model", "adapter", "prompt", "description", "dimension")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
@@ -89,8 +92,7 @@ def build_parts(
         "pad_token_id": generation_config.pad_token_id,
     }
     config = PCMEnsembleConfig.from_dict(fields | config_kwargs)  # checked as a file would be
-    if tokenizer is not None and any(spec.get("prompt") for spec in specs.values()):
-        tokenizer = without_default_system_turn(tokenizer)
+    tokenizer = _for_contexts(tokenizer, experts)
     if tokenizer is not None and config.max_position_embeddings is not None:  # less than each model's, by its prefix
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     return Parts(config, backbones, body, tokenizer, {name: tensors for name, (_, tensors) in adapters.items()})
@@ -121,9 +123,24 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, Pa
     if spec.get("adapter") is not None:
         of_adapter, adapters[name] = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
         entry |= of_adapter
-    if spec.get("prompt"):
-        tokenizer = without_default_system_turn(tokenizer)
+    tokenizer = _for_contexts(tokenizer, [*config.experts, entry])
     return entry, Parts(config, loader.backbones, model.pcm.body, tokenizer, adapters)
+
+
+def _for_contexts(tokenizer: PreTrainedTokenizerBase | None, experts: list[dict]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer for the contexts of these experts: where one has a prompt, without a default system turn."""
+    if tokenizer is None or not any(expert["prompt"] for expert in experts):
+        return tokenizer
+
+    of_ensemble = without_default_system_turn(tokenizer)
+    unprompted = [expert["name"] for expert in experts if not expert["prompt"]]
+    if unprompted and of_ensemble.chat_template != tokenizer.chat_template:
+        logger.warning(
+            f"The chat template writes a system turn of its own, which chats lose where an expert has a prompt. The "
+            f"experts {', '.join(unprompted)} have none, and read chats without any system turn from now on, as the "
+            "PCM does. To keep it for them, give them its text as their `prompt`."
+        )
+    return of_ensemble
 
 
 def all_end_tokens(backbones: list[PreTrainedModel]) -> int | list[int] | None:
@@ -237,7 +254,7 @@ class _Loader:
         if "gguf_file" not in options:
             options["use_safetensors"] = True
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
-        check_loading(loading, f"the checkpoint of {label}, {str(source)!r}")
+        check_loading(loading, model.state_dict(), f"the checkpoint of {label}, {str(source)!r}")
         if found is not None:
             model.config.source = found
         check_serves_rows(model, label)
@@ -380,19 +397,30 @@ def check_serves_rows(model: PreTrainedModel, label: str):
         )
 
 
-def check_loading(loading: dict, label: str):
+def check_loading(loading: dict, names: Iterable[str], label: str):
     """
-    Refuse weights that do not fill what the configuration makes, and an ensemble's adapters that it does not name. Of
-    what else is left over, transformers warns.
+    Refuse weights that do not fill what the configuration makes, or from which it takes but a part: layers beyond its
+    last, and whatever else an ensemble's parts have saved. Of other tensors that are left over, such as a value
+    head, transformers warns.
     """
     problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
-    problems["unexpected"] = [key for key in problems["unexpected"] if key.startswith("backbones.adapters.")]
+    known = {_without_numbers(name) for name in names}
+    problems["unexpected"] = [
+        key
+        for key in problems["unexpected"]
+        if key.startswith(("backbones.", "pcm.")) or _without_numbers(key) in known
+    ]
     found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(
             f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Use the configuration that "
             "belongs to these weights."
         )
+
+
+def _without_numbers(name: str) -> str:
+    """Equal for tensors of different layers."""
+    return re.sub(r"\d+", "#", name)
 
 
 def _check_dtypes(models: list[PreTrainedModel], labels: list[str]):

@@ -22,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 SYSTEM, USER, ASSISTANT = "1f0a6c", "8b2e4d", "c7d915"  # texts that no template contains
 GENERATION, END = "<pcm-generation-5d7c1e>", "<pcm-endgeneration-5d7c1e>"
+SHORTEST_MARK = 3  # characters; fewer agree by chance
 ALWAYS_THERE = {"dict", "joiner", "cycler", "lipsum", "namespace", "range", "raise_exception", "strftime_now"}
 
 
@@ -109,21 +110,19 @@ def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: int | Non
     of_ensemble, prompt_ids = without_default_system_turn(tokenizer), render_prompt(tokenizer, prompt, bos)
     question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}
     for chat in ([question], [question, answer, question]):
-        context = _encode(of_ensemble, chat)
-        if bos is not None and prompt_ids[:1] == context[:1] == [bos]:  # which the ensemble masks out
-            context = context[1:]
-        if prompt_ids + context != _encode(tokenizer, [{"role": "system", "content": prompt}, *chat]):
-            logger.warning(
-                f"{label} reads its prompt and then a chat in other tokens than the chat template makes of both: the "
-                "template, or the tokenizer, does not separate the system turn from the user's."
-            )
-            return
+        with suppress(TemplateError):  # one that takes no second question
+            expected = _encode(tokenizer, [{"role": "system", "content": prompt}, *chat])
+            context = _encode(of_ensemble, chat)
+            if bos is not None and prompt_ids[:1] == context[:1] == [bos]:  # which the ensemble masks out
+                context = context[1:]
+            if prompt_ids + context != expected:
+                logger.warning(
+                    f"{label} reads its prompt and then a chat in other tokens than the chat template makes of both. "
+                    "Either the template does not separate the system turn from the user's, or its marks are no "
+                    "tokens of this tokenizer."
+                )
+                return
 
-    if turns.system.startswith(turns.default) and _encode_text(tokenizer, turns.default) not in ([], [bos]):
-        logger.warning(
-            f"The chat template begins every chat with {turns.default!r}. {label} reads it with its prompt; experts "
-            "without a prompt, and the PCM, do not read it."
-        )
     if "strftime_now" in template and str(datetime.now().year) in turns.system:
         logger.warning(
             f"The chat template writes the date into the system turn. The prompt of {label} keeps today's. Build the "
@@ -150,28 +149,47 @@ def _first_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> _Turns | 
     try:
         system = _render(tokenizer, template, ("system", SYSTEM), ("user", USER))
         default = _render(tokenizer, template, ("user", USER))
-        opened = _render(tokenizer, template, ("user", USER), add_generation_prompt=True)
     except TemplateError:  # how templates refuse a system message
         return None
 
     behind = system.partition(SYSTEM)[2]
-    between = behind.partition(USER)[0]
-    bos = tokenizer.bos_token if leading_bos(tokenizer) is not None else ""
-    if system.endswith(default.removeprefix(bos)):  # there is no default system turn
-        rest = default.removeprefix(bos)
-    else:
-        start = _start_of_turn(between, opened.removeprefix(default) if opened.startswith(default) else "")
-        rest = behind[len(between) if start is None else start :]
-    if USER not in behind or not rest.partition(USER)[0] or len(rest) > len(behind) or not default.endswith(rest):
+    rest = _users_turn(tokenizer, template, default, behind)
+    if not (behind.endswith(rest) and default.endswith(rest)):
+        return None
+    if not rest.partition(USER)[0]:  # nothing tells where the user's turn begins
         return None
     return _Turns(system.removesuffix(rest), default.removesuffix(rest), rest)
 
 
+def _users_turn(tokenizer: PreTrainedTokenizerBase, template: str, default: str, behind: str) -> str:
+    """
+    The turn of a user's `USER` in `default`, the rendering of it alone, and in `behind`, what is written behind a
+    system message; "" where it cannot be found.
+    """
+    bare = default.removeprefix(tokenizer.bos_token if leading_bos(tokenizer) is not None else "")
+    if behind.endswith(bare):  # there is no default system turn
+        return bare
+
+    with suppress(TemplateError):  # one that takes no second question
+        exchange = _render(tokenizer, template, ("user", USER), ("assistant", ASSISTANT))
+        again = _render(tokenizer, template, ("user", USER), ("assistant", ASSISTANT), ("user", USER))
+        if again.startswith(exchange):
+            return again.removeprefix(exchange)
+
+    # The answer is rendered in another way when a question follows, so that its end does not tell.
+    opened = _render(tokenizer, template, ("user", USER), add_generation_prompt=True)
+    between = behind.partition(USER)[0]
+    start = _start_of_turn(between, opened.removeprefix(default) if opened.startswith(default) else "")
+    return "" if start is None else behind[start:]
+
+
 def _start_of_turn(text: str, other_turn: str) -> int | None:
-    """Where the last turn in `text` begins: what agrees longest with the beginning of another role's turn."""
+    """Where the last turn in `text` begins: what agrees longest, and by a mark, with another role's turn."""
     agreement = [_common_prefix(text[start:], other_turn) for start in range(len(text))]
     longest = max(agreement, default=0)
-    return max(start for start, length in enumerate(agreement) if length == longest) if longest else None
+    if len(other_turn[:longest].strip()) < SHORTEST_MARK:
+        return None
+    return max(start for start, length in enumerate(agreement) if length == longest)
 
 
 def _common_prefix(one: str, other: str) -> int:

@@ -17,7 +17,7 @@ from .attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .saving import check_no_adapter, finish_save, last_saved, staged_folder
-from .structure import check_not_injected
+from .structure import check_not_injected, check_structure
 from .thin import thin_checkpoint, whole_state
 from .trust import check_weight_names
 
@@ -77,7 +77,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 f"{folder!r} was saved to while it was loaded. Its configuration and weights may not belong together; "
                 "load it again."
             )
-        check_loading(loading, f"the checkpoint {model.name_or_path!r}")
+        check_loading(loading, model.state_dict(), f"the checkpoint {model.name_or_path!r}")
         model._tokenizer_options = options
         return (model, loading) if output_loading_info else model
 
@@ -128,7 +128,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
     ):
         r"""
         Save as any model, with the tokenizer if there is one. Of a checkpoint that stood there, nothing is left that
-        loading reads.
+        loading reads, but weights of another `variant`; so save a tokenizer of your own afterwards.
 
         An interrupted save leaves the old checkpoint or the new one. Of the new one some files may still lie in
         `save_directory`/.saving, from where the next save or load moves them up. Another process or thread that saves
@@ -139,14 +139,18 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 the Hub, from where `from_pretrained` fetches it.
 
         Raises:
-            ValueError: if the folder holds a PEFT adapter, if a part has had one put into it, if backbones were
-                quantised before the ensemble was built, or `thin`, and a backbone is not what a repository holds.
+            ValueError: if the folder holds a PEFT adapter, a part is not, or no longer, what its configuration makes,
+                the configuration has a wrong value, backbones were quantised before the ensemble was built, or
+                `thin`, and a backbone is not what a repository holds.
         """
         check_no_adapter(save_directory)
-        check_not_injected(self.pcm.body, "the PCM")
-        for index, backbone in enumerate(self.backbones):
-            check_not_injected(backbone, f"backbone {index}")
+        self.config.validate()
         sharded = getattr(self.config, "distributed_config", None)
+        check_not_injected(self.pcm.body, "the PCM")
+        if sharded is None and getattr(self, "hf_quantizer", None) is None:
+            for index, backbone in enumerate(self.backbones):
+                check_structure(backbone, f"backbone {index}")
+
         if thin and sharded is not None:
             raise ValueError("A model that is split over processes is saved whole. Load that, and save it thin.")
         if getattr(self, "hf_quantizer", None) is None and any(hasattr(b, "hf_quantizer") for b in self.backbones):

@@ -15,10 +15,7 @@ def check_structure(model: PreTrainedModel, label: str):
         ValueError: naming what differs. Of a quantised model, whose layers are others than its configuration's, only
             injected adapters are looked for.
     """
-    modules = {name: type(module) for name, module in model.named_modules()}
-    injected = next((name for name in modules if name.endswith(".base_layer")), None)
-    if injected is not None:
-        raise _differs(model, label, f"it has an adapter on {injected.removesuffix('.base_layer')}")
+    check_not_injected(model, label)
     if getattr(model, "hf_quantizer", None) is not None:
         return
 
@@ -45,6 +42,8 @@ def check_structure(model: PreTrainedModel, label: str):
 
 def check_not_injected(model: PreTrainedModel, label: str):
     """
+    Look for layers of PEFT's, which a fresh model of the configuration would not have.
+
     Raises:
         ValueError: if PEFT has put an adapter into the model's own layers.
     """
@@ -55,6 +54,8 @@ def check_not_injected(model: PreTrainedModel, label: str):
 
 def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
     """
+    Look for tensors that stand in the same memory.
+
     Raises:
         ValueError: naming a tensor that two models share in memory, which no checkpoint can hold.
     """

@@ -30,7 +30,6 @@ MARKS = [
 # Gemma's first refuses a system message, and its third writes it into the user's turn; the others read messages of
 # parts alone.
 WITHOUT_SYSTEM_TURN = {"gemma", "gemma3", "idefics3", "llava_next", "smolvlm"}
-WITH_PREFACE = {"glm4moe", "gptoss"}  # before any system turn
 SWITCHES_IN_THE_SYSTEM_TURN = {"qwen3_8"}
 
 SYSTEM = {"role": "system", "content": "Answer like a pirate.\n"}
@@ -116,9 +115,7 @@ def test_a_prompt_and_a_chat_are_what_the_template_makes_of_both(tokenizers, nam
                 continue
             context = without_bos(tokenizer, encode(of_ensemble, chat, **options))
             assert prompt_ids + context == encode(tokenizer, [SYSTEM, *chat], **options)
-    warnings = [text for text in transformers_log() if "writes the date" not in text]
-    assert len(warnings) == (family(name) in WITH_PREFACE)
-    assert all("begins every chat with" in text for text in warnings)
+    assert not [text for text in transformers_log() if "writes the date" not in text]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -280,3 +277,58 @@ def test_a_prompt_is_plain_text_where_the_template_has_no_system_turn(template):
         {"a": {"model": tiny_llama(1), "prompt": "Be brief.\n"}}, pcm=tiny_llama(2), tokenizer=tokenizer
     )
     assert tokenizer.decode(model.config.experts[0]["prompt_ids"]) == "Be brief.\n"
+
+
+VICUNA = (
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{{ messages[0]['content'] }}"
+    "{% else %}{% set rest = messages %}{{ 'A chat with a polite assistant.' }}{% endif %}"
+    "{% for m in rest %}{{ (' USER: ' if m['role'] == 'user' else ' ASSISTANT: ') + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+FOLDED = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}"
+    "{{ ('### Instruction:\n' if m['role'] == 'user' else '### Response:\n') }}"
+    "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n' }}{% endif %}"
+    "{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n### Response:\n' }}{% endif %}"
+)
+ONE_QUESTION = SYSTEM_TEMPLATE.replace(
+    "{% for message", "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}{% for message", 1
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "context"),
+    [
+        pytest.param(VICUNA, "Be brief.", " USER: Hi ASSISTANT:", id="words-as-marks"),
+        pytest.param(
+            VICUNA.replace("{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}", ""),
+            "Be brief.",
+            " USER: Hi",
+            id="no-generation-prompt",
+        ),
+        pytest.param(FOLDED, None, "### Instruction:\nHi\n\n### Response:\n", id="folded"),
+        pytest.param(ONE_QUESTION, "<s>system\nBe brief.<e>\n", "<s>user\nHi<e>\n<s>assistant\n", id="one-question"),
+    ],
+)
+def test_turns_without_marks_of_their_own_are_cut_where_they_begin(template, prompt, context, transformers_log):
+    tokenizer = tiny_tokenizer(template)
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"a": {"model": tiny_llama(1), "prompt": "Be brief."}}, pcm=tiny_llama(2), tokenizer=tokenizer
+    )
+    assert tokenizer.decode(model.config.experts[0]["prompt_ids"]) == (prompt or "Be brief.")
+    rendered = render(model.tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert rendered == context
+    assert [text for text in transformers_log() if "no system turn" in text] == (
+        [] if prompt else [transformers_log()[0]]
+    )
+
+
+def test_experts_that_lose_the_default_system_turn_are_named(transformers_log):
+    backbone = tiny_llama(1)
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"a": backbone, "b": backbone}, pcm=tiny_llama(2), tokenizer=tiny_tokenizer()
+    )
+    assert transformers_log() == []
+    model.add_expert("c", {"model": backbone, "prompt": "Be brief."})
+    assert "experts a, b have none, and read chats without any system turn" in transformers_log()[-1]
