@@ -11,6 +11,7 @@ one of a backbone's for each active expert.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import random
@@ -78,7 +79,9 @@ class Scheduler:
         Raises:
             TypeError, ValueError: if it could not be answered. The others do not notice.
         """
-        if not isinstance(request.max_new_tokens, int) or request.max_new_tokens < 1:
+        if any(request is other for other in self.waiting + self.running):
+            raise ValueError("The request has been added already.")
+        if type(request.max_new_tokens) is not int or request.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be a number from 1 on, got {request.max_new_tokens!r}.")
         if not isinstance(request.input_ids, list) or not all(type(token) is int for token in request.input_ids):
             raise TypeError(f"`input_ids` must be a list of token ids, got {request.input_ids!r}.")
@@ -86,6 +89,7 @@ class Scheduler:
         # The last token is not read.
         length = len(request.input_ids) + request.max_new_tokens - 1
         check_length(self.model.config, self._route(request), length)
+        request.preference = copy.deepcopy(request.preference)  # what was checked is what will run
         self.waiting.append(request)
 
     def cancel(self, request: Request):

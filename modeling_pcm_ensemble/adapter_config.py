@@ -1,5 +1,6 @@
 """What a LoRA adapter's configuration may say, wherever it comes from, and which layers it means."""
 
+import copy
 import math
 import re
 import time
@@ -61,7 +62,7 @@ def adapter_config(config: Mapping, label: str) -> dict:
         raise TypeError(f"{label} must be a mapping shaped as PEFT's `LoraConfig`, got {config!r}.")
 
     _check_kind(config, label)
-    kept = FIELDS | {name: config[name] for name in FIELDS if config.get(name) is not None}
+    kept = copy.deepcopy(FIELDS) | {name: config[name] for name in FIELDS if config.get(name) is not None}
     for name in ("target_modules", "exclude_modules"):
         if isinstance(kept[name], (set, frozenset, tuple)):
             kept[name] = sorted(kept[name], key=str)

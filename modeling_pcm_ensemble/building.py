@@ -200,6 +200,11 @@ def _expert_spec(name: str, spec) -> dict:
     for text_field in ("prompt", "description", "dimension"):
         if not isinstance(spec.get(text_field), str | None):
             raise TypeError(f"`{text_field}` of expert {name!r} must be a string, got {spec[text_field]!r}.")
+    if hasattr(spec.get("model"), "merge_and_unload"):
+        raise TypeError(
+            f"`model` of expert {name!r} is a PEFT model. Give its base as `model` and its folder as `adapter`, or "
+            "merge it: `merge_and_unload()`."
+        )
     if not isinstance(spec.get("model"), (str, os.PathLike, PreTrainedModel)):
         raise TypeError(
             f"`model` of expert {name!r} must be a repository, folder or `PreTrainedModel`, got "
@@ -399,16 +404,16 @@ def check_serves_rows(model: PreTrainedModel, label: str):
 
 def check_loading(loading: dict, names: Iterable[str], label: str):
     """
-    Refuse weights that do not fill what the configuration makes, or from which it takes but a part: layers beyond its
-    last, and whatever else an ensemble's parts have saved. Of other tensors that are left over, such as a value
-    head, transformers warns.
+    Refuse weights that do not fill what the configuration makes, or of which it takes but a part: layers beyond its
+    last, and adapters of experts that it does not name. Of other tensors that are left over, such as a value head,
+    transformers warns.
     """
     problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
     known = {_without_numbers(name) for name in names}
     problems["unexpected"] = [
         key
         for key in problems["unexpected"]
-        if key.startswith(("backbones.", "pcm.")) or _without_numbers(key) in known
+        if key.startswith("backbones.adapters.") or _without_numbers(key) in known
     ]
     found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
     if found:

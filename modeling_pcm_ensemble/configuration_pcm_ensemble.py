@@ -208,6 +208,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
             self._check_fields(label, expert)
             for name in ("prompt_ids", "description_ids"):
                 self._check_ids(f"{label}.{name}", expert[name])
+            self._check_room(label, expert)
             if expert["adapter"] is not None:
                 adapter_config(expert["adapter"], f"`{label}.adapter`")
 
@@ -227,12 +228,25 @@ class PCMEnsembleConfig(PreTrainedConfig):
         for field in ("prompt", "description", "dimension"):
             if not isinstance(expert[field], str | None):
                 raise ValueError(f"`{label}.{field}` must be a string or None, got {expert[field]!r}.")
+        if expert["prompt"] and not expert["prompt_ids"]:
+            raise ValueError(f"`{label}.prompt_ids` must hold the tokens of its `prompt`, {expert['prompt']!r:.60}.")
         if source is not None and not (
             isinstance(source, dict)
             and isinstance(source.get("repository"), str)
             and all(isinstance(value, str | None) for value in source.values())
         ):
             raise ValueError(f"`{label}.source` must give a `repository` and `revision` as strings, got {source!r}.")
+
+    def _check_room(self, label: str, expert: dict):
+        """Refuse what leaves no position to the context."""
+        readers = {"prompt_ids": self.backbones[expert["backbone"]], "description_ids": self.pcm}
+        for name, reader in readers.items():
+            limit = getattr(reader, "max_position_embeddings", None) or -1
+            if 0 < limit <= len(expert[name]):
+                raise ValueError(
+                    f"`{label}.{name}` has {len(expert[name])} tokens, which leaves no room for a context in the "
+                    f"{limit} positions of the model that reads them. Use a shorter text."
+                )
 
     def _check_ids(self, label: str, ids: list[int]):
         if not isinstance(ids, list):

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from transformers import (
     CompileConfig,
+    ExponentialDecayLengthPenalty,
     GenerationConfig,
     GenerationMixin,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -28,6 +29,11 @@ from .prefixes import pad_left
 
 logger = logging.get_logger(__name__)
 
+# Processors that compute with the logits of tokens which are not among the best
+NOT_WITH_TOP_K = {
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+    ExponentialDecayLengthPenalty: "exponential_decay_length_penalty",
+}
 PREFERENCE = ("preference", "preference_text", "preference_ids")
 
 
@@ -161,7 +167,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         new = generation_config._input_length
-        length = getattr(generation_config, "_mask_length", new) if mask is None else mask.shape[1]
+        length = new if mask is None else mask.shape[1]
         # From here on each token's place follows from the mask
         check_positions(model_kwargs.pop("position_ids", None), mask, rows, length)
         check_length(self.config, route, length, cache)
@@ -182,21 +188,28 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         return generation_config.max_length - 1 + cached
 
     def _get_logits_processor(self, *args, model_kwargs: dict | None = None, **kwargs):
-        """Classifier-free guidance calls the model once more, which must be under the same preference."""
+        """
+        Classifier-free guidance calls the model once more, which must be under the same preference.
+
+        Raises:
+            ValueError: if a processor needs what `expert_top_k` cuts off.
+        """
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         preference = {name: (model_kwargs or {}).get(name) for name in ("preference", "preference_ids")}
         if (cache := (model_kwargs or {}).get("past_key_values")) is not None:
             preference = {"preference": cache.route.weights, "preference_ids": cache.route.prefix_ids}
         for processor in processors:
+            refused = next((name for kind, name in NOT_WITH_TOP_K.items() if isinstance(processor, kind)), None)
+            if refused is not None and self.config.expert_top_k is not None:
+                raise ValueError(
+                    f"`{refused}` cannot be used with `expert_top_k`: it reads how improbable a token is, which the "
+                    "experts may have cut off. Set `model.config.expert_top_k = None`."
+                )
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                if self.config.expert_top_k is not None:
-                    raise ValueError(
-                        "`guidance_scale` cannot be used with `expert_top_k`: it compares what both branches say of a "
-                        "token, which either may have cut off. Set `model.config.expert_top_k = None`."
-                    )
                 processor.model = partial(self, **preference)
         return processors
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads from it which arguments there are
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         """Ask for logits with the experts' own zero, on which penalties and other logits processors depend."""
         return super().prepare_inputs_for_generation(*args, **kwargs) | {"normalize_logits": False}

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-# What an expert's top k leaves out keeps its probability times e^-100, 4e-44: no sample changes, while a grammar that
-# forbids all that was kept, and given text, find finite numbers in the order of the whole mixture.
+# What an expert's top k leaves out keeps its probability times e^-100, 4e-44: at usual temperatures no sample changes,
+# while a grammar that forbids what was kept, and given text, find finite numbers in the order of the whole mixture.
 DROPPED = 100.0  # nats
 
 
@@ -53,10 +53,11 @@ def mixture_log_probs(
         merge (`str`): `"probabilities"`, or `"logits"` for π ∝ exp Σ_i α_i logits_i, the paper's ablation.
         expert_top_k (`int`, *optional*):
             Keep each expert's k most probable tokens and renormalise. What no expert keeps has its probability of the
-            whole mixture times e^-100, below 1e-43 together; its order is that of the whole mixture.
+            whole mixture times e^-100, below 1e-43 together (at a temperature T, times e^(-100/T)); its order is that
+            of the whole mixture.
         exact (`bool`):
-            Sum in log space, in full precision for improbable tokens and differentiable in log α; needs memory for
-            all experts' distributions at once. False sums probabilities in place: values below 1e-38 are rounded.
+            Sum in log space, differentiable in log α; needs memory for all experts' distributions at once. False sums
+            probabilities in place, and only where some are below 1e-38, in log space too.
         normalize (`bool`):
             False adds Σ_i α_i log Z_i at each position, Z_i being what expert i's kept tokens were divided by. One
             expert's logits then come back as they were. With `merge="logits"` it gives Σ_i α_i logits_i.
@@ -192,7 +193,9 @@ def _log_sum_probs(
             mixture = probs.new_zeros(batch_size, *probs.shape[1:]) if mixture is None else mixture
             mixture.index_add_(0, rows, probs.mul_(weights[rows]))
 
-    log_probs = mixture.clamp_(min=tiny).log_()
+    if mixture.amin() < tiny:  # what float32 rounds or cannot hold, such as a token that no expert allows
+        return _log_sum_exactly(expert_logits, expert_weights.log(), expert_top_k, normalize)
+    log_probs = mixture.log_()
     if kept:
         _put_kept(log_probs, kept)
     return log_probs if normalize else log_probs.add_(offset)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -30,7 +29,7 @@ from .generation import PCMEnsembleGenerationMixin
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
 from .pcm import PreferenceControlModel
 from .peft_format import write_adapter
-from .preferences import Route, build_route, preference_weights
+from .preferences import Route, build_route, check_config, preference_weights
 from .prefixes import CachePart
 from .pretrained import PCMEnsemblePreTrainedModel
 from .prompts import KeptPrompts
@@ -79,7 +78,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
                 "An ensemble needs at least one entry in `config.experts`, and `config.pcm`. Build one with "
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
-        _check_config(config)
+        check_config(config)
         super().__init__(config)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
@@ -190,12 +189,21 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             ValueError: if there is no such expert, it is the last, or the default preference names it.
         """
         names = self.config.expert_names
-        preference_weights(name, names, 1)
+        if name not in names:
+            raise ValueError(f"`name` is the unknown expert {name!r}. The experts are {', '.join(names)}.")
         kept = [index for index, other in enumerate(names) if other != name]
         if not kept:
             raise ValueError(f"Expert {name!r} is the only one. An ensemble needs at least one expert.")
-        if self.config.default_preference is not None:
-            preference_weights(self.config.default_preference, [names[index] for index in kept], 1)
+        defaults = {
+            "config.default_preference": self.config.default_preference,
+            "generation_config.preference": getattr(self.generation_config, "preference", None),
+        }
+        for place, preference in defaults.items():
+            try:
+                preference_weights(preference or names[kept[0]], [names[index] for index in kept], 1)
+            except ValueError as error:
+                raise ValueError(f"`{place}` does not go without expert {name!r}: {error} Change it first.") from error
+
         experts = [self.config.experts[index] for index in kept]
         used = sorted({expert["backbone"] for expert in experts})
         experts = [expert | {"backbone": used.index(expert["backbone"])} for expert in experts]
@@ -298,9 +306,9 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             ("output_hidden_states", output_hidden_states),
             ("output_attentions", output_attentions),
             ("output_expert_logits", output_expert_logits),
-            ("normalize_logits", normalize_logits),
         ):
             check_kind(name, flag, bool, optional=True)
+        check_kind("normalize_logits", normalize_logits, bool)
         length = cached_length(past_key_values) + input_ids.shape[1]
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
         check_positions(kwargs.get("position_ids"), attention_mask, len(input_ids), length)
@@ -368,6 +376,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             if cache.batch_size != batch_size:
                 raise ValueError(f"`past_key_values` has {cache.batch_size} rows, but `input_ids` has {batch_size}.")
             return cache.route
+
+        self.config.validate_merge()  # which anybody may set between calls
         if preference_text is not None and tokenizer is None:
             tokenizer = self.tokenizer
         route = build_route(self.config, batch_size, preference, preference_text, preference_ids, tokenizer)
@@ -464,21 +474,6 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         route = self._route(len(input_ids), None, *preference)
         check_length(self.config, route, input_ids.shape[1])
         return route, mask, self._log_expert_weights(route, input_ids, mask, None)[0].exp()
-
-
-def _check_config(config: PCMEnsembleConfig):
-    """Refuse values that were set after the configuration was made, and a default preference of no use."""
-    try:
-        config.validate()
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from error
-    if config.default_preference is None:
-        return
-    try:
-        with torch.device("cpu"):  # a model that is loaded is made on the meta device
-            preference_weights(config.default_preference, config.expert_names, 1)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"`default_preference` of the configuration cannot be used: {error}") from error
 
 
 def _or_default(value: bool | None, default: bool) -> bool:

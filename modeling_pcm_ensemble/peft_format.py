@@ -157,7 +157,8 @@ def _check_is_of_base(own: torch.Tensor | None, key: str, tensor: torch.Tensor, 
             "on another vocabulary, and brings that along. Let PEFT merge it into the base, resized as it was "
             "(`resize_token_embeddings`), and give the merged model as the expert's `model`."
         )
-    if not torch.equal(tensor.to(own.device, own.dtype), own):
+    tensor = tensor.to(own.device)
+    if not torch.equal(tensor.to(own.dtype), own) and not torch.equal(tensor, own.to(tensor.dtype)):
         raise ValueError(
             f"{label}: its {key} is not the base's: it was trained too. Give the base that it belongs to, or let PEFT "
             "merge it and give the merged model as the expert's `model`."

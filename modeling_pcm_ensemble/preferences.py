@@ -9,6 +9,7 @@ from numbers import Real
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import NUMBERS, check_tensor
@@ -58,6 +59,22 @@ def preference_weights(preference, names: list[str], batch_size: int) -> torch.T
             "`batch_size` be the number of prompts.)"
         )
     return _single_precision(weights, names)
+
+
+def check_config(config: PCMEnsembleConfig):
+    """Refuse values that were set after the configuration was made, and a default preference of no use."""
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+
+    if config.default_preference is None:
+        return
+    try:
+        with torch.device("cpu"):  # a model that is loaded is made on the meta device
+            preference_weights(config.default_preference, config.expert_names, 1)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`default_preference` of the configuration cannot be used: {error}") from error
 
 
 def _is_rows(preference) -> bool:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .building import HUB_OPTIONS, check_loading, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .preferences import check_config
 from .saving import check_no_adapter, finish_save, last_saved, staged_folder
 from .structure import check_not_injected, check_structure
 from .thin import thin_checkpoint, whole_state
@@ -65,6 +66,11 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         else:
             found = cls._config_dict(config or source, options)
             thin = found.get("thin")
+        if (model_type := found.get("model_type", cls.config_class.model_type)) != cls.config_class.model_type:
+            raise ValueError(
+                f"{str(source)!r} holds a model of the type {model_type!r}, and no ensemble. Make one of it: "
+                "`PCMEnsembleForCausalLM.from_experts`."
+            )
         code_options = {name: value for name, value in options.items() if name != "trust_remote_code"}
         if source is not None:
             check_weight_names(source, found, kwargs.get("variant"), **code_options)
@@ -144,7 +150,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 `thin`, and a backbone is not what a repository holds.
         """
         check_no_adapter(save_directory)
-        self.config.validate()
+        check_config(self.config)
         sharded = getattr(self.config, "distributed_config", None)
         check_not_injected(self.pcm.body, "the PCM")
         if sharded is None and getattr(self, "hf_quantizer", None) is None:

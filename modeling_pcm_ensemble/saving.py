@@ -5,6 +5,7 @@ A save writes into a hidden folder in the folder that it saves to, and marks it 
 then on they are what has been saved, and whoever comes next can go on with moving them up.
 """
 
+import json
 import os
 import re
 import shutil
@@ -141,7 +142,7 @@ def _mark_whole(staging: str):
     """Say that all files are there: as readable as any new file, and on the disk before the mark is."""
     names, mark = os.listdir(staging), os.path.join(staging, MARK)
     with open(mark + ".part", "w", encoding="utf-8") as file:
-        file.write("\n".join(names))
+        json.dump(names, file)
     mode = os.stat(mark + ".part").st_mode  # by the umask, which safetensors passes over
     for folder, _, files in os.walk(staging):
         for name in files:
@@ -159,12 +160,11 @@ def _move_up(target: str | os.PathLike):
     if not os.path.exists(mark):
         return
     with open(mark, encoding="utf-8") as file:
-        names = file.read().splitlines()
+        names = json.load(file)
 
     waiting = [name for name in os.listdir(staging) if name in names]
-    if (
-        ADAPTER_CONFIG in waiting
-    ):  # new weights with an old scale would be taken for an adapter, without it they are not
+    # New weights beside the old scale would load as an adapter that nobody made; without a scale nothing loads.
+    if ADAPTER_CONFIG in waiting:
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(target, ADAPTER_CONFIG))
     for name in sorted(waiting, key=_turn):

@@ -116,9 +116,10 @@ def test_samples_under_a_top_k_are_those_of_a_mixture_that_has_nothing_else(cut)
     assert torch.equal(*drawn)
 
 
-def test_guidance_with_a_top_k_is_refused_by_name(cut):
-    with pytest.raises(ValueError, match="`guidance_scale` cannot be used with `expert_top_k`"):
-        cut.generate(**left_pad(ROWS), guidance_scale=1.5, max_new_tokens=1)
+@pytest.mark.parametrize("options", [{"guidance_scale": 1.5}, {"exponential_decay_length_penalty": (0, 1.5)}], ids=str)
+def test_processors_that_compute_with_improbable_tokens_are_refused_with_a_top_k(cut, options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` cannot be used with `expert_top_k`"):
+        cut.generate(**left_pad(ROWS), max_new_tokens=1, eos_token_id=50, pad_token_id=0, **options)
 
 
 PENALTIES = [

@@ -33,11 +33,15 @@ def test_log_expert_weights_of_a_silent_pcm_are_the_users_weights():
     assert_close(alpha, torch.tensor([0.25, 0.75, 0.0]).expand(1, 2, 3))
 
 
-def test_improbable_tokens_keep_their_log_probability_in_the_exact_sum_and_stay_finite_in_the_fast_one():
-    experts = [ExpertLogits(0, None, torch.tensor([[[0.0, -200.0]]]))]
-    weights = torch.zeros(1, 1, 1)
-    assert mixture_log_probs(experts, weights)[0, 0, 1] == -200
-    assert mixture_log_probs(experts, weights, exact=False)[0, 0, 1].item() == pytest.approx(-87.3, abs=0.1)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("expert_top_k", [None, 2])
+def test_improbable_tokens_keep_their_log_probability_and_impossible_ones_have_none(exact, expert_top_k):
+    logits = torch.tensor([[[0.0, -90.0, -200.0, -210.0, float("-inf")]]])
+    experts = [ExpertLogits(0, None, logits), ExpertLogits(1, None, logits - 1)]
+    weights = torch.tensor([[[0.25, 0.75]]]).log()
+    found = mixture_log_probs(experts, weights, exact=exact, expert_top_k=expert_top_k)[0, 0]
+    dropped = 0 if expert_top_k is None else 100
+    assert_close(found, torch.tensor([0.0, -90, -200 - dropped, -210 - dropped, float("-inf")]), atol=1e-4, rtol=0)
 
 
 def random_case(seed: int, num_experts: int, vocab_size: int):
