@@ -167,7 +167,8 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         new = generation_config._input_length
-        length = new if mask is None else mask.shape[1]
+        # transformers notes the mask's length on its configuration where it has left the mask away
+        length = getattr(generation_config, "_mask_length", new) if mask is None else mask.shape[1]
         # From here on each token's place follows from the mask
         check_positions(model_kwargs.pop("position_ids", None), mask, rows, length)
         check_length(self.config, route, length, cache)

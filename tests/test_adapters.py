@@ -166,6 +166,9 @@ def test_embeddings_that_were_trained_too_are_refused(name, tmp_path):
     edit_tensors(lambda tensors: tensors.update({key: own}))(folder)
     lora_ensemble(base, {"a": str(folder)})
 
+    edit_tensors(lambda tensors: tensors.update({key: own.bfloat16()}))(folder)  # as the base was when it was trained
+    lora_ensemble(base, {"a": str(folder)})
+
     edit_tensors(lambda tensors: tensors.update({key: own + 0.01}))(folder)
     with pytest.raises(ValueError, match=f"its {name} is not the base's: it was trained too"):
         lora_ensemble(base, {"a": str(folder)})

@@ -110,6 +110,21 @@ def test_a_zero_head_gives_the_users_weights():
     assert_close(model(CONTEXT, preference=[1, 3]).expert_weights[0, 0], torch.tensor([0.25, 0.75]))
 
 
+def test_a_prompt_that_leaves_no_room_for_a_context_is_refused():
+    with pytest.raises(ValueError, match=r"`experts\[0\].prompt_ids` has .* tokens, which leaves no room"):
+        PCMEnsembleForCausalLM.from_experts(
+            {"a": {"model": tiny_llama(1), "prompt": "x" * 64, "description": "d"}},
+            pcm=tiny_llama(2),
+            tokenizer=tiny_tokenizer(),
+        )
+
+
+def test_a_plain_model_is_no_ensemble(tmp_path):
+    tiny_llama(1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"of the type 'llama', and no ensemble.*from_experts"):
+        PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+
+
 def test_bos_is_known_where_every_text_begins_with_it_once():
     assert leading_bos(tiny_tokenizer()) is None  # <s> begins every turn
     once = "{{ '<s>' }}{% for m in messages %}{{ m['role'] + m['content'] + '<e>' }}{% endfor %}"

@@ -370,6 +370,17 @@ def test_an_adapter_that_cannot_be_used_is_refused_and_the_ensemble_unchanged(ba
     assert model.config.to_dict() == config
 
 
+def test_an_expert_that_a_default_names_stays(backbone, adapters):
+    model = lora_ensemble(backbone, adapters)
+    model.config.default_preference = "a"
+    with pytest.raises(ValueError, match=r"`config\.default_preference` does not go without expert 'a'"):
+        model.remove_expert("a")
+    model.config.default_preference, model.generation_config.preference = None, {"a": 1.0, "b": 1.0}
+    with pytest.raises(ValueError, match=r"`generation_config\.preference` does not go without expert 'a'"):
+        model.remove_expert("a")
+    assert model.config.expert_names == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     ("act", "words"),
     [

@@ -317,6 +317,17 @@ def test_an_unknown_argument_is_refused(mixed):
         mixed(torch.tensor([CONTEXT]), preferense="e0")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"merge": "average"}, "`merge` must be one of"), ({"expert_top_k": 0}, "`expert_top_k` must be at least 1")],
+    ids=str,
+)
+def test_a_wrong_value_that_is_set_between_calls_is_refused(mixed, change, words):
+    vars(mixed.config).update(change)
+    with pytest.raises(ValueError, match=words):
+        mixed(torch.tensor([CONTEXT]))
+
+
 def test_logits_to_keep_counts_the_positions_of_right_padded_rows(mixed):
     ids = torch.tensor([CONTEXT, [31, 32, 33, 34, 0, 0, 0]])
     mask = torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])

@@ -130,6 +130,35 @@ def quantised(tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **options)
 
 
+def test_layers_beyond_the_configurations_last_are_refused(tmp_path):
+    tiny_llama(1).save_pretrained(tmp_path / "expert")
+    PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2)).save_pretrained(tmp_path / "whole")
+    for name, parts in {"expert": [[]], "whole": [["pcm"], ["backbones", 0]]}.items():
+        original = (tmp_path / name / "config.json").read_text()
+        for place in parts:
+            config = part = json.loads(original)
+            for key in place:
+                part = part[key]
+            part["num_hidden_layers"] = 1
+            part.pop("layer_types", None)
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+            load = {
+                "expert": lambda: PCMEnsembleForCausalLM.from_experts(
+                    {"a": str(tmp_path / "expert")}, pcm=tiny_llama(2)
+                ),
+                "whole": lambda: PCMEnsembleForCausalLM.from_pretrained(tmp_path / "whole"),
+            }
+            with pytest.raises(ValueError, match=r"unexpected \(the first is .*layers\.1\."):
+                load[name]()
+
+
+def test_an_output_layer_that_is_exchanged_later_is_refused_when_saving(tmp_path):
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2), pcm_layers=1)
+    model.backbones[0].lm_head = nn.Linear(32, 99, bias=True)
+    with pytest.raises(ValueError, match=r"the tensor lm_head.bias has the shape"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("part", ["expert", "pcm"])
 def test_an_adapter_that_is_put_into_a_part_later_is_refused_when_saving(part, tmp_path):
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2), pcm_layers=1)
