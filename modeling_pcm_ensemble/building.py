@@ -2,8 +2,7 @@
 
 import copy
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 
@@ -26,7 +25,7 @@ from .configuration_pcm_ensemble import PCMEnsembleConfig, check_is_causal_lm
 from .experts import run_rows
 from .peft_format import adapter_place, fit_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
-from .structure import check_nothing_shared, check_structure
+from .structure import check_loading, check_nothing_shared, check_structure
 from .thin import hub_source
 from .trust import check_trust, check_weight_names
 
@@ -61,16 +60,19 @@ def build_parts(
     """Do the work of [`PCMEnsembleForCausalLM.from_experts`], which documents the arguments."""
     specs = expert_specs(experts)
     check_trust(model_kwargs or {})
+
     loader = _Loader(model_kwargs or {})
     backbone_of = [loader.backbone(spec["model"], f"expert {name!r}") for name, spec in specs.items()]
     body = loader.pcm_body(pcm, pcm_layers)
     tokenizer = loader.tokenizer(tokenizer)
+
     backbones = loader.backbones
     labels = [*loader.labels, "the PCM"]
     _check_vocabularies([*backbones, body], labels, tokenizer)
     _check_dtypes([*backbones, body], labels)
     check_nothing_shared(backbones, loader.labels)
     _check_generation_config(backbones[0].generation_config, loader.labels[0])
+
     bos = leading_bos(tokenizer) if tokenizer is not None else None
     adapters = {
         name: loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
@@ -81,6 +83,7 @@ def build_parts(
         _expert_entry(name, spec, backbone, tokenizer, bos) | adapters.get(name, ({},))[0]
         for (name, spec), backbone in zip(specs.items(), backbone_of)
     ]
+
     generation_config = backbones[0].generation_config
     fields = {
         "backbones": [backbone.config for backbone in backbones],
@@ -92,6 +95,7 @@ def build_parts(
         "pad_token_id": generation_config.pad_token_id,
     }
     config = PCMEnsembleConfig.from_dict(fields | config_kwargs)  # checked as a file would be
+
     tokenizer = _for_contexts(tokenizer, experts)
     if tokenizer is not None and config.max_position_embeddings is not None:  # less than each model's, by its prefix
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
@@ -110,15 +114,18 @@ def build_expert(model, name: str, expert, model_kwargs: dict) -> tuple[dict, Pa
     if name in config.expert_names:
         raise ValueError(f"The ensemble already has an expert {name!r}. Choose another name, or remove it first.")
     check_trust(model_kwargs)
+
     loader = _Loader(model_kwargs, list(model.backbones))
     for index, backbone in enumerate(model.backbones):
         loader.indexes |= {id(backbone): index} | ({_source_key(n): index} if (n := backbone.name_or_path) else {})
     index = loader.backbone(spec["model"], f"expert {name!r}")
     tokenizer = loader.tokenizer(model.tokenizer)
+
     labels = [f"backbone {i}" for i in range(len(model.backbones))] + loader.labels + ["the PCM"]
     _check_vocabularies([*loader.backbones, model.pcm.body], labels, tokenizer)
     _check_dtypes([*loader.backbones, model.pcm.body], labels)
     check_nothing_shared(loader.backbones, labels)
+
     entry, adapters = _expert_entry(name, spec, index, tokenizer, config.prefix_bos_token_id), {}
     if spec.get("adapter") is not None:
         of_adapter, adapters[name] = loader.adapter(spec["adapter"], index, f"The adapter of expert {name!r}")
@@ -245,6 +252,7 @@ class _Loader:
                 check_structure(source, label)
             check_serves_rows(source, label)
             return source
+
         options = {name: value for name, value in self._hub_options().items() if name != "trust_remote_code"}
         found = hub_source(source, **options)
         if found is not None:
@@ -252,12 +260,14 @@ class _Loader:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         check_is_causal_lm(config, label)
         check_weight_names(source, vars(config), self.model_kwargs.get("variant"), **options)
+
         options |= {"trust_remote_code": False}
         options = {"ignore_mismatched_sizes": True} | self.model_kwargs | options  # refused below, by name
         if learns:
             options.pop("quantization_config", None)
         if "gguf_file" not in options:
             options["use_safetensors"] = True
+
         model, loading = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
         check_loading(loading, model.state_dict(), f"the checkpoint of {label}, {str(source)!r}")
         if found is not None:
@@ -402,32 +412,6 @@ def check_serves_rows(model: PreTrainedModel, label: str):
         )
 
 
-def check_loading(loading: dict, names: Iterable[str], label: str):
-    """
-    Refuse weights that do not fill what the configuration makes, or of which it takes but a part: layers beyond its
-    last, and adapters of experts that it does not name. Of other tensors that are left over, such as a value head,
-    transformers warns.
-    """
-    problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
-    known = {_without_numbers(name) for name in names}
-    problems["unexpected"] = [
-        key
-        for key in problems["unexpected"]
-        if key.startswith("backbones.adapters.") or _without_numbers(key) in known
-    ]
-    found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
-    if found:
-        raise ValueError(
-            f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Use the configuration that "
-            "belongs to these weights."
-        )
-
-
-def _without_numbers(name: str) -> str:
-    """Equal for tensors of different layers."""
-    return re.sub(r"\d+", "#", name)
-
-
 def _check_dtypes(models: list[PreTrainedModel], labels: list[str]):
     """A checkpoint is loaded in one dtype, so that an ensemble of several would come back as another."""
     if len({model.dtype for model in models}) > 1:
@@ -498,7 +482,6 @@ __all__ = [
     "all_end_tokens",
     "build_expert",
     "build_parts",
-    "check_loading",
     "load_tokenizer",
     "set_end_tokens",
 ]

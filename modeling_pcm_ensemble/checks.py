@@ -29,7 +29,10 @@ def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwa
 
 
 def check_ids(config: PCMEnsembleConfig, name: str, ids, cache=None):
-    """Refuse what are no token ids of shape (batch, seq)."""
+    """
+    Raises:
+        TypeError, ValueError: if argument `name` holds no token ids of shape `(batch, seq)`.
+    """
     if ids is not None:
         check_tensor(name, ids, "token ids", (torch.int64, torch.int32))
     if ids is None or ids.dim() != 2 or ids.numel() == 0:
@@ -47,6 +50,10 @@ def check_ids(config: PCMEnsembleConfig, name: str, ids, cache=None):
 
 
 def check_cache(config: PCMEnsembleConfig, cache):
+    """
+    Raises:
+        TypeError, ValueError: if it is no ensemble's cache, or one of other experts.
+    """
     if not has_class(cache, "PCMEnsembleCache"):
         raise TypeError(
             f"`past_key_values` must be a `PCMEnsembleCache`, got {type(cache).__name__}. Leave it out of the first "
@@ -61,8 +68,11 @@ def check_cache(config: PCMEnsembleConfig, cache):
 
 def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.LongTensor | None:
     """
-    `attention_mask`, `(batch, cached + seq)` or of one of the other `shapes`, as 1 for what is read. As in any model
-    of transformers that is what is not 0.
+    Give `attention_mask`, `(batch, cached + seq)` or of one of the other `shapes`, as 1 for what is read. As in any
+    model of transformers that is what is not 0.
+
+    Raises:
+        TypeError, ValueError: if it is no tensor of numbers, or of another shape.
     """
     if attention_mask is None:
         return None
@@ -98,7 +108,12 @@ def check_positions(position_ids, attention_mask: torch.LongTensor | None, batch
 
 
 def check_logits_to_keep(logits_to_keep, num_tokens: int) -> int | torch.LongTensor:
-    """`logits_to_keep` as an `int`, or as positions from 0 on, `(positions,)`."""
+    """
+    Give `logits_to_keep` as an `int`, or as positions from 0 on, `(positions,)`.
+
+    Raises:
+        TypeError, ValueError: if it is neither, or out of the range of `num_tokens`.
+    """
     if isinstance(logits_to_keep, torch.Tensor):
         name, wanted = "logits_to_keep", "a number of tokens or a tensor of positions"
         if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in INTEGERS or logits_to_keep.numel() == 0:
@@ -130,7 +145,12 @@ def check_logits_to_keep(logits_to_keep, num_tokens: int) -> int | torch.LongTen
 def check_labels(
     config: PCMEnsembleConfig, labels, input_ids, logits_to_keep, ignored: int
 ) -> torch.LongTensor | None:
-    """`labels`, one for each token that has logits."""
+    """
+    Give `labels` as `torch.long`, one for each token that has logits.
+
+    Raises:
+        TypeError, ValueError: if they are of another kind or shape, or neither token ids nor `ignored`.
+    """
     if labels is None:
         return None
     check_tensor("labels", labels, "token ids")

@@ -79,7 +79,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         return super().generate(inputs, config, *args[1:], **kwargs)
 
     def _keep_own_generation_settings(self):
-        """Of a configuration that was made from the model's, transformers forgets a preference when it is loaded."""
+        """Keep a preference in it when it is loaded: transformers drops what it takes for the model's own settings."""
         self.generation_config._from_model_config = False
 
     def adjust_generation_fn(self, *args, **kwargs):
@@ -103,8 +103,8 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         """
-        The library's, but for the preference: of an argument that also stands in the model's configuration it takes
-        the call's value for an update of that, which no forward pass would see.
+        The library's, but for the preference. transformers would write the call's value into its copy of the model's
+        configuration, wherever that has one too, and no forward pass would see it.
         """
         told = {name: kwargs.pop(name) for name in PREFERENCE if name in kwargs}
         given = [

@@ -309,19 +309,23 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         ):
             check_kind(name, flag, bool, optional=True)
         check_kind("normalize_logits", normalize_logits, bool)
+
         length = cached_length(past_key_values) + input_ids.shape[1]
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
         check_positions(kwargs.get("position_ids"), attention_mask, len(input_ids), length)
         logits_to_keep = check_logits_to_keep(logits_to_keep, input_ids.shape[1])
         labels = check_labels(self.config, labels, input_ids, logits_to_keep, kwargs.get("ignore_index", -100))
+
         route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
         check_length(self.config, route, length, past_key_values)
         if past_key_values is not None and attention_mask is not None:
             past_key_values.check_no_gaps(attention_mask, input_ids.shape[1])
+
         use_cache = _or_default(use_cache, self.config.use_cache and not self.training)
         cache = past_key_values
         if use_cache and cache is None:
             cache = PCMEnsembleCache(self.config)
+
         log_weights, pcm_output = self._log_expert_weights(
             route,
             input_ids,
@@ -331,6 +335,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             output_hidden_states=_or_default(output_hidden_states, self.config.output_hidden_states),
             output_attentions=_or_default(output_attentions, self.config.output_attentions),
         )
+
         expert_logits = None
         if route.merges_adapters:
             logits = self._adapter_mixture(route, input_ids, attention_mask, cache, logits_to_keep, log_weights)
@@ -346,6 +351,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
                 exact=torch.is_grad_enabled() or labels is not None,
                 normalize=normalize_logits,
             )
+
         if cache is not None:
             cache.route = route
         loss = None

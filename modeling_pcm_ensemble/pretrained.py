@@ -14,11 +14,11 @@ from transformers.utils.hub import resolve_revision
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .attention import GROUPED_SDPA  # noqa: F401, which registers it
-from .building import HUB_OPTIONS, check_loading, load_tokenizer
+from .building import HUB_OPTIONS, load_tokenizer
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import check_config
 from .saving import check_no_adapter, finish_save, last_saved, staged_folder
-from .structure import check_not_injected, check_structure
+from .structure import check_loading, check_not_injected, check_structure
 from .thin import thin_checkpoint, whole_state
 from .trust import check_weight_names
 
@@ -59,6 +59,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         source, config = pretrained_model_name_or_path, kwargs.get("config")
         folder = None if source is None else os.path.join(source, kwargs.get("subfolder") or "")
         saved = _finish_save(folder, config)
+
         kwargs |= {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", True), "use_safetensors": True}
         options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         if isinstance(config, PreTrainedConfig):
@@ -71,11 +72,13 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 f"{str(source)!r} holds a model of the type {model_type!r}, and no ensemble. Make one of it: "
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
+
         code_options = {name: value for name, value in options.items() if name != "trust_remote_code"}
         if source is not None:
             check_weight_names(source, found, kwargs.get("variant"), **code_options)
         if (quantization := kwargs.get("quantization_config")) is not None:
             kwargs["quantization_config"] = _of_backbones(quantization)
+
         load = super().from_pretrained if thin is None else partial(cls._from_thin, thin)
         model, loading = load(source, *args, output_loading_info=True, **kwargs)
         if last_saved(folder) != saved:
@@ -168,6 +171,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, is_main_process=False, **kwargs)
             self.barrier_after_gathered_checkpoint_save(sharded)
             return
+
         push = kwargs.pop("push_to_hub", False)
         hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         try:
@@ -175,6 +179,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         except OSError as error:  # weights must not be lost because a repository cannot be reached
             logger.warning(f"The ensemble is saved without its tokenizer, which could not be loaded: {error}")
             tokenizer = None
+
         for part in (self.pcm.body, *self.backbones):
             part.config.dtype = part.dtype  # `to()` leaves it behind, and `dtype="auto"` reads it
         if thin and "state_dict" in kwargs:
@@ -183,6 +188,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             token = {"token": kwargs["token"]} if "token" in kwargs else {}
             kwargs["state_dict"], sources = thin_checkpoint(self, **token)
             kwargs.pop("max_shard_size", None)  # it is always one file
+
         with staged_folder(save_directory) as staging:
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)

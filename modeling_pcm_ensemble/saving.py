@@ -34,8 +34,8 @@ TOKENIZER = re.compile(
     re.VERBOSE,
 )
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-# What finishes an interrupted save when a checkpoint is loaded by its own code: it must be there whenever any of the
-# other code is new.
+# These files finish an interrupted save when a checkpoint is loaded by its own code. They move up first, so that no
+# other new file ever stands beside an old one of them.
 FIRST = ("saving.py", "versions.py", "configuration_pcm_ensemble.py")
 
 

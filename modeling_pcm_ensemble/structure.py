@@ -1,6 +1,8 @@
-"""Whether loaded models are what their configurations make, so that a checkpoint of them can be loaded again."""
+"""Whether models and weights are what their configurations make, so that a checkpoint can be loaded again."""
 
 import copy
+import re
+from collections.abc import Iterable
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -70,6 +72,40 @@ def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
                 )
 
 
+def check_loading(loading: dict, names: Iterable[str], label: str):
+    """
+    Refuse weights that do not fill what the configuration makes, or of which it takes but a part: layers beyond its
+    last, and adapters of experts that it does not name. Of other tensors that are left over, such as a value head,
+    transformers warns.
+
+    Args:
+        loading (`dict`): what `from_pretrained(…, output_loading_info=True)` says.
+        names (`Iterable[str]`): of the model's tensors.
+        label (`str`): names the checkpoint in errors.
+
+    Raises:
+        ValueError: if there are such.
+    """
+    problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+    known = {_without_numbers(name) for name in names}
+    problems["unexpected"] = [
+        key
+        for key in problems["unexpected"]
+        if key.startswith("backbones.adapters.") or _without_numbers(key) in known
+    ]
+    found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
+    if found:
+        raise ValueError(
+            f"Configuration and weights of {label} disagree: tensors {', '.join(found)}. Use the configuration that "
+            "belongs to these weights."
+        )
+
+
+def _without_numbers(name: str) -> str:
+    """Equal for tensors of different layers."""
+    return re.sub(r"\d+", "#", name)
+
+
 def _differs(model: PreTrainedModel, label: str, what: str) -> ValueError:
     return ValueError(
         f"The model of {label} is not what its configuration makes ({type(model).__name__}): {what}. A checkpoint of "
@@ -106,4 +142,4 @@ def _place(tensor: torch.Tensor) -> tuple:
     return (tensor.device, tensor.data_ptr())
 
 
-__all__ = ["check_not_injected", "check_nothing_shared", "check_structure"]
+__all__ = ["check_loading", "check_not_injected", "check_nothing_shared", "check_structure"]
