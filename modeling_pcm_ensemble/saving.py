@@ -159,8 +159,7 @@ def _move_up(target: str | os.PathLike):
     mark = os.path.join(staging, MARK)
     if not os.path.exists(mark):
         return
-    with open(mark, encoding="utf-8") as file:
-        names = json.load(file)
+    names = _marked(mark)
 
     waiting = [name for name in os.listdir(staging) if name in names]
     # New weights beside the old scale would load as an adapter that nobody made; without a scale nothing loads.
@@ -181,6 +180,20 @@ def _move_up(target: str | os.PathLike):
             os.unlink(path)
     os.unlink(mark)
     shutil.rmtree(staging)
+
+
+def _marked(mark: str) -> list[str]:
+    """The names that a mark vouches for."""
+    with open(mark, encoding="utf-8") as file:
+        try:
+            names = json.load(file)
+        except ValueError:
+            names = None
+    if not isinstance(names, list):
+        raise ValueError(
+            f"{mark} is damaged. Remove {os.path.dirname(mark)!r}, and save or fetch the checkpoint again."
+        )
+    return names
 
 
 def _turn(name: str) -> tuple[bool, int, str]:

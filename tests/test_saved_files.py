@@ -163,13 +163,30 @@ def test_what_a_folder_claims_to_have_left_whole_touches_nothing_beside_it(tmp_p
     model.save_pretrained(folder)
     killed_at("os.rename", ".saving/saving.py", lambda: model.save_pretrained(folder))
     mark = folder / ".saving" / ".whole"
-    mark.write_text(mark.read_text() + "\n../victim/vocab.txt\n../../victim\nmodel.safetensors/..")
+    outside = ["../victim/vocab.txt", "../../victim", "model.safetensors/.."]
+    mark.write_text(json.dumps(json.loads(mark.read_text()) + outside))
     (folder / "additional_chat_templates" / "rag.jinja").unlink()
     (folder / "additional_chat_templates").rmdir()
     (folder / "additional_chat_templates").symlink_to(victim)
     (folder / "vocab.json").symlink_to(victim / "vocab.txt")
     assert PCMEnsembleForCausalLM.from_pretrained(folder).tokenizer.chat_template == {"default": "one", "rag": "two"}
     assert {path.name: path.read_text() for path in victim.iterdir()} == {"vocab.txt": "mine"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "3", "model.safetensors\nconfig.json"])
+def test_a_damaged_mark_is_named(tmp_path, content):
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / ".whole").write_text(content)
+    with pytest.raises(ValueError, match=r"\.whole is damaged. Remove '.*\.saving'"):
+        PCMEnsembleForCausalLM.from_pretrained(tmp_path)
+
+
+def test_files_may_have_any_name(tmp_path):
+    names = ["a\u2028b", "c\x85d", "e f"]
+    with staged_folder(tmp_path) as staging:
+        for name in names:
+            Path(staging, name).write_text(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_leftovers_of_a_dead_writer_are_removed_and_its_half_is_not_used(tmp_path):
