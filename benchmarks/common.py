@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
-from modeling_pcm_ensemble.saving import write_text
+from modeling_pcm_ensemble.checkpoint_staging import write_text
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

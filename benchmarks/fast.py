@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.compiling import compiled_call, let_sizes_vary
+from modeling_pcm_ensemble.compile_steps import compiled_call, let_sizes_vary
 
 from .common import (
     CONTEXT,

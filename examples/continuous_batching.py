@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
-from modeling_pcm_ensemble.checks import check_ids, check_length
+from modeling_pcm_ensemble.call_checks import check_ids, check_length
 from modeling_pcm_ensemble.preferences import Route, build_route
 
 EXAMPLES = Path(__file__).parent

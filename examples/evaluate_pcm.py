@@ -30,6 +30,7 @@ from static_weights import best_static_weights, show_headroom, static_rewards
 from tqdm import tqdm
 
 from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble.checkpoint_staging import write_text
 from modeling_pcm_ensemble.evaluation import (
     Job,
     Mixture,
@@ -46,7 +47,6 @@ from modeling_pcm_ensemble.evaluation import (
     processes,
     read_by_all,
 )
-from modeling_pcm_ensemble.saving import write_text
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 MEASURES = ("static", "mean", "words")

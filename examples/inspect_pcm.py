@@ -17,8 +17,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble.checkpoint_staging import write_text
 from modeling_pcm_ensemble.evaluation import omega_squared
-from modeling_pcm_ensemble.saving import write_text
 
 NAMES = list(demo.PREFERENCES)
 

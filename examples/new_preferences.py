@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble.checkpoint_staging import write_text
 from modeling_pcm_ensemble.evaluation import (
     Mixture,
     PlainModel,
@@ -38,7 +39,6 @@ from modeling_pcm_ensemble.evaluation import (
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.report import draw_win_rates, win_rate_table
-from modeling_pcm_ensemble.saving import write_text
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 ADDED = {  # the seventh expert, judged as friendly

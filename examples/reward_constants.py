@@ -16,8 +16,8 @@ from answers import base_model, sample, training_prompts
 from tqdm import tqdm
 from transformers import set_seed
 
+from modeling_pcm_ensemble.checkpoint_staging import write_text
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_constants
-from modeling_pcm_ensemble.saving import write_text
 from modeling_pcm_ensemble.training.rewards import Guard, reward_constants
 
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
+from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY
-from modeling_pcm_ensemble.saving import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 from modeling_pcm_ensemble.training.scoring import normalised_reward
 

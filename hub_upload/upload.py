@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.saving import finish_save, staged_folder
+from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder
 
 from .card import GENERATED, code_blocks, model_card, read_report
 from .clean_process import run

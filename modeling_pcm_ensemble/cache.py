@@ -5,7 +5,7 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .arguments import check_kind, has_class
+from .call_arguments import check_kind, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
 from .prefixes import CachePart, is_recurrent

@@ -1,7 +1,7 @@
 """Configuration of a PCM ensemble: its backbones, its experts and its Preference Control Model."""
 
 # First, before a name is imported that an older library lacks
-from .versions import OLDEST  # noqa: F401
+from .requirements import OLDEST  # noqa: F401
 
 # isort: split
 import os
@@ -11,8 +11,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from .adapter_config import adapter_config
-from .saving import finish_save
+from .checkpoint_staging import finish_save
+from .lora_config import adapter_config
 
 MERGES = ("probabilities", "logits", "adapters")
 AUTO_MAP = {

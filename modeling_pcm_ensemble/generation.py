@@ -15,7 +15,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .cache import PCMEnsembleCache
-from .checks import (
+from .call_checks import (
     check_cache,
     check_ids,
     check_length,
@@ -24,7 +24,7 @@ from .checks import (
     check_positions,
     longest_context,
 )
-from .compiling import compiled_steps, forget_if_changed
+from .compile_steps import compiled_steps, forget_if_changed
 from .prefixes import pad_left
 
 logger = logging.get_logger(__name__)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .adapter_config import adapted_paths
-from .compiling import compile_config, turn
+from .compile_steps import compile_config, turn
+from .lora_config import adapted_paths
 
 logger = logging.get_logger(__name__)
 

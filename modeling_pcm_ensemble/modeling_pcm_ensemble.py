@@ -10,10 +10,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .arguments import check_kind
-from .building import all_end_tokens, build_expert, build_parts, set_end_tokens
+from .backbones import ExpertBackbones
 from .cache import PCMEnsembleCache
-from .checks import (
+from .call_arguments import check_kind
+from .call_checks import (
     cached_length,
     check_inputs,
     check_labels,
@@ -22,17 +22,17 @@ from .checks import (
     check_mask,
     check_positions,
 )
-from .compiling import forget_weights
+from .checkpoint_build import all_end_tokens, build_expert, build_parts, set_end_tokens
+from .checkpoint_io import PCMEnsemblePreTrainedModel
+from .compile_steps import forget_weights
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .experts import ExpertBackbones
 from .generation import PCMEnsembleGenerationMixin
+from .lora_peft_format import write_adapter
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
 from .pcm import PreferenceControlModel
-from .peft_format import write_adapter
 from .preferences import Route, build_route, check_config, preference_weights
+from .prefix_store import KeptPrompts
 from .prefixes import CachePart
-from .pretrained import PCMEnsemblePreTrainedModel
-from .prompts import KeptPrompts
 
 
 @dataclass

@@ -7,8 +7,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .prefix_store import KeptPrompts
 from .prefixes import CachePart, SubmodelInputs, pad_left, repeated_rows, run_submodel, submodel_inputs
-from .prompts import KeptPrompts
 
 
 class PreferenceControlModel(PreTrainedModel):

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import NUMBERS, check_tensor
+from .call_arguments import NUMBERS, check_tensor
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .prefixes import encode_description, pad_left
 

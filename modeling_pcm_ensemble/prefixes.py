@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.utils import ModelOutput
 
-from .compiling import compile_config, compiled_call, let_sizes_vary, turn
+from .compile_steps import compile_config, compiled_call, let_sizes_vary, turn
 from .lora import AdapterSelection
 
 # Fewer tokens saved do not pay for a call of its own (measured: SmolLM2 on 2 CPU cores breaks even at about 420).

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import CONTEXT, edit_config, edit_tensors, lora_ensemble, peft_adapter, peft_log_probs
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, adapter_config
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, lora_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, on its own initialisations
 
@@ -126,10 +126,10 @@ def test_what_peft_converts_or_merges_is_the_trained_model(initialisation, tmp_p
 
 
 def test_every_field_of_pefts_lora_has_its_place():
-    known = {*adapter_config.FIELDS, *adapter_config.IGNORED, *adapter_config.UNSUPPORTED}
+    known = {*lora_config.FIELDS, *lora_config.IGNORED, *lora_config.UNSUPPORTED}
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known | {"peft_type", "init_lora_weights"}
     installed = tuple(map(int, peft.__version__.split(".")[:2]))
-    assert installed <= adapter_config.NEWEST_PEFT, "compare the fields, then raise NEWEST_PEFT"
+    assert installed <= lora_config.NEWEST_PEFT, "compare the fields, then raise NEWEST_PEFT"
 
 
 def test_a_field_that_peft_does_not_know_is_ignored_with_a_warning(tmp_path, transformers_log):
@@ -335,7 +335,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("pattern", FAMILIES)
 def test_a_pattern_ends_wherever_it_stands(pattern, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_config, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(lora_config, "PATTERN_SECONDS", 0.2)
     tensors = as_mapping(peft_adapter(tmp_path / "a", tiny_llama(1), 1, target_modules=["q_proj"]))
     places = [
         {"target_modules": pattern},
@@ -354,7 +354,7 @@ def test_a_pattern_ends_wherever_it_stands(pattern, tmp_path, monkeypatch):
 
 
 def test_a_checkpoints_pattern_ends_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_config, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(lora_config, "PATTERN_SECONDS", 0.2)
     adapter = peft_adapter(tmp_path / "a", tiny_llama(1), 1)
     lora_ensemble(tiny_llama(1), {"a": adapter}).save_pretrained(tmp_path / "e")
     config = json.loads((tmp_path / "e" / "config.json").read_text())

@@ -6,7 +6,7 @@ from conftest import left_pad
 from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from modeling_pcm_ensemble.attention import grouped_sdpa
+from modeling_pcm_ensemble.compile_attention import grouped_sdpa
 
 ROWS = [[21, 22, 23, 24, 25], [31, 32], [41, 42, 43, 44]]
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
-from modeling_pcm_ensemble.saving import staged_folder
+from modeling_pcm_ensemble.checkpoint_staging import staged_folder
 
 CONTEXT = torch.tensor([[21, 22, 23, 24, 25]])
 MARK = ".saving/.whole"
@@ -202,7 +202,13 @@ def test_the_auto_classes_finish_a_save_with_this_package_and_without_it(folder)
     old, new = make_pair()
     new.save_pretrained(folder / "new")
     expected, remote = loaded(folder / "new"), []
-    for waiting in ("saving.py", "attention.py", "config.json", "model.safetensors", "tokenizer_config.json"):
+    for waiting in (
+        "checkpoint_staging.py",
+        "compile_attention.py",
+        "config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+    ):
         stopped = folder / waiting.replace(".", "_")
         leave_whole(stopped, old, new, waiting)
         copies = [Path(f"{stopped}-{reader}") for reader in ("config", "tokenizer", "remote", "remote-tokenizer")]

@@ -14,8 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.peft_format import read_adapter, write_adapter
-from modeling_pcm_ensemble.saving import TOKENIZER, staged_folder, write_text
+from modeling_pcm_ensemble.checkpoint_staging import TOKENIZER, staged_folder, write_text
+from modeling_pcm_ensemble.lora_peft_format import read_adapter, write_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -161,7 +161,7 @@ def test_what_a_folder_claims_to_have_left_whole_touches_nothing_beside_it(tmp_p
     (victim / "vocab.txt").write_text("mine")
     model, folder = make_ensemble({"default": "one", "rag": "two"}), tmp_path / "a"
     model.save_pretrained(folder)
-    killed_at("os.rename", ".saving/saving.py", lambda: model.save_pretrained(folder))
+    killed_at("os.rename", ".saving/checkpoint_staging.py", lambda: model.save_pretrained(folder))
     mark = folder / ".saving" / ".whole"
     outside = ["../victim/vocab.txt", "../../victim", "model.safetensors/.."]
     mark.write_text(json.dumps(json.loads(mark.read_text()) + outside))

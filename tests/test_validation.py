@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.adapter_config import FIELDS
+from modeling_pcm_ensemble.lora_config import FIELDS
 
 CONTEXT = torch.tensor([[21, 22, 23]])
 BAD_CALL = (TypeError, ValueError)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from oldest_versions import oldest
 
-from modeling_pcm_ensemble.versions import OLDEST
+from modeling_pcm_ensemble.requirements import OLDEST
 
 IMPORT = """
 import importlib.metadata

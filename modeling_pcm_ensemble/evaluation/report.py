@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub import EvalResult
 
-from ..saving import staged_folder
+from ..checkpoint_staging import staged_folder
 
 
 def write_report(report: dict, folder: Path):

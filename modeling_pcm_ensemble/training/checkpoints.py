@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..saving import STAGING, finish_save, staged_folder
+from ..checkpoint_staging import STAGING, finish_save, staged_folder
 from .pcm_trainer import PCMTrainer, own_settings
 from .rebel_config import RebelConfig
 from .rollouts import Rollout

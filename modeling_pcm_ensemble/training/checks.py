@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import has_class
+from ..call_arguments import has_class
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from .preference_sampling import DrawnPreference, PreferenceSampler

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from ..arguments import has_class
+from ..call_arguments import has_class
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM

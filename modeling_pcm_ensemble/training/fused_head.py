@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..arguments import has_class
+from ..call_arguments import has_class
 
 
 def add_mixture_head(trainer: Trainer, temperature: float | None = None):

@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from ..checkpoint_staging import check_no_adapter, staged_folder, write_text
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..saving import check_no_adapter, staged_folder, write_text
 
 COMMON_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 

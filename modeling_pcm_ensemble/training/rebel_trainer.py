@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint_staging import finish_save
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..saving import finish_save
 from .checkpoints import CheckpointTrainer
 from .checks import check_dataset, check_model
 from .losses import (

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import resolve_revision
 
-from .trust import check_weight_names, read_object, weight_files
+from .checkpoint_trust import check_weight_names, read_object, weight_files
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)

@@ -10,8 +10,8 @@ from transformers import Cache, CompileConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.logging import tqdm
 
-from .attention import grouped_attention
-from .weights import WeightSnapshot
+from .compile_attention import grouped_attention
+from .weight_changes import WeightSnapshot
 
 logger = logging.get_logger(__name__)
 

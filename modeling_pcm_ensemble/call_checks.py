@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import TransformersKwargs
 
-from .arguments import INTEGERS, NUMBERS, check_tensor, has_class
 from .cache import PCMEnsembleCache
+from .call_arguments import INTEGERS, NUMBERS, check_tensor, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import Route
 

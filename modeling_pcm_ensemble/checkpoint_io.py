@@ -13,14 +13,14 @@ from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import resolve_revision
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .attention import GROUPED_SDPA  # noqa: F401, which registers it
-from .building import HUB_OPTIONS, load_tokenizer
+from .checkpoint_build import HUB_OPTIONS, load_tokenizer
+from .checkpoint_staging import check_no_adapter, finish_save, last_saved, staged_folder
+from .checkpoint_structure import check_loading, check_not_injected, check_structure
+from .checkpoint_thin import thin_checkpoint, whole_state
+from .checkpoint_trust import check_weight_names
+from .compile_attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .preferences import check_config
-from .saving import check_no_adapter, finish_save, last_saved, staged_folder
-from .structure import check_loading, check_not_injected, check_structure
-from .thin import thin_checkpoint, whole_state
-from .trust import check_weight_names
 
 logger = logging.get_logger(__name__)
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .adapter_config import adapter_config
+from .checkpoint_staging import finish_save, staged_folder
+from .checkpoint_trust import read_object
 from .lora import adapted_layers, features, linear_layers
-from .saving import finish_save, staged_folder
-from .trust import read_object
+from .lora_config import adapter_config
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .compiling import forget_compiled
+from .compile_steps import forget_compiled
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .lora import AdapterSelection, LoraBank, readable_by_compiled_code
 from .merging import ExpertLogits
 from .preferences import ExpertRows
+from .prefix_store import KeptPrompts
 from .prefixes import (
     CachePart,
     SubmodelInputs,
@@ -22,7 +23,6 @@ from .prefixes import (
     run_submodel,
     submodel_inputs,
 )
-from .prompts import KeptPrompts
 
 
 def run_rows(model: PreTrainedModel, inputs: SubmodelInputs, part: CachePart) -> torch.Tensor:

@@ -36,7 +36,7 @@ TOKENIZER = re.compile(
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # These files finish an interrupted save when a checkpoint is loaded by its own code. They move up first, so that no
 # other new file ever stands beside an old one of them.
-FIRST = ("saving.py", "versions.py", "configuration_pcm_ensemble.py")
+FIRST = ("checkpoint_staging.py", "requirements.py", "configuration_pcm_ensemble.py")
 
 
 @contextmanager

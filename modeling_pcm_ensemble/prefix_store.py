@@ -12,7 +12,7 @@ from transformers.cache_utils import StaticLayer
 
 from .cache import takes_padding
 from .prefixes import CachePart, SubmodelInputs
-from .weights import WeightSnapshot
+from .weight_changes import WeightSnapshot
 
 # Shorter texts, all of a call together, are read with the context: a call of their own would not soon pay.
 MIN_TOKENS_KEPT = 128

@@ -20,14 +20,14 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
+from .backbones import run_rows
 from .chat_templates import check_prompt, leading_bos, render_prompt, without_default_system_turn
+from .checkpoint_structure import check_loading, check_nothing_shared, check_structure
+from .checkpoint_thin import hub_source
+from .checkpoint_trust import check_trust, check_weight_names
 from .configuration_pcm_ensemble import PCMEnsembleConfig, check_is_causal_lm
-from .experts import run_rows
-from .peft_format import adapter_place, fit_adapter, read_adapter
+from .lora_peft_format import adapter_place, fit_adapter, read_adapter
 from .prefixes import CachePart, encode_description, submodel_inputs
-from .structure import check_loading, check_nothing_shared, check_structure
-from .thin import hub_source
-from .trust import check_trust, check_weight_names
 
 logger = logging.get_logger(__name__)
 
