@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .cache import PCMEnsembleCache
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM, PCMEnsembleOutput
-from .preferences import preference_weights
+from .preference import Preference, preference_weights
 
 AutoConfig.register("pcm_ensemble", PCMEnsembleConfig, exist_ok=True)
 AutoModel.register(PCMEnsembleConfig, PCMEnsembleForCausalLM, exist_ok=True)
@@ -16,5 +16,6 @@ __all__ = [
     "PCMEnsembleConfig",
     "PCMEnsembleForCausalLM",
     "PCMEnsembleOutput",
+    "Preference",
     "preference_weights",
 ]
