@@ -16,6 +16,7 @@ from .upload import hub_upload
 
 
 def main():
+    """Upload as the command line says; a failed check is one line."""
     parser = argparse.ArgumentParser(
         prog="python -m hub_upload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

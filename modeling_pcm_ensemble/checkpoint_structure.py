@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -54,7 +55,7 @@ def check_not_injected(model: PreTrainedModel, label: str):
         raise _differs(model, label, f"it has an adapter on {injected.removesuffix('.base_layer')}")
 
 
-def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
+def check_nothing_shared(models: Sequence[PreTrainedModel], labels: Sequence[str]):
     """
     Look for tensors that stand in the same memory.
 
@@ -72,7 +73,16 @@ def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
                 )
 
 
-def check_loading(loading: dict, names: Iterable[str], label: str):
+def load_with_info(load: Callable[..., Any], *args, **kwargs) -> tuple[Any, dict[str, Any]]:
+    """
+    Call a `from_pretrained`, and return the model and what was missing or left over.
+
+    Its annotation knows nothing of `output_loading_info`, by which it gives a pair.
+    """
+    return load(*args, output_loading_info=True, **kwargs)
+
+
+def check_loading(loading: dict[str, Any], names: Iterable[str], label: str):
     """
     Refuse weights that do not fill what the configuration makes, or of which it takes but a part: layers beyond its
     last, and adapters of experts that it does not name. Of other tensors that are left over, such as a value head,
@@ -142,4 +152,10 @@ def _place(tensor: torch.Tensor) -> tuple:
     return (tensor.device, tensor.data_ptr())
 
 
-__all__ = ["check_loading", "check_not_injected", "check_nothing_shared", "check_structure"]
+__all__ = [
+    "check_loading",
+    "check_not_injected",
+    "check_nothing_shared",
+    "check_structure",
+    "load_with_info",
+]

@@ -5,6 +5,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from transformers.utils import logging
 
@@ -16,7 +17,7 @@ except ImportError as error:
 logger = logging.get_logger(__name__)
 
 # What decides the function that an adapter computes, with PEFT's defaults.
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 8,
     "use_rslora": False,

@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from .checkpoint_hub import fetch_file, find_file
 from .checkpoint_staging import finish_save, staged_folder
 from .checkpoint_trust import read_object
 from .lora import adapted_layers, features, linear_layers
@@ -68,12 +68,11 @@ def read_adapter(source, label: str, hub_options: dict) -> tuple[dict, dict[str,
     folder, options = place
     label = f"{label} in {folder!r}"
     finish_save(os.path.join(folder, options.get("subfolder") or ""))
-    config = adapter_config(read_object(cached_file(folder, CONFIG_NAME, **options)), label)
+    config = adapter_config(read_object(fetch_file(folder, CONFIG_NAME, **options)), label)
 
-    missing = {"_raise_exceptions_for_missing_entries": False}
-    weights = cached_file(folder, WEIGHTS_NAME, **options, **missing)
+    weights = find_file(folder, WEIGHTS_NAME, **options)
     if weights is None:
-        has_pickle = cached_file(folder, PICKLE_NAME, **options, **missing) is not None
+        has_pickle = find_file(folder, PICKLE_NAME, **options) is not None
         found = f"only {PICKLE_NAME}, a pickle, which is never loaded" if has_pickle else "no weights"
         raise ValueError(
             f"{label} has {found}. Save it as {WEIGHTS_NAME}, which PEFT does by default (`safe_serialization=True`)."

@@ -1,5 +1,11 @@
 """The ensemble as a transformers model: how it is built, and its forward."""
 
+if not __package__:  # Python looks into the folder that it runs in first, and a checkpoint brings this file
+    raise ImportError(
+        f"{__file__} is a checkpoint's code, and hides the package of the same name. Run Python in another folder, or "
+        "as `python -P`. Without the package, load the folder by `AutoModelForCausalLM` with `trust_remote_code=True`."
+    )
+
 import copy
 import os
 from collections.abc import Mapping
