@@ -315,7 +315,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
     def _check_holds_prefixes(self, num_tokens: int | None):
         highest = self.config.prefix_bos_token_id or 0
         for expert in self.config.experts:
-            highest = max(highest, *expert["prompt_ids"], *expert["description_ids"])
+            highest = max([highest, *expert["prompt_ids"], *expert["description_ids"]])
 
         if num_tokens is not None and num_tokens <= highest:
             raise ValueError(

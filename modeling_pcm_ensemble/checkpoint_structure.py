@@ -33,6 +33,7 @@ def check_structure(model: PreTrainedModel, label: str):
     for name, tensor in ours.items():
         if not _is_plain(tensor):
             raise _differs(model, label, f"{name} is a {type(tensor).__name__}, without a `quantization_config`")
+
     shapes = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs))
     if found := _first_difference(*shapes):
         raise _differs(model, label, "the tensor {} has the shape {}, not {}".format(*found))
@@ -97,12 +98,14 @@ def check_loading(loading: dict[str, Any], names: Iterable[str], label: str):
         ValueError: if there are such.
     """
     problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+
     known = {_without_numbers(name) for name in names}
     problems["unexpected"] = [
         key
         for key in problems["unexpected"]
         if key.startswith("backbones.adapters.") or _without_numbers(key) in known
     ]
+
     found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(

@@ -158,15 +158,17 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """The PCM's, as are the next two."""
+        """The PCM's width."""
         return self.pcm.get_text_config().hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
+        """The PCM's layers."""
         return self.pcm.get_text_config().num_hidden_layers
 
     @property
     def num_attention_heads(self) -> int:
+        """The PCM's heads."""
         return self.pcm.get_text_config().num_attention_heads
 
     @property
