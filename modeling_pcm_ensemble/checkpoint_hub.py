@@ -16,6 +16,7 @@ def find_file(source: str | os.PathLike, name: str, **hub_options) -> str | None
     Raises:
         OSError: if the repository cannot be reached, nor found in the cache.
     """
+    # transformers has no public name for this: what is missing is None, and what cannot be reached is an error.
     return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_options)
 
 

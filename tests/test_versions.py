@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from oldest_versions import oldest
+from oldest_versions import ROOT, oldest
 
 import modeling_pcm_ensemble
 from modeling_pcm_ensemble.requirements import OLDEST, OLDEST_TO_COMPILE
@@ -47,8 +47,9 @@ def test_steps_are_compiled_with_an_option_that_older_versions_of_torch_lack():
     assert "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
-def test_the_version_is_the_installed_one():
+def test_the_version_is_the_installed_one_and_the_one_to_cite():
     assert modeling_pcm_ensemble.__version__ == importlib.metadata.version("pcm-ensemble")
+    assert f"\nversion: {modeling_pcm_ensemble.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_bounds_are_those_of_the_package():
