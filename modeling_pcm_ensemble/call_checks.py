@@ -1,5 +1,6 @@
 """What a call may not ask for, refused before any model runs."""
 
+import math
 import operator
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from transformers.utils import TransformersKwargs
 from .cache import PCMEnsembleCache
 from .call_arguments import INTEGERS, NUMBERS, check_tensor, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .preferences import Route
+from .routing import Route
 
 # Known to models and losses of transformers, beside what `TransformersKwargs` lists
 OTHER_ARGUMENTS = {"position_ids", "token_type_ids", "return_dict", "shift_labels", "ignore_index"}
@@ -59,10 +60,10 @@ def check_cache(config: PCMEnsembleConfig, cache):
             f"`past_key_values` must be a `PCMEnsembleCache`, got {type(cache).__name__}. Leave it out of the first "
             "call and pass back the one it returns, or start with `PCMEnsembleCache(model.config)`."
         )
-    if cache.route is not None and cache.route.weights.shape[1] != config.num_experts:
+    if cache.route is not None and cache.route.log_weights.shape[1] != config.num_experts:
         raise ValueError(
-            f"`past_key_values` was filled by an ensemble of {cache.route.weights.shape[1]} experts, and this one has "
-            f"{config.num_experts}. Start without it."
+            f"`past_key_values` was filled by an ensemble of {cache.route.log_weights.shape[1]} experts, and this one "
+            f"has {config.num_experts}. Start without it."
         )
 
 
@@ -177,27 +178,32 @@ def _readers(
     config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None
 ) -> Iterator[tuple[str, int, int]]:
     """Every submodel that runs and has a limit: how to call it, its positions, and those that its prefix takes."""
-    prefixes = [("the PCM", "pcm", 0 if route.prefix_ids is None else route.prefix_ids.shape[1])]
-    for backbone, expert_rows in route.expert_rows.items():
-        for expert in (config.experts[entry.expert] for entry in expert_rows):
-            prefixes.append((f"expert {expert['name']!r}", f"backbones.{backbone}", len(expert["prompt_ids"])))
+    memories = {} if cache is None else {None: cache.pcm, **cache.backbones}
+    readers = [("the PCM", None, max(map(len, route.descriptions)))]
+    for backbone, entries in route.expert_rows.items():
+        if route.mixes_adapters:
+            readers.append(("the experts' model", backbone, 0))
+            continue
+        for expert in (config.experts[entry.expert] for entry in entries):
+            readers.append((f"expert {expert['name']!r}", backbone, len(expert["prompt_ids"])))
 
-    parts, configs = {} if cache is None else cache.parts, config.sub_config_items()
-    for reader, name, prefix_length in prefixes:
-        limit = getattr(configs[name], "max_position_embeddings", None)
+    for reader, backbone, prefix_length in readers:
+        part = config.pcm if backbone is None else config.backbones[backbone]
+        limit = getattr(part, "max_position_embeddings", None)
         if limit is None or limit <= 0:
             continue
-        if name in parts and parts[name].length > 0:  # joined caches have what no row needs left out
-            prefix_length = parts[name].prefix_length
+        memory = memories.get(backbone)
+        if memory is not None and memory.length > 0:  # joined caches have what no row needs left out
+            prefix_length = memory.prefix_length
         yield reader, limit, prefix_length
 
 
-def longest_context(config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None = None) -> int | None:
-    """Most context tokens that a static cache holds and every submodel can read behind its prefix; None for any."""
+def longest_context(config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None = None) -> float:
+    """Return the most context tokens that a static cache holds and every submodel can read; infinity for any."""
     rooms = [limit - prefix_length for _, limit, prefix_length in _readers(config, route, cache)]
     if cache is not None and cache.get_max_length() >= 0:
         rooms.append(cache.get_max_length())
-    return min(rooms, default=None)
+    return min(rooms, default=math.inf)
 
 
 def check_length(config: PCMEnsembleConfig, route: Route, length: int, cache: PCMEnsembleCache | None = None):

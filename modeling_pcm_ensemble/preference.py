@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
-from .call_arguments import NUMBERS, check_tensor
+from .call_arguments import NUMBERS, check_tensor, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 
 
@@ -59,7 +59,7 @@ class Preference:
         Raises:
             TypeError, ValueError: as [`preference_weights`].
         """
-        if isinstance(preference, cls):
+        if has_class(preference, "Preference"):
             return cls(_named(_row_of(preference.weights, names), names), preference.description_ids)
         return cls(_named(_row_of(preference, names), names))
 
@@ -182,13 +182,15 @@ def _is_rows(preference) -> bool:
 
 
 def _kind(entry) -> str | None:
-    kinds = {"name": str, "number": Real, "mapping": Mapping, "list": (list, tuple), "Preference": Preference}
+    if has_class(entry, "Preference"):
+        return "Preference"
+    kinds = {"name": str, "number": Real, "mapping": Mapping, "list": (list, tuple)}
     return next((kind for kind, types in kinds.items() if isinstance(entry, types)), None)
 
 
 def _row_weights(preference, names: list[str]) -> torch.Tensor:
     """Weights `(experts,)` of one row's preference."""
-    if isinstance(preference, Preference):
+    if has_class(preference, "Preference"):
         preference = preference.weights
     if isinstance(preference, str):
         preference = {preference: 1.0}
@@ -307,8 +309,9 @@ def _told(
     config: PCMEnsembleConfig, batch_size: int, preference, preference_text, preference_ids, tokenizer
 ) -> list[tuple[int, ...] | None]:
     """Each row's own words for the PCM, as tokens; None where it is told nothing of its own."""
-    given = [preference] * batch_size if isinstance(preference, Preference) else preference
-    held = [entry.description_ids if isinstance(entry, Preference) else None for entry in _entries(given)]
+    given = [preference] * batch_size if has_class(preference, "Preference") else preference
+    entries = given if isinstance(given, (list, tuple)) else ()
+    held = [entry.description_ids if has_class(entry, "Preference") else None for entry in entries]
     ways = {
         "`preference_text`": preference_text is not None,
         "`preference_ids`": preference_ids is not None,
@@ -324,10 +327,6 @@ def _told(
     for ids in filter(None, held):
         _check_tokens(config, "description_ids", min(ids), max(ids))
     return held if len(held) == batch_size else [None] * batch_size
-
-
-def _entries(preference) -> Sequence:
-    return preference if isinstance(preference, (list, tuple)) else ()
 
 
 def _text_descriptions(config: PCMEnsembleConfig, text, batch_size: int, tokenizer) -> list[tuple[int, ...] | None]:
@@ -385,4 +384,4 @@ def _check_tokens(config: PCMEnsembleConfig, name: str, lowest: int, highest: in
         raise ValueError(f"`{name}` holds {wrong}, but the PCM has {config.pcm.vocab_size} tokens.")
 
 
-__all__ = ["Preference", "description_of", "encode_description", "preference_weights"]
+__all__ = ["Preference", "check_config", "description_of", "encode_description", "preference_weights"]

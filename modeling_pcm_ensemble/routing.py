@@ -116,6 +116,11 @@ class Route:
             preferences.append(replace(preference, weights=wanted, description_ids=description))
         return Route(self.config, preferences, self.log_weights.device)
 
+    def is_of(self, preferences: list[Preference]) -> bool:
+        """Whether these preferences ask for the same weights under the same descriptions."""
+        same_weights = [p.weights for p in preferences] == [p.weights for p in self.preferences]
+        return same_weights and [description_of(self.config, p) for p in preferences] == self.descriptions
+
     @staticmethod
     def join(routes: list["Route"]) -> "Route":
         """The route of all rows, one batch after the other."""
