@@ -77,6 +77,7 @@ class ExpertBackbones(PreTrainedModel):
                 "Tensor parallelism splits layers that adapters are added to, which is not supported. Use "
                 "`DistributedConfig(fsdp_size=…)` or `device_map`, or experts that are checkpoints of their own."
             )
+
         for backbone in self:
             plan = {name: self._tp_plan.get(f"*.{name}") for name in backbone.tp_plan}
             if plan != backbone.tp_plan:

@@ -1,5 +1,8 @@
 """The cache of an ensemble: a memory of the PCM, one of each backbone in use, and the route; and many made one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
@@ -48,22 +51,26 @@ class PCMEnsembleCache(Cache):
         check_kind("cache_implementation", cache_implementation, str, optional=True)
         check_kind("max_length", max_length, int, optional=True)
         check_kind("cache_config", cache_config, dict, optional=True)
+
         if cache_implementation is not None and cache_implementation not in kinds:
             raise ValueError(
                 "`cache_implementation` must be None, 'dynamic', 'offloaded', 'static', 'offloaded_static' or "
                 f"'quantized', got {cache_implementation!r}."
             )
+
         if cache_implementation in STATIC and max_length is None:
             raise ValueError("A static cache needs `max_length`, the most context tokens that it holds.")
         if max_length is not None and (
             max_length < 1 or (max_length > MOST_TOKENS and cache_implementation in STATIC)
         ):
             raise ValueError(f"`max_length` must be at least 1, and at most {MOST_TOKENS} tokens, got {max_length}.")
+
         if cache_implementation in OFFLOADED and not torch.accelerator.is_available():
             raise ValueError(
                 f"{cache_implementation!r} moves keys and values off an accelerator, and there is none. Use 'dynamic' "
                 "or 'static'."
             )
+
         self.config = config
         self.cache_implementation = cache_implementation
         self.max_length = max_length
@@ -85,6 +92,19 @@ class PCMEnsembleCache(Cache):
             experts = [self.config.experts[entry.expert] for entry in entries if entry.expert is not None]
             longest = max((len(expert["prompt_ids"]) for expert in experts), default=0)
             self.backbones[backbone] = self._new_memory(self.config.backbones[backbone], longest)
+
+    @contextmanager
+    def started(self, route: Route) -> Iterator[None]:
+        """Start under `route` where that has not been done; if what runs inside fails, then begin anew."""
+        begins = self.route is None
+        if begins:
+            self.start(route)
+        try:
+            yield
+        except BaseException:
+            if begins:
+                self.reset()  # or the next call would go on with what the failed one has read
+            raise
 
     def _new_memory(self, config: PreTrainedConfig, prefix_length: int) -> Memory:
         memory = Memory(self._new_cache(config, prefix_length))

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.utils import TransformersKwargs
 
 from .cache import PCMEnsembleCache
-from .call_arguments import INTEGERS, NUMBERS, check_tensor, has_class
+from .call_arguments import INTEGERS, NUMBERS, check_kind, check_tensor, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .routing import Route
 
@@ -27,6 +27,13 @@ def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwa
     if cache is not None:
         check_cache(config, cache)
     check_ids(config, "input_ids", input_ids, cache)
+
+
+def check_flags(normalize_logits, **optional):
+    """Refuse what is no `bool`, with a `TypeError`."""
+    check_kind("normalize_logits", normalize_logits, bool)
+    for name, flag in optional.items():
+        check_kind(name, flag, bool, optional=True)
 
 
 def check_ids(config: PCMEnsembleConfig, name: str, ids, cache=None):
@@ -60,6 +67,7 @@ def check_cache(config: PCMEnsembleConfig, cache):
             f"`past_key_values` must be a `PCMEnsembleCache`, got {type(cache).__name__}. Leave it out of the first "
             "call and pass back the one it returns, or start with `PCMEnsembleCache(model.config)`."
         )
+
     if cache.route is not None and cache.route.log_weights.shape[1] != config.num_experts:
         raise ValueError(
             f"`past_key_values` was filled by an ensemble of {cache.route.log_weights.shape[1]} experts, and this one "
@@ -78,6 +86,7 @@ def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.Lo
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask, "1 for tokens to read and 0 for others", NUMBERS)
+
     expected = (input_ids.shape[0], cached_length(cache) + input_ids.shape[1])
     if attention_mask.shape != expected and attention_mask.shape not in shapes:
         raise ValueError(
@@ -95,12 +104,14 @@ def check_positions(position_ids, attention_mask: torch.LongTensor | None, batch
     if position_ids is None:
         return
     check_tensor("position_ids", position_ids, "positions")
+
     shape, follows = tuple(position_ids.shape), False
     if len(shape) == 2 and shape[0] in (1, batch_size) and 0 < shape[1] <= length:
         mask = position_ids.new_ones(1, length) if attention_mask is None else attention_mask.to(position_ids.device)
         expected = mask.cumsum(dim=1) - 1  # (batch or 1, length)
         wrong = (position_ids != expected[:, -shape[1] :]) & mask[:, -shape[1] :].bool()
         follows = not wrong.any()
+
     if not follows:
         raise ValueError(
             f"`position_ids`, of shape {shape}, cannot be used unless they count the tokens that `attention_mask` "
@@ -155,11 +166,13 @@ def check_labels(
     if labels is None:
         return None
     check_tensor("labels", labels, "token ids")
+
     kept = len(logits_to_keep) if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or input_ids.shape[1]
     if labels.shape != (len(input_ids), kept):
         raise ValueError(
             f"`labels` has the shape {tuple(labels.shape)}, but the logits are of {(len(input_ids), kept)} tokens."
         )
+
     labels = labels.long()  # before it is compared: as a byte, -100 is 156
     wrong = (labels != ignored) & ((labels < 0) | (labels >= config.vocab_size))
     if wrong.any():
@@ -214,6 +227,7 @@ def check_length(config: PCMEnsembleConfig, route: Route, length: int, cache: PC
             f"The context of {length} tokens is too long for `past_key_values`, a static cache of {room}. Make it "
             "with a larger `max_length`, or leave it out, so that `generate` makes one that is long enough."
         )
+
     for reader, limit, prefix_length in _readers(config, route, cache):
         if prefix_length >= limit:
             raise ValueError(
@@ -241,6 +255,7 @@ def check_no_sliding_windows(config: PCMEnsembleConfig, route: Route):
 __all__ = [
     "cached_length",
     "check_cache",
+    "check_flags",
     "check_ids",
     "check_inputs",
     "check_labels",

@@ -131,9 +131,11 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         cache = kwargs.get("past_key_values")
         if cache is not None:
             check_cache(self.config, cache)
+
         name, ids = ("input_ids", kwargs.get("input_ids")) if inputs is None else ("inputs", inputs)
         if ids is None:  # transformers begins with the bos token
             return 1
+
         check_ids(self.config, name, ids)
         if kwargs.get("attention_mask") is not None:  # of the cached tokens too where `ids` begins with them
             kwargs["attention_mask"] = check_mask(ids, kwargs["attention_mask"], cache, shapes=(ids.shape,))

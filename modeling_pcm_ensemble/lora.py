@@ -131,10 +131,12 @@ class LoraGroup(nn.Module):
         super().__init__()
         self.columns = tuple(sorted(columns, key=lambda entry: (entry.layer, entry.adapter)))
         self.kind = kinds.setdefault(self.columns, len(kinds))
+
         weight = next(iter(linears.values())).weight
         like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
         in_features, _ = features(next(iter(linears.values())))
         self.lora_A = nn.Parameter(torch.zeros(sum(entry.rank for entry in columns), in_features, **like))
+
         for name, linear in linears.items():
             start, stop = self.span(name)
             lora_B = torch.zeros(features(linear)[1], stop - start, **like)  # noqa: N806
@@ -209,10 +211,12 @@ class LoraBank(nn.Module):
         self.names = list(adapters)
         self.handles = []
         self.kinds: dict[tuple[Columns, ...], int] = {}  # of groups, which have a mask each
+
         columns: dict[str, list[Columns]] = {}
         for index, adapter in enumerate(adapters.values()):
             for path, (rank, scale) in adapted_layers(backbone, adapter).items():
                 columns.setdefault(path, []).append(Columns(path.rpartition(".")[2], index, rank, scale))
+
         for paths in _groups(list(columns)):
             linears = {path.rpartition(".")[2]: backbone.get_submodule(path) for path in paths}
             group = LoraGroup(linears, [entry for path in paths for entry in columns[path]], self.number, self.kinds)

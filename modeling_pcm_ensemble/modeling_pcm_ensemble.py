@@ -1,20 +1,19 @@
 """The ensemble as a transformers model: how it is built, and its forward."""
 
-import copy
-import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .backbones import ExpertBackbones
 from .cache import PCMEnsembleCache
-from .call_arguments import check_kind
 from .call_checks import (
     cached_length,
+    check_flags,
     check_inputs,
     check_labels,
     check_length,
@@ -23,11 +22,10 @@ from .call_checks import (
     check_positions,
     longest_context,
 )
-from .checkpoint_build import all_end_tokens, build_expert, build_parts, set_end_tokens
 from .checkpoint_io import PCMEnsemblePreTrainedModel
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .experts import PCMEnsembleExpertsMixin
 from .generation import PCMEnsembleGenerationMixin
-from .lora_peft_format import write_adapter
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
 from .pcm import PreferenceControlModel
 from .preference import Preference, check_config
@@ -55,7 +53,7 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
     expert_logits: list[ExpertLogits] | None = None
 
 
-class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedModel):
+class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedModel):
     r"""
     N frozen expert language models and a small Preference Control Model that mixes their next-token distributions.
 
@@ -79,177 +77,15 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
         check_config(config)
+
         super().__init__(config)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
+
         parts = (self.pcm.body, *self.backbones)
         self._is_stateful = any(part._is_stateful for part in parts)
         self._keep_own_generation_settings()
         self.post_init()
-
-    # Building
-
-    @classmethod
-    def from_experts(
-        cls,
-        experts: Mapping,
-        pcm: str | os.PathLike | PreTrainedModel | PreTrainedConfig,
-        *,
-        pcm_layers: int | None = None,
-        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
-        default_preference: str | list | Mapping | None = None,
-        merge: str = "probabilities",
-        expert_top_k: int | None = None,
-        **model_kwargs,
-    ) -> "PCMEnsembleForCausalLM":
-        r"""
-        Build an ensemble from its parts.
-
-        Args:
-            experts (`Mapping`):
-                Each expert's name → a Hub repository, a folder, a loaded `PreTrainedModel` (used as it is, and
-                frozen), or a mapping with `model` (one of these), `adapter` (a LoRA that PEFT saved: a folder, a
-                repository, a mapping with `repository`, and `revision` or `subfolder` of its own, or one shaped as
-                PEFT's `LoraConfig` with `tensors`), `prompt` (what this expert reads before the context, as system
-                turn where the chat template has one), `description` (what tells the PCM that this expert is wanted;
-                defaults to the prompt, else the name) and `dimension` (the axis of preference it stands on). Experts
-                that name the same model share it.
-            pcm (`str`, `os.PathLike`, `PreTrainedModel` or `PreTrainedConfig`):
-                The causal LM that the PCM's body is copied from, or a configuration for random weights.
-            pcm_layers (`int`, *optional*): take the first layers only; None takes all.
-            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
-                Defaults to that of the first part which has one, and which all others must have too. One that is given
-                may have more or fewer tokens than theirs, but none of another meaning.
-            default_preference (`str`, `list` or `Mapping`, *optional*):
-                The preference of calls without one; None is every expert at weight 1.
-            merge (`str`):
-                What is mixed: `"probabilities"`, Σ α_i π_i; `"logits"`, π ∝ exp Σ α_i logits_i, the paper's ablation;
-                or `"adapters"`, one model with the weights W + Σ α_i s_i B_i A_i, for experts that are LoRA adapters
-                on one backbone.
-            expert_top_k (`int`, *optional*): keep each expert's k most probable tokens.
-            model_kwargs:
-                Passed to `from_pretrained` of every model: `dtype`, `device_map`, `attn_implementation`, `token`, …
-
-        Returns:
-            [`PCMEnsembleForCausalLM`] in evaluation mode.
-
-        Raises:
-            TypeError: if an argument is of the wrong kind.
-            ValueError: if there are no experts, models are not causal LMs, do not share one vocabulary, are not what
-                their configurations make (as with an adapter inside), or come from a checkpoint whose configuration
-                and weights disagree, an adapter is not plain LoRA on its base as it is, or an argument has a value out
-                of range.
-        """
-        parts = build_parts(
-            experts,
-            pcm,
-            pcm_layers,
-            tokenizer,
-            model_kwargs,
-            merge=merge,
-            expert_top_k=expert_top_k,
-            default_preference=default_preference,
-        )
-        model = cls(parts.config, parts.backbones, parts.pcm)
-        for name, tensors in parts.adapters.items():
-            model.backbones.bank_of(name).load(name, tensors)
-        model.generation_config = copy.deepcopy(parts.backbones[0].generation_config)
-        set_end_tokens(model.generation_config, parts.config.eos_token_id)
-        model._keep_own_generation_settings()
-        model._tokenizer = parts.tokenizer
-        return model.eval()
-
-    def add_expert(self, name: str, expert, **model_kwargs):
-        r"""
-        Add an expert. The PCM keeps what it has learnt of the others; the new one starts at the user's weight.
-
-        Args:
-            name (`str`): its name.
-            expert: what [`from_experts`] takes for one; a model that the ensemble already has is shared.
-            model_kwargs: passed to `from_pretrained`.
-
-        Raises:
-            TypeError, ValueError: as [`from_experts`], or if the name is taken, or tensor parallelism has split the
-                ensemble; it stays as it was.
-        """
-        if (self.tp_size or 1) > 1:
-            raise ValueError(
-                "Tensor parallelism has split this ensemble, and would not split what is added. Add the expert first, "
-                "save, and load it with `distributed_config`."
-            )
-        entry, parts = build_expert(self, name, expert, model_kwargs)
-        if len(parts.backbones) > len(self.backbones):
-            self.config.eos_token_id = all_end_tokens(parts.backbones)
-            set_end_tokens(self.generation_config, self.config.eos_token_id)
-        head_rows = [*range(self.config.num_experts), None]
-        self._set_experts([*self.config.experts, entry], parts.backbones, head_rows, parts.adapters)
-        self._tokenizer = parts.tokenizer
-
-    def remove_expert(self, name: str):
-        """
-        Remove an expert, with its adapter, its row of the PCM's head and a backbone that no other expert needs.
-
-        Raises:
-            ValueError: if there is no such expert, it is the last, or the default preference names it.
-        """
-        names = self.config.expert_names
-        if name not in names:
-            raise ValueError(f"`name` is the unknown expert {name!r}. The experts are {', '.join(names)}.")
-        kept = [index for index, other in enumerate(names) if other != name]
-        if not kept:
-            raise ValueError(f"Expert {name!r} is the only one. An ensemble needs at least one expert.")
-        defaults = {
-            "config.default_preference": self.config.default_preference,
-            "generation_config.preference": getattr(self.generation_config, "preference", None),
-        }
-        for place, preference in defaults.items():
-            try:
-                Preference.parse(preference or names[kept[0]], [names[index] for index in kept])
-            except ValueError as error:
-                raise ValueError(f"`{place}` does not go without expert {name!r}: {error} Change it first.") from error
-
-        experts = [self.config.experts[index] for index in kept]
-        used = sorted({expert["backbone"] for expert in experts})
-        experts = [expert | {"backbone": used.index(expert["backbone"])} for expert in experts]
-        self._set_experts(experts, [self.backbones[index] for index in used], kept, {})
-
-    @torch.no_grad()
-    def _set_experts(
-        self, experts: list[dict], backbones: list[PreTrainedModel], head_rows: list[int | None], new: dict
-    ):
-        """Rebuild what depends on the experts. `head_rows` are rows of the old head, None for a zero one."""
-        names = [expert["name"] for expert in experts]
-        adapters = {}
-        for bank in self.backbones.adapters.values():
-            for name in set(bank.names) & set(names):
-                adapters[name] = {key: tensor.clone() for key, tensor in bank.tensors(name).items()}
-            bank.detach()
-        for submodel in self.backbones.submodels:
-            submodel.forget_compiled()  # the compiler does not notice that hooks come and go
-
-        self.config.experts, self.config.backbones = experts, [backbone.config for backbone in backbones]
-        sizes = [part.get_text_config().vocab_size for part in self.config.sub_config_items().values()]
-        self.config.vocab_size = min(sizes)
-        self.backbones = ExpertBackbones(self.config, backbones)
-
-        for name, tensors in (adapters | new).items():
-            self.backbones.bank_of(name).load(name, tensors)
-        self.pcm.set_head_rows(head_rows)
-        self.post_init()
-
-    def export_adapter(self, name: str, folder: str | os.PathLike):
-        """
-        Write an expert's LoRA adapter as PEFT does: `PeftModel.from_pretrained(backbone, folder)` loads it.
-
-        Raises:
-            ValueError: if there is no such expert, or it has no adapter.
-        """
-        Preference.parse(name, self.config.expert_names)
-        expert = self.config.experts[self.config.expert_names.index(name)]
-        if expert["adapter"] is None:
-            raise ValueError(f"Expert {name!r} has no adapter to export.")
-        base_model = self.config.backbones[expert["backbone"]].name_or_path
-        write_adapter(folder, expert["adapter"], self.backbones.bank_of(name).tensors(name), base_model)
 
     def forget_weights(self):
         """
@@ -319,15 +155,14 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             TypeError, ValueError: on input that is not as above, before any model runs.
         """
         check_inputs(self.config, input_ids, inputs_embeds, past_key_values, kwargs)
-        for name, flag in (
-            ("use_cache", use_cache),
-            ("output_hidden_states", output_hidden_states),
-            ("output_attentions", output_attentions),
-            ("output_expert_logits", output_expert_logits),
-        ):
-            check_kind(name, flag, bool, optional=True)
-        check_kind("normalize_logits", normalize_logits, bool)
-
+        check_flags(
+            normalize_logits=normalize_logits,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_expert_logits=output_expert_logits,
+            exact=exact,
+        )
         length = cached_length(past_key_values) + input_ids.shape[1]
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
         check_positions(kwargs.get("position_ids"), attention_mask, len(input_ids), length)
@@ -341,15 +176,12 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
         if cache is not None and attention_mask is not None:
             cache.check_no_gaps(attention_mask, input_ids.shape[1])
 
-        if _or_default(use_cache, self.config.use_cache and not self.training) and cache is None:
+        if cache is None and _or_default(use_cache, self.config.use_cache and not self.training):
             cache = PCMEnsembleCache(self.config)
-        begins = cache is not None and cache.route is None
         if cache is not None and cache.room is None:
             cache.room = longest_context(self.config, route, cache)
-        if begins:
-            cache.start(route)
 
-        try:
+        with nullcontext() if cache is None else cache.started(route):
             log_weights, pcm_output = self._log_expert_weights(
                 route,
                 input_ids,
@@ -364,14 +196,9 @@ class PCMEnsembleForCausalLM(PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedMo
             expert_logits = self._expert_logits(
                 route, input_ids, attention_mask, cache, logits_to_keep, expert_weights, compile_config
             )
-        except BaseException:
-            if begins:
-                cache.reset()  # or it would go on with what was read of a call that failed
-            raise
 
         if route.mixes_adapters:
-            (mixed,) = expert_logits
-            logits = precise(mixed.logits)
+            logits = precise(expert_logits[0].logits)
             logits = logits.log_softmax(dim=-1) if normalize_logits else logits
             log_weights, expert_logits = log_weights[:, _kept(logits_to_keep)], None
         else:

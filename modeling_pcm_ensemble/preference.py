@@ -205,11 +205,13 @@ def _row_weights(preference, names: list[str]) -> torch.Tensor:
                 f"{{{repeated[0]!r}: 2.0, …}}."
             )
         preference = dict.fromkeys(preference, 1.0)
+
     if not isinstance(preference, Mapping):
         raise TypeError(
             "`preference` must be an expert's name, a mapping from names to weights, a list of names, a list with one "
             f"mapping or list for each row, or a tensor; got {type(preference).__name__}."
         )
+
     weights = [0.0] * len(names)
     for name, weight in preference.items():
         if not isinstance(weight, Real):
@@ -333,12 +335,14 @@ def _text_descriptions(config: PCMEnsembleConfig, text, batch_size: int, tokeniz
     texts = [text] * batch_size if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or not all(isinstance(entry, str | None) for entry in texts):
         raise TypeError(f"`preference_text` must be a string or one string for each row, got {text!r}.")
+
     if len(texts) != batch_size:
         raise ValueError(
             f"`preference_text` has {len(texts)} entries, but the batch has {batch_size} rows. Pass one for each "
             "row, or one text for all of them. (A pipeline gives all entries to each of its batches. There, let "
             "`batch_size` be the number of prompts.)"
         )
+
     if tokenizer is None:
         raise ValueError(
             "`preference_text` needs a tokenizer, and this ensemble was built and saved without one. Pass "

@@ -91,6 +91,7 @@ class Route:
         """The pair's index for each (row, expert), shape `(batch, experts)`; of no use where there is none."""
         if backbone not in self._pair_tables:
             table = torch.zeros(self.log_weights.shape, dtype=torch.long, device=self.log_weights.device)
+
             start = 0
             for expert, rows, num_rows in self.expert_rows[backbone]:
                 table[slice(None) if rows is None else rows, expert] = torch.arange(
