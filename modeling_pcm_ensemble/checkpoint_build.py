@@ -15,7 +15,7 @@ from .checkpoint_io import PCMEnsemblePreTrainedModel
 from .checkpoint_sources import SourceLoader
 from .checkpoint_trust import check_trust
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .prefixes import encode_description
+from .preference import encode_description
 
 logger = logging.get_logger(__name__)
 

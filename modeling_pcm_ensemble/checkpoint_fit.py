@@ -1,13 +1,16 @@
 """Whether models can be parts of one ensemble: they run as rows, and share a vocabulary and a dtype, but no tensor."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbones import run_rows
 from .checkpoint_structure import check_nothing_shared
-from .prefixes import CachePart, submodel_inputs
+from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .memory import Memory
+from .rows import Rows
+from .submodel import Submodel
 
 # Differences between two orders of summation, by the logits' spread: in 16 bits they are near 0.01 of it.
 TOLERANCE, TOLERANCE_16_BITS = 0.005, 0.1
@@ -86,9 +89,11 @@ def check_serves_rows(model: PreTrainedModel, label: str):
     ids, mask = torch.tensor([[a, b, c, d], [0, b, c, d]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
     ids, mask = ids.to(model.device), mask.to(model.device)
     try:
-        part = CachePart(DynamicCache(config=model.config))
-        run_rows(model, submodel_inputs(ids[:, :2], mask[:, :2], None, part), part)
-        found = run_rows(model, submodel_inputs(ids[:, 2:], mask, None, part), part)[:, -1].float()  # (2, vocab)
+        owner = SimpleNamespace(model=model, config=PCMEnsembleConfig())
+        read = Submodel(owner, "model", has_lm_head=True)
+        memory = Memory(DynamicCache(config=model.config))
+        read(Rows(ids[:, :2], mask[:, :2]), memory)
+        found = read(Rows(ids[:, 2:], mask), memory).values[:, -1].float()  # (2, vocab)
         alone = [model(input_ids=row).logits[0].float() for row in (ids[:1], ids[1:, 1:], ids[:1, :3])]
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(

@@ -4,6 +4,7 @@
 from .requirements import OLDEST  # noqa: F401
 
 # isort: split
+import dataclasses
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
@@ -82,10 +83,10 @@ class PCMEnsembleConfig(PreTrainedConfig):
     # A type checker is told what these fields hold once `__post_init__` has read them. `@strict` checks them when they
     # are set, where a file or a caller may give dicts, or nothing.
     if TYPE_CHECKING:
-        backbones: list[PreTrainedConfig]
-        experts: list[dict[str, Any]]
-        pcm: PreTrainedConfig
-        vocab_size: int
+        backbones: list[PreTrainedConfig] = dataclasses.field(default_factory=list)
+        experts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+        pcm: PreTrainedConfig = dataclasses.field(default_factory=PreTrainedConfig)
+        vocab_size: int = 0
     else:
         backbones: list[PreTrainedConfig | dict] | None = None
         experts: list[dict] | None = None

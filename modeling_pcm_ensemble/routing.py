@@ -91,6 +91,7 @@ class Route:
         """The pair's index for each (row, expert), shape `(batch, experts)`; of no use where there is none."""
         if backbone not in self._pair_tables:
             table = torch.zeros(self.log_weights.shape, dtype=torch.long, device=self.log_weights.device)
+
             start = 0
             for expert, rows, num_rows in self.expert_rows[backbone]:
                 table[slice(None) if rows is None else rows, expert] = torch.arange(
@@ -115,6 +116,11 @@ class Route:
             wanted = {name: weight for name, weight in zip(names, row) if weight > 0}
             preferences.append(replace(preference, weights=wanted, description_ids=description))
         return Route(self.config, preferences, self.log_weights.device)
+
+    def is_of(self, preferences: list[Preference]) -> bool:
+        """Whether these preferences ask for the same weights under the same descriptions."""
+        same_weights = [p.weights for p in preferences] == [p.weights for p in self.preferences]
+        return same_weights and [description_of(self.config, p) for p in preferences] == self.descriptions
 
     @staticmethod
     def join(routes: list["Route"]) -> "Route":

@@ -33,8 +33,6 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from wordfreq import zipf_frequency
 
-from ..prefixes import pad_left
-
 # The proxy of each preference: the features whose weighted mean it is.
 HARD = ("ari", "coleman_liau", "lix", "rix", "syllables", "rarity")
 PROXIES: dict[str, dict[str, int]] = {

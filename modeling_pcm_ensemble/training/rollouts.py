@@ -12,8 +12,6 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..merging import token_log_probs
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..preferences import description_prefix
-from ..prefixes import CachePart, pad_left
 from .preference_sampling import DrawnPreference, reward_shares
 from .scoring import Scorer, Scores, prompt_key
 
