@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.compile_steps import compiled_call, let_sizes_vary
+from modeling_pcm_ensemble.compile_steps import CompiledStep
 
 from .common import (
     CONTEXT,
@@ -34,6 +34,7 @@ def run(arguments):
     compiled = {PLAIN: load_backbone(arguments)}
     for kind in arguments.kinds:
         compiled[f"{kind} experts"] = ENSEMBLES[kind.lower()](load_backbone(arguments), experts)
+    plain = CompiledStep(compiled[PLAIN], partial(run_plain, compiled[PLAIN]), COMPILED, weights_change=False)
 
     rows = []
     for batch in arguments.batches:
@@ -43,7 +44,10 @@ def run(arguments):
 
         warm_up = {}
         for name, model in compiled.items():
-            step = compiled_step(model, token, arguments.rounds)
+            if name == PLAIN:
+                step = compiled_plain_step(plain, token, arguments.rounds)
+            else:
+                step = compiled_step(model, token, arguments.rounds)
             start = time.perf_counter()
             step()
             warm_up[f"{name}, compiled"] = time.perf_counter() - start
@@ -78,23 +82,35 @@ def first_token(model, batch: int, is_static: bool = False):
     return lambda: model.generate(ids, **options)
 
 
-def compiled_step(model, token: torch.Tensor, rounds: int):
+def compiled_step(model: PCMEnsembleForCausalLM, token: torch.Tensor, rounds: int):
     """Return a step as `cached_step` does, but compiled and into static caches."""
-    batch, length = len(token), CONTEXT + rounds + 8  # warm-up too
-    if isinstance(model, PCMEnsembleForCausalLM):
-        cache = PCMEnsembleCache(model.config, "static", length)
-        model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        call = model.get_compiled_call(COMPILED)
-        return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    cache = StaticCache(model.config, max_cache_len=length)
+    batch = len(token)
+    cache = PCMEnsembleCache(model.config, "static", static_length(rounds))
     model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    let_sizes_vary(cache)
+    call = model.get_compiled_call(COMPILED)
+    return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def compiled_plain_step(call: CompiledStep, token: torch.Tensor, rounds: int):
+    """Return a plain model's step, compiled as an ensemble compiles its submodels'."""
+    batch, length = len(token), static_length(rounds)
+    cache = StaticCache(call.model.config, max_cache_len=length)
+    call.model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
     mask = torch.ones(batch, length, dtype=torch.long, device=DEVICE)
 
     def step():
         positions = cache.get_seq_length().expand(batch, 1).clone()
         inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        return compiled_call(model, COMPILED)(input_ids=token, logits_to_keep=1, **inputs)
+        return call(None, input_ids=token, logits_to_keep=1, **inputs)
 
     return step
+
+
+def run_plain(model, adapter_masks: None, **inputs):
+    """Run a model that has no adapters."""
+    return model(**inputs)
+
+
+def static_length(rounds: int) -> int:
+    """Return the length of a static cache that holds the context and a token for each round, warm-up too."""
+    return CONTEXT + rounds + 8
