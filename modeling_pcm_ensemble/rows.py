@@ -20,8 +20,8 @@ class Rows:
             the expert whose adapter each row runs under, by name, or α, to mix all of them at each token.
     """
 
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor | None = None
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
     prefixes: list[tuple[int, ...]] | None = None
     adapters: list[str | None] | torch.Tensor | None = None
 
@@ -34,7 +34,7 @@ class Rows:
         prefixes = [()] * len(self) if self.prefixes is None else self.prefixes
         return list(zip(adapters, prefixes))
 
-    def select(self, index: torch.LongTensor) -> "Rows":
+    def select(self, index: torch.Tensor) -> "Rows":
         """Return rows `index`, `(new rows,)`, in this order."""
         places, adapters = index.tolist(), self.adapters
         if isinstance(adapters, torch.Tensor):
@@ -64,11 +64,11 @@ class SubmodelInputs:
         order (`torch.LongTensor` of shape `(rows, tokens)`, *optional*): where each token stood before closing up.
     """
 
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor | None
-    position_ids: torch.LongTensor
-    kept: int | torch.LongTensor
-    order: torch.LongTensor | None = None
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    kept: int | torch.Tensor
+    order: torch.Tensor | None = None
 
     def of_fixed_form(self, max_length: int) -> "SubmodelInputs":
         """Return the same with a mask as long as the cache and positions for each row, as compiled code needs them."""
@@ -80,7 +80,7 @@ class SubmodelInputs:
         return replace(self, attention_mask=torch.cat([mask, rest], dim=1), position_ids=position_ids)
 
 
-def stack_left(sequences: Sequence[Sequence[int]], device=None) -> tuple[torch.LongTensor, torch.LongTensor]:
+def stack_left(sequences: Sequence[Sequence[int]], device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack token lists to ids and their mask, both `(rows, longest)`, padded on the left with 0."""
     ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     stacked = pad_sequence(ids, batch_first=True, padding_side="left")
@@ -90,10 +90,10 @@ def stack_left(sequences: Sequence[Sequence[int]], device=None) -> tuple[torch.L
 
 def join_prefixes(
     prefixes: list[tuple[int, ...]],
-    input_ids: torch.LongTensor,
-    attention_mask: torch.LongTensor | None,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     bos_token_id: int | None,
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Put prefixes before contexts, `(rows, tokens)`.
 
@@ -117,7 +117,7 @@ def join_prefixes(
     return torch.cat([prefix_ids, input_ids], dim=1), torch.cat([prefix_mask, context_mask], dim=1)
 
 
-def last_positions(logits_to_keep: int | torch.LongTensor, num_tokens: int, width: int) -> int | torch.LongTensor:
+def last_positions(logits_to_keep: int | torch.Tensor, num_tokens: int, width: int) -> int | torch.Tensor:
     """Return `logits_to_keep`, of the last `num_tokens` tokens, as one of all `width` tokens."""
     if isinstance(logits_to_keep, int):
         return min(logits_to_keep, num_tokens) or num_tokens
@@ -125,8 +125,8 @@ def last_positions(logits_to_keep: int | torch.LongTensor, num_tokens: int, widt
 
 
 def close_up(
-    input_ids: torch.LongTensor, attention_mask: torch.LongTensor, num_tokens: int, kept: int | torch.LongTensor
-) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, num_tokens: int, kept: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Move padding to the left end of each row.
 
