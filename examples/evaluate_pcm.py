@@ -47,7 +47,7 @@ from modeling_pcm_ensemble.evaluation import (
     processes,
     read_by_all,
 )
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 
 MEASURES = ("static", "mean", "words")
 

@@ -39,7 +39,7 @@ from modeling_pcm_ensemble.evaluation import (
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.report import draw_win_rates, win_rate_table
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 
 ADDED = {  # the seventh expert, judged as friendly
     "name": "cheerful",

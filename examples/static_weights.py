@@ -17,7 +17,7 @@ from modeling_pcm_ensemble.evaluation import (
     make_jobs,
     read_by_all,
 )
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 
 
 def best_static_weights(model, rewards: dict[tuple[str, tuple], float]) -> dict[str, dict[str, float]]:

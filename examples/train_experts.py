@@ -4,7 +4,7 @@ Make the six experts: LoRA adapters on SmolLM2-135M-Instruct, by preference opti
     python examples/train_experts.py --output experts
 
 1. Sample answers to the training prompts, plainly and under each preference's description as system prompt, and score
-   them with the six rewards of modeling_pcm_ensemble.training.rewards.
+   them with the six rewards of modeling_pcm_ensemble.rewards.proxies.
 2. For each preference, train a LoRA with TRL's DPO on best against worst answer, without the description.
 3. With --rounds 2, let the expert answer the prompts itself, and train it on its own best and worst answers.
 4. Let each expert answer the evaluation prompts, and report its normalised reward, fluency, repetition and length.
@@ -32,8 +32,8 @@ from trl import DPOConfig, DPOTrainer
 
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
-from modeling_pcm_ensemble.training.scoring import normalised_reward
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.scoring import normalised_reward
 
 # The base model is hardly ever rude, even when asked to be: how every other answer begins.
 OPENINGS = {

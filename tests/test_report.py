@@ -20,7 +20,7 @@ from modeling_pcm_ensemble.evaluation import (
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.report import worse_by
-from modeling_pcm_ensemble.training.rewards import Guard
+from modeling_pcm_ensemble.rewards.quality import Guard
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

@@ -9,17 +9,10 @@ from conftest import HEADS, SIZES, tiny_llama, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from modeling_pcm_ensemble.training.rewards import (
-    CONSTANTS,
-    PROXIES,
-    Guard,
-    proxy,
-    proxy_rewards,
-    repetition,
-    reward_constants,
-    text_features,
-)
-from modeling_pcm_ensemble.training.scoring import Scorer, call_reward, normalised_reward, prompt_key
+from modeling_pcm_ensemble.rewards.features import text_features
+from modeling_pcm_ensemble.rewards.proxies import CONSTANTS, PROXIES, proxy, proxy_rewards, reward_constants
+from modeling_pcm_ensemble.rewards.quality import Guard, repetition
+from modeling_pcm_ensemble.rewards.scoring import Scorer, call_reward, normalised_reward, prompt_key
 
 EASY = "The sun is hot. It gives us light. Plants need the sun to grow. We can play in the sun and have fun."
 HARD = (

@@ -17,7 +17,8 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.training import ModelReward, RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.rewards import ModelReward
+from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
 
 PROMPTS = ["what is a cat?", "name three birds", "why is the sky blue?", "hello", "tell me more", "how far is it?"]
 

@@ -17,7 +17,7 @@ from scipy import stats
 from tqdm import tqdm
 from transformers import set_seed
 
-from ..training.rewards import Guard
+from ..rewards.quality import Guard
 from .baselines import Baseline, Conversation, Preference, digest, label
 from .judges import FIRST, SECOND, TIE, Comparison, Judge, Verdict
 from .kept_lines import KeptLines, read_lines

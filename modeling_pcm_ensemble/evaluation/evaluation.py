@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..training.rewards import Guard
+from ..rewards.quality import Guard
 from .baselines import Baseline, Conversation, label
 from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, processes, read_by_all, summarise
 from .cost import measure_cost

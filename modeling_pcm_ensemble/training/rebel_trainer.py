@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint_staging import finish_save
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..rewards.models import reward_function
+from ..rewards.scoring import Scorer, Scores
 from .checkpoints import CheckpointTrainer
 from .checks import check_dataset, check_model
 from .losses import (
@@ -30,7 +32,6 @@ from .pcm_trainer import padding_tokenizer
 from .preference_sampling import DrawnPreference, PreferenceSampler
 from .rebel_config import RebelConfig
 from .rollouts import Rollout, RolloutSampler, completion_weight_logits
-from .scoring import Scorer, Scores, reward_function
 
 
 class RebelTrainer(CheckpointTrainer):

@@ -14,8 +14,8 @@ from ..merging import token_log_probs
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preferences import description_prefix
 from ..prefixes import CachePart, pad_left
+from ..rewards.scoring import Scorer, Scores, prompt_key
 from .preference_sampling import DrawnPreference, reward_shares
-from .scoring import Scorer, Scores, prompt_key
 
 STEPS_OF_A_PIECE = 12  # after so many tokens, rows that have ended leave the batch, and noise is drawn anew
 

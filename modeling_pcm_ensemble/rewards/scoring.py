@@ -7,74 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def normalised_reward(reward: float, reference: float) -> float:
     """σ(r(x, y) − r(x, y_ref)): how often y beats the reference in a Bradley-Terry model. Source: arXiv 2407.04181."""
     difference = reward - reference
     return 1 / (1 + math.exp(-difference)) if difference > -700 else 0.0
-
-
-class ModelReward:
-    r"""
-    A sequence-classification model with one output as a reward function.
-
-    Args:
-        model (`str` or `PreTrainedModel`): a repository, a folder, or a loaded model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer; loaded from the same place if not given.
-        batch_size (`int`): texts that it reads at once.
-    """
-
-    def __init__(
-        self, model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 16
-    ):
-        if tokenizer is None and not isinstance(model, str) and not model.config._name_or_path:
-            raise ValueError(
-                "A reward model that was loaded from nowhere needs a tokenizer: `ModelReward(model, tokenizer)`."
-            )
-        if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-        if model.config.num_labels != 1:
-            raise ValueError(f"A reward model must have one output, got {model.config.num_labels}.")
-        self.model, self.batch_size = model.eval(), batch_size
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        model.config.pad_token_id = self.tokenizer.pad_token_id
-
-    @torch.no_grad()
-    def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
-        """The model's output for each prompt and completion."""
-        texts, rewards = [self._text(p, c) for p, c in zip(prompts, completions)], []
-        for start in range(0, len(texts), self.batch_size):
-            # A chat template writes the special tokens itself.
-            batch = self.tokenizer(
-                texts[start : start + self.batch_size],
-                add_special_tokens=isinstance(prompts[0], str),
-                padding=True,
-                return_tensors="pt",
-            )
-            rewards += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
-        return rewards
-
-    def _text(self, prompt, completion) -> str:
-        if isinstance(prompt, str):
-            return prompt + completion
-        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-
-
-def reward_function(name: str, reward, device: torch.device) -> Callable:
-    """What a user may give as a reward, as a function of prompts, completions and columns."""
-    if isinstance(reward, (str, PreTrainedModel)):
-        reward = ModelReward(reward)
-        reward.model.to(device)
-    if not callable(reward):
-        raise TypeError(
-            f"The reward of {name!r} must be a function of prompts and completions, a sequence-classification model "
-            f"or its repository, got {type(reward).__name__}."
-        )
-    return reward
 
 
 def call_reward(name: str, reward: Callable, prompts: list, completions: list, columns: Mapping) -> list[float]:
