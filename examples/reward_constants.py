@@ -19,7 +19,7 @@ from transformers import set_seed
 from modeling_pcm_ensemble.checkpoint_staging import write_text
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_constants
 from modeling_pcm_ensemble.rewards.proxies import reward_constants
-from modeling_pcm_ensemble.rewards.quality import Guard
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 
 def main():
@@ -39,7 +39,7 @@ def main():
     completions = [line["completion"] for line in lines]
     held_out = held_out_constants(completions)
     write_text(arguments.held_out, json.dumps(held_out, indent=2) + "\n")
-    constants = reward_constants(Guard(model, tokenizer), prompts, completions)
+    constants = reward_constants(TextQuality(model, tokenizer), prompts, completions)
     write_text(arguments.output, json.dumps(constants, indent=2) + "\n")
 
 

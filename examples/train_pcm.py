@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
@@ -165,8 +166,8 @@ def main():
     base, tokenizer = base_model()
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)
-    # Of all seeds: what its guard has read, it remembers
-    rewards = proxy_rewards(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256)
+    # Of all seeds: what has been measured is kept
+    rewards = proxy_rewards(TextQuality(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256))
     folders = [train(Dataset.from_list(rows), rewards, seed, arguments) for seed in arguments.seeds]
     histories = [json.loads((folder / "history.json").read_text()) for folder in folders]
     draw_curves(histories, arguments.output / "curves.png")

@@ -49,11 +49,12 @@ def text_features(text: str) -> dict[str, float]:
     """Compute the features in the table above for one completion."""
     words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
     sentences = [s for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()] or [""]
+
     frequency = {word: zipf_frequency(word, "en") for word in set(words)}
     content = [word for word in words if frequency[word] < 6 and not word.isdigit()]
     num_words = max(len(words), 1)
 
-    def listed(lexicon: frozenset) -> int:
+    def listed(lexicon: frozenset[str]) -> int:
         return sum(word.replace("’", "'") in lexicon for word in words)
 
     return {

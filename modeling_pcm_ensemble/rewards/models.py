@@ -13,7 +13,10 @@ class ModelReward:
     Args:
         model (`str` or `PreTrainedModel`): a repository, a folder, or a loaded model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer; loaded from the same place if not given.
-        batch_size (`int`): texts that it reads at once.
+        batch_size (`int`, defaults to 16): texts that it reads at once.
+
+    Raises:
+        ValueError: if the model has another number of outputs, or was loaded from nowhere and there is no tokenizer.
     """
 
     def __init__(
@@ -27,7 +30,9 @@ class ModelReward:
             model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
         if model.config.num_labels != 1:
             raise ValueError(f"A reward model must have one output, got {model.config.num_labels}.")
-        self.model, self.batch_size = model.eval(), batch_size
+
+        self.model = model.eval()
+        self.batch_size = batch_size
         self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -35,17 +40,19 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
-        """The model's output for each prompt and completion."""
-        texts, rewards = [self._text(p, c) for p, c in zip(prompts, completions)], []
+        """Return the model's output for each prompt and completion."""
+        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions)]
+
+        rewards: list[float] = []
         for start in range(0, len(texts), self.batch_size):
-            # A chat template writes the special tokens itself.
             batch = self.tokenizer(
                 texts[start : start + self.batch_size],
-                add_special_tokens=isinstance(prompts[0], str),
+                add_special_tokens=isinstance(prompts[0], str),  # a chat template writes them itself
                 padding=True,
                 return_tensors="pt",
-            )
-            rewards += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+            ).to(self.model.device)
+            logits = self.model(**batch).logits  # (batch, 1)
+            rewards += logits[:, 0].float().tolist()
         return rewards
 
     def _text(self, prompt, completion) -> str:
@@ -55,7 +62,17 @@ class ModelReward:
 
 
 def reward_function(name: str, reward, device: torch.device) -> Callable:
-    """What a user may give as a reward, as a function of prompts, completions and columns."""
+    """
+    Return what a user may give as an expert's reward as a function of prompts, completions and columns.
+
+    Args:
+        name (`str`): the expert's, for the message.
+        reward (`Callable`, `PreTrainedModel` or `str`): a function, or a sequence-classification model or repository.
+        device (`torch.device`): where a model is moved to.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
     if isinstance(reward, (str, PreTrainedModel)):
         reward = ModelReward(reward)
         reward.model.to(device)
