@@ -54,7 +54,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         eta=arguments.eta,
         exploration=arguments.exploration,
         max_completion_length=arguments.tokens,
-        rollout_batch_size=64 if DEVICE == "cpu" else 768,
+        generation_batch_size=64 if DEVICE == "cpu" else 768,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         logging_steps=1,
@@ -65,7 +65,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
     # Pairs in one of three: what rewards teach of three experts would else carry over to two by chance.
     sets = 3 * default_preference_sets(model.config)
     sets += [names for names in default_preference_sets(model.config, whole=False) if len(names) == 2]
-    return RebelTrainer(model, config, rewards, dataset, processing_class=model.tokenizer, preference_sets=sets)
+    return RebelTrainer(model, rewards, config, dataset, processing_class=model.tokenizer, preference_sets=sets)
 
 
 def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: int):
@@ -119,8 +119,8 @@ def draw_curves(histories: list[list[dict]], path: Path, window: int = 8):
     """Reward of what was sampled, explored or not, by dimension, and α's entropy: means of all seeds, smoothed."""
     panels = {
         "sampled answers against the base model (0.5 = equal)": {"reward": "reward", "win_share": "won comparisons"},
-        "reward by dimension": {f"reward of {name}": name for name in demo.PREFERENCES},
-        "nats a token": {"entropy": "entropy of α"},
+        "reward by dimension": {f"rewards/{name}/mean": name for name in demo.PREFERENCES},
+        "nats a token": {"expert_weight_entropy": "entropy of α"},
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items()):

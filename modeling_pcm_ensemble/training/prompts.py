@@ -1,0 +1,55 @@
+"""How prompts, preferences and answers are written: as text, as conversations, as tokens."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..configuration_pcm_ensemble import PCMEnsembleConfig
+from ..preference import description_of
+from ..prefixes import pad_left
+from .preference_sampling import ToldPreference
+
+
+def with_words(prompt, told: ToldPreference, config: PCMEnsembleConfig, tokenizer: PreTrainedTokenizerBase):
+    """Return a prompt as experts and PCM get it: with the preference in it where that is how it is told."""
+    if told.way != "system":
+        return prompt
+
+    wanted = [expert["description_ids"] for expert in config.experts if expert["name"] in told.preference.weights]
+    text = " ".join(tokenizer.decode(ids).strip() for ids in wanted)
+    if isinstance(prompt, str):
+        return f"{text}\n\n{prompt}"
+    if prompt[0]["role"] == "system":
+        return [{"role": "system", "content": f"{prompt[0]['content']}\n{text}"}, *prompt[1:]]
+    return [{"role": "system", "content": text}, *prompt]
+
+
+def descriptions(configs: list[PCMEnsembleConfig], told: list[ToldPreference]) -> torch.Tensor:
+    """
+    Return what the PCM reads before each row's prompt, `(rows, tokens)`, padded on the left with -1: the descriptions
+    of the wanted experts, as the row's config has them, unless they stand in the prompt.
+    """
+    rows = [
+        [] if wish.way == "system" else list(description_of(config, wish.preference))
+        for config, wish in zip(configs, told)
+    ]
+    prefix_ids = pad_left(rows)
+    return torch.full((len(rows), 1), -1) if prefix_ids is None else prefix_ids
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> list[list[int]]:
+    """Return the tokens of each prompt: of a text as it is, of a conversation with the opening of an answer."""
+    return [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def as_completions(rows: list[dict], texts: list[str]) -> list:
+    """Return answers as rewards get them: texts, or conversations where the prompts are."""
+    return [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, texts)
+    ]
