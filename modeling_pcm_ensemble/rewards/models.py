@@ -1,6 +1,7 @@
 """Sequence-classification models as reward functions."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,16 +28,18 @@ class ModelReward:
                 "A reward model that was loaded from nowhere needs a tokenizer: `ModelReward(model, tokenizer)`."
             )
         if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-        if model.config.num_labels != 1:
-            raise ValueError(f"A reward model must have one output, got {model.config.num_labels}.")
+            loaded = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+        else:
+            loaded = model
+        if loaded.config.num_labels != 1:
+            raise ValueError(f"A reward model must have one output, got {loaded.config.num_labels}.")
 
-        self.model = model.eval()
+        self.model = loaded.eval()
         self.batch_size = batch_size
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(loaded.config._name_or_path)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        loaded.config.pad_token_id = self.tokenizer.pad_token_id
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
@@ -58,7 +61,7 @@ class ModelReward:
     def _text(self, prompt, completion) -> str:
         if isinstance(prompt, str):
             return prompt + completion
-        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        return cast(str, self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
 
 
 def reward_function(name: str, reward, device: torch.device) -> Callable:

@@ -4,10 +4,11 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm import tqdm
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..prefixes import pad_left
 
@@ -133,7 +134,8 @@ class TextQuality:
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt, given as JSON, with the opening of an answer."""
         messages = json.loads(prompt)
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return cast(BatchEncoding, encoded)["input_ids"]
 
     def _completion_ids(self, completion: str) -> list[int]:
         """Return a completion's tokens; an empty one is an end token."""
@@ -141,8 +143,8 @@ class TextQuality:
 
     def _read(self, sequences: list[list[int]]) -> tuple[Cache, torch.Tensor]:
         """Return keys and values of the base model, and the mask of what it read, `(sequences, tokens)`."""
-        ids = pad_left(sequences, self.model.device)
-        mask = (ids >= 0).long()
+        ids = cast(torch.Tensor, pad_left(sequences, self.model.device))  # None of empty sequences alone
+        mask = ids.ge(0).long()
         output = self.model.base_model(
             input_ids=ids.clamp(min=0),
             attention_mask=mask,

@@ -6,6 +6,7 @@ from collections import defaultdict
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..checkpoint_staging import STAGING, finish_save, staged_folder
+from ..rewards.scoring import Scorer
 from .pcm_trainer import PCMTrainer, own_settings
+from .preference_sampling import PreferenceSampler
 from .rebel_config import RebelConfig
 from .rollouts import Rollout
 
@@ -28,6 +31,10 @@ EXPERT_FACTS = ("name", "backbone", "dimension", "prompt_ids", "description_ids"
 class CheckpointTrainer(PCMTrainer):
     """The part of [`RebelTrainer`] that saves and resumes."""
 
+    args: RebelConfig
+    train_dataset: Any
+    preferences: PreferenceSampler
+    scorer: Scorer
     _rollout: Rollout | None = None
     _micro_batches_done = 0
     _micro_batches_saved = 0  # how many the last checkpoint has
@@ -37,11 +44,15 @@ class CheckpointTrainer(PCMTrainer):
     def _pcm(self):
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         """Write what a checkpoint keeps of the ensemble: what learns."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self._output_dir
         folder.mkdir(parents=True, exist_ok=True)
         learnt = {name: weight.detach() for name, weight in self._pcm.named_parameters() if weight.requires_grad}
         save_file(learnt, folder / WEIGHTS_FILE)
@@ -59,7 +70,7 @@ class CheckpointTrainer(PCMTrainer):
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint beside its place, and move it there when it is whole."""
         with ExitStack() as staged:
-            self._staging = Path(self.args.output_dir) / STAGING
+            self._staging = self._output_dir / STAGING
             staged.callback(setattr, self, "_staging", None)
             if self.args.should_save:
                 staged.enter_context(staged_folder(self.args.output_dir))
@@ -77,7 +88,7 @@ class CheckpointTrainer(PCMTrainer):
     def _write_checkpoint(self, model, trial, staging: Path):
         """Write a checkpoint to the staging folder, every process its part."""
         self.accelerator.wait_for_everyone()
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        final = self._output_dir / f"checkpoint-{self.state.global_step}"
         folder = staging / final.name
         folder.mkdir(parents=True, exist_ok=True)
 

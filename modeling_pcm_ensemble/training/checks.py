@@ -54,7 +54,7 @@ def check_arguments(model: PCMEnsembleForCausalLM, reward_funcs, args):
             f"`reference_backbone` is {args.reference_backbone}, but there are {len(model.backbones)} backbones."
         )
 
-    pcm_settings = model.config.pcm.to_dict()
+    pcm_settings = model.config.sub_config_items()["pcm"].to_dict()
     dropout = {name: rate for name, rate in pcm_settings.items() if "dropout" in name or "pdrop" in name}
     if args.gradient_checkpointing and any(dropout.values()):
         raise ValueError(
@@ -169,8 +169,9 @@ def check_lengths(
         getattr(part.get_text_config(), "max_position_embeddings", None) or UNLIMITED
         for part in config.sub_config_items().values()
     )
-    descriptions = sum(len(expert["description_ids"]) for expert in config.experts)
-    prefix = descriptions + max(len(expert["prompt_ids"]) for expert in config.experts)
+    experts = config.experts or []
+    descriptions = sum(len(expert["description_ids"]) for expert in experts)
+    prefix = descriptions + max(len(expert["prompt_ids"]) for expert in experts)
     told = ToldPreference(Preference(dict.fromkeys(config.expert_names, 1.0)), "system" if in_words else "weights")
 
     for row, (prompt, completion) in enumerate(zip(dataset["prompt"], completions)):

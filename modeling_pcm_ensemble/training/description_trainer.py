@@ -4,7 +4,9 @@ import copy
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import cast
 
+import numpy as np
 import torch
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
@@ -96,7 +98,7 @@ class DescriptionTrainer(PCMTrainer):
         paraphrases = paraphrases or {}
         _check_paraphrases(paraphrases, model.config.expert_names)
         self.wordings: list[list[list[int]]] = []  # of each expert, as tokens
-        for expert in model.config.experts:
+        for expert in model.config.experts or []:
             others = [encode_description(tokenizer, text) for text in paraphrases.get(expert["name"], ())]
             self.wordings.append([expert["description_ids"], *others])
 
@@ -115,12 +117,14 @@ class DescriptionTrainer(PCMTrainer):
             optimizers=optimizers,
             compute_metrics=_described_share,
         )
+        self._tokenizer = tokenizer
         self._before = copy.deepcopy(model.pcm).eval()
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
     # What a row is told, and what α should be then
 
-    def _prepare_inputs(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
+    def _prepare_inputs(self, inputs) -> dict[str, torch.Tensor]:
+        """Tell each of a batch's rows a preference."""
         return self._told(inputs, [self._generator] * len(inputs))
 
     def _told(self, rows: list[dict], generators: list[random.Random]) -> dict[str, torch.Tensor]:
@@ -147,19 +151,19 @@ class DescriptionTrainer(PCMTrainer):
         self, rows: list[dict], told: list[ToldPreference], configs: list[PCMEnsembleConfig]
     ) -> dict[str, torch.Tensor]:
         """Return what [`completion_weight_logits`] takes; each row has its descriptions from its own config."""
-        tokenizer = self.processing_class
+        tokenizer = self._tokenizer
         prompts = [
             with_words(row["prompt"], wish, config, tokenizer) for row, wish, config in zip(rows, told, configs)
         ]
-        prompt_ids = pad_left(tokenize(tokenizer, prompts))  # (rows, prompt tokens)
+        prompt_ids = _padded(tokenize(tokenizer, prompts))  # (rows, prompt tokens)
         completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in rows]
-        completion_ids = pad_left([ids[::-1] for ids in completions]).flip(1)  # (rows, seq), padded on the right
+        completion_ids = _padded([ids[::-1] for ids in completions]).flip(1)  # (rows, seq), padded on the right
 
         tensors = {
             "prompt_ids": prompt_ids.clamp(min=0),
-            "prompt_mask": (prompt_ids >= 0).long(),
+            "prompt_mask": prompt_ids.ge(0).long(),
             "completion_ids": completion_ids.clamp(min=0),
-            "completion_mask": (completion_ids >= 0).long(),
+            "completion_mask": completion_ids.ge(0).long(),
             "prefix_ids": descriptions(configs, told),
         }
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
@@ -192,7 +196,7 @@ class DescriptionTrainer(PCMTrainer):
         with self._training_metrics_held():
             return super().evaluate(*args, **kwargs)
 
-    def prediction_step(self, model, inputs: list[dict], prediction_loss_only: bool, ignore_keys=None):
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
         """Return a batch's loss, each row's mean described share, and its number of tokens."""
         # A row's own generator: it is told the same whatever was drawn before, and on whichever process.
         generators = [random.Random(f"{self.args.seed} {row}") for row in inputs]
@@ -208,8 +212,12 @@ class DescriptionTrainer(PCMTrainer):
 
 def _described_share(prediction: EvalPrediction) -> dict[str, float]:
     """Return the mean over all tokens, from means of rows and their numbers of tokens."""
-    shares, tokens = prediction.predictions, prediction.label_ids
+    shares, tokens = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     return {"described_share": float((shares * tokens).sum() / tokens.sum())}
+
+
+def _padded(rows: list[list[int]]) -> torch.Tensor:
+    return cast(torch.Tensor, pad_left(rows))  # None of empty rows alone, which are refused
 
 
 def _check_paraphrases(paraphrases: Mapping, names: list[str]):
@@ -223,7 +231,7 @@ def _check_paraphrases(paraphrases: Mapping, names: list[str]):
 def _worded(config: PCMEnsembleConfig, description_ids: list[list[int]]) -> PCMEnsembleConfig:
     """Return a config with other wordings of its descriptions."""
     config = copy.copy(config)
-    config.experts = [expert | {"description_ids": ids} for expert, ids in zip(config.experts, description_ids)]
+    config.experts = [expert | {"description_ids": ids} for expert, ids in zip(config.experts or [], description_ids)]
     return config
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -42,6 +43,11 @@ def padding_tokenizer(
     return tokenizer
 
 
+def _rows(rows: list) -> Any:
+    """Return a batch as it is."""
+    return rows
+
+
 class PCMTrainer(Trainer):
     r"""
     Trains `ensemble.pcm`, in float32 if it was in less, and leaves the rest of the ensemble as it was. `self.model` is
@@ -60,13 +66,14 @@ class PCMTrainer(Trainer):
     def __init__(
         self, ensemble: PCMEnsembleForCausalLM, args: TrainingArguments, train_embeddings: bool = False, **options
     ):
-        self.ensemble = ensemble.to(args.device)
+        self.ensemble = ensemble
+        ensemble.to(args.device)  # type: ignore[arg-type]  # its decorator hides the signature
         if ensemble.pcm.dtype in (torch.float16, torch.bfloat16):
             ensemble.pcm.float()  # small updates vanish in half precision
         ensemble.pcm.body.get_input_embeddings().requires_grad_(train_embeddings)
 
         use_cache = ensemble.config.use_cache
-        super().__init__(model=ensemble.pcm, args=args, data_collator=lambda rows: rows, **options)
+        super().__init__(model=ensemble.pcm, args=args, data_collator=_rows, **options)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("A PCM's trainer shards nothing: it is small. Launch without FSDP and DeepSpeed.")
         ensemble.config.use_cache = use_cache  # the ensemble's own, which the trainer takes for the PCM's
@@ -88,7 +95,7 @@ class PCMTrainer(Trainer):
         """Write the ensemble, in the experts' dtype, and what a model card says of the training."""
         if not self.args.should_save:
             return
-        folder = output_dir or self.args.output_dir
+        folder = str(output_dir or self.args.output_dir)
         check_no_adapter(folder)
 
         pcm = self.ensemble.pcm

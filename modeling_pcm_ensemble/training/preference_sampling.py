@@ -51,7 +51,7 @@ def default_preference_sets(config: PCMEnsembleConfig, whole: bool = True) -> li
         ValueError: if an expert has no `dimension`.
     """
     dimensions: dict[str, list[str | None]] = {}
-    for expert in config.experts:
+    for expert in config.experts or []:
         if expert["dimension"] is None:
             raise ValueError(
                 f"Expert {expert['name']!r} has no `dimension`, so preferences cannot be combined from dimensions. "

@@ -1,7 +1,9 @@
 """How prompts, preferences and answers are written: as text, as conversations, as tokens."""
 
+from typing import cast
+
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..preference import description_of
@@ -14,8 +16,8 @@ def with_words(prompt, told: ToldPreference, config: PCMEnsembleConfig, tokenize
     if told.way != "system":
         return prompt
 
-    wanted = [expert["description_ids"] for expert in config.experts if expert["name"] in told.preference.weights]
-    text = " ".join(tokenizer.decode(ids).strip() for ids in wanted)
+    wanted = [expert for expert in config.experts or [] if expert["name"] in told.preference.weights]
+    text = " ".join(cast(str, tokenizer.decode(expert["description_ids"])).strip() for expert in wanted)
     if isinstance(prompt, str):
         return f"{text}\n\n{prompt}"
     if prompt[0]["role"] == "system":
@@ -44,7 +46,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> list[list[int
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return cast(BatchEncoding, encoded)["input_ids"]
 
 
 def as_completions(rows: list[dict], texts: list[str]) -> list:

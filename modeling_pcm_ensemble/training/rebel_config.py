@@ -1,6 +1,7 @@
 """Settings of [`RebelTrainer`], named as TRL names them where TRL has the same thing."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import TrainingArguments
 
@@ -150,5 +151,9 @@ class RebelConfig(TrainingArguments):
             )
 
     @property
+    def micro_batches_per_iteration(self) -> int:
+        return cast(int, self.steps_per_generation)  # `__post_init__` has set it
+
+    @property
     def micro_batches_per_rollout(self) -> int:
-        return self.steps_per_generation * self.num_iterations
+        return self.micro_batches_per_iteration * self.num_iterations

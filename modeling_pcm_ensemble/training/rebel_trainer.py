@@ -4,7 +4,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -120,13 +120,14 @@ class RebelTrainer(CheckpointTrainer):
     @property
     def _prompts_per_rollout(self) -> int:
         """How many prompts each process answers."""
-        completions = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        completions = self.args.per_device_train_batch_size * self.args.micro_batches_per_iteration
         return completions // self.args.num_generations
 
     def get_train_dataloader(self) -> DataLoader:
         """Return as many items as an epoch has micro-batches."""
         rollouts = max(len(self.train_dataset) // (self._prompts_per_rollout * self.args.world_size), 1)
-        return DataLoader(range(rollouts * self.args.micro_batches_per_rollout), collate_fn=lambda items: items)
+        items: Any = range(rollouts * self.args.micro_batches_per_rollout)
+        return DataLoader(items, collate_fn=lambda items: items)
 
     def _rows_of_rollout(self, number: int) -> list[dict]:
         """Return this process's rows of the dataset, from shuffled passes through it."""
@@ -149,10 +150,10 @@ class RebelTrainer(CheckpointTrainer):
         rollout = cast(Rollout, self._rollout)  # a later step has its first one's, or a checkpoint's
 
         # Each iteration goes through all groups, in an order of its own.
-        iteration, micro_batch = divmod(step, self.args.steps_per_generation)
+        iteration, micro_batch = divmod(step, self.args.micro_batches_per_iteration)
         shuffle = torch.Generator().manual_seed(self._seed(number, iteration))
         order = torch.randperm(self._prompts_per_rollout, generator=shuffle)
-        groups = order.chunk(self.args.steps_per_generation)[micro_batch]
+        groups = order.chunk(self.args.micro_batches_per_iteration)[micro_batch]
 
         within = torch.arange(self.args.num_generations)
         index = (groups[:, None] * self.args.num_generations + within).flatten()  # (rows of the micro-batch,)
@@ -204,13 +205,13 @@ class RebelTrainer(CheckpointTrainer):
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prefix_ids")
         return completion_weight_logits(pcm, **{name: getattr(rollout, name) for name in names})
 
-    def compute_loss(self, model, inputs: Rollout, return_outputs: bool = False, num_items_in_batch=None):
-        """Return the loss of a micro-batch of whole groups."""
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """Return the loss of a micro-batch of whole groups, a [`Rollout`]."""
         expert_weight_logits = self._expert_weight_logits(model, inputs)
         log_weights = log_expert_weights(expert_weight_logits, inputs.weights.log())  # (rows, seq, experts)
         log_probs = mixture_token_log_probs(log_weights, inputs.expert_log_probs)  # (rows, seq)
         log_ratios = (log_probs - inputs.old_log_probs) * inputs.completion_mask
-        loss = self._policy_loss(log_ratios, inputs)
+        loss = self._policy_loss(log_ratios, inputs.rewards, inputs.completion_mask)
 
         # h = 0 is an untrained PCM's: α follows the user's weights alone.
         initial = log_expert_weights(torch.zeros_like(expert_weight_logits), inputs.weights.log())
@@ -229,20 +230,22 @@ class RebelTrainer(CheckpointTrainer):
             self._note({"log_ratio": log_ratios.sum(dim=1).abs().mean().item()})
         return (loss, log_weights) if return_outputs else loss
 
-    def _policy_loss(self, log_ratios: torch.Tensor, inputs: Rollout) -> torch.Tensor:
-        """Compute the loss without penalties from the log-ratio of each token, `(rows, seq)`."""
+    def _policy_loss(self, log_ratios: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """
+        Compute the loss without penalties, from the log-ratio of each token, `(rows, seq)`, and each row's reward,
+        `(rows,)`.
+        """
         args, groups = self.args, (-1, self.args.num_generations)
-        rewards = inputs.rewards.view(groups)
+        rewards = rewards.view(groups)  # (prompts, completions)
         if args.loss_type == "rebel":
             return rebel_loss(log_ratios.sum(dim=1).view(groups), rewards, args.eta)
 
         advantages = leave_one_out(rewards).flatten()  # (rows,)
         if args.loss_type == "ppo":
-            mask = inputs.completion_mask
             return ppo_loss(log_ratios, advantages, mask, args.epsilon, args.max_completion_length)
         return rloo_loss(log_ratios.sum(dim=1), advantages)
 
-    def _prepare_inputs(self, inputs) -> Rollout:
+    def _prepare_inputs(self, inputs) -> Any:
         return inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from ..merging import token_log_probs
+from ..merging import ExpertLogits, token_log_probs
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..prefixes import CachePart
 from .token_sampling import generate_from, is_end, written_tokens
@@ -46,7 +47,7 @@ class Rollout:
     def rows(self, index: torch.Tensor | slice) -> "Rollout":
         """Return some rows."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        chosen = {name: None if value is None else value[index] for name, value in values.items()}
+        chosen: dict[str, Any] = {name: value if value is None else value[index] for name, value in values.items()}
         return Rollout(**chosen)
 
     def __len__(self) -> int:
@@ -89,7 +90,7 @@ class ExpertRecorder:
     def __init__(self, model: PCMEnsembleForCausalLM):
         self.model = model
         self.columns: list[torch.Tensor] = []  # each (rows, 1, experts)
-        self.logits: torch.Tensor | None = None  # of the token that the next forward will read
+        self.logits: list[ExpertLogits] = []  # of the token that the next forward will read
 
     def __enter__(self) -> "ExpertRecorder":
         self.handle = self.model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -99,18 +100,18 @@ class ExpertRecorder:
         self.handle.remove()
 
     def _after_forward(self, module, args, kwargs, output):
-        if self.logits is not None:
+        if self.logits:
             self._read(kwargs["input_ids"])
         self.logits = output.expert_logits
 
-    def _read(self, token_ids: torch.Tensor):
+    def _read(self, token_ids: torch.LongTensor):
         config = self.model.config
         self.columns.append(token_log_probs(self.logits, token_ids, config.num_experts, config.expert_top_k))
 
-    def expert_log_probs(self, last_token_ids: torch.Tensor) -> torch.Tensor:
+    def expert_log_probs(self, last_token_ids: torch.LongTensor) -> torch.Tensor:
         """Return `(rows, new tokens, experts)`. `last_token_ids`, `(rows, 1)`, are those that no forward has read."""
         self._read(last_token_ids)
-        self.logits = None
+        self.logits = []
         return torch.cat(self.columns, dim=1)
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
@@ -50,7 +51,7 @@ def generate_from(model: PreTrainedModel, config: GenerationConfig, **inputs):
     `bad_words_ids`, or `max_time`) has a value that says "none". So a shallow copy generates, which shares weights,
     modules and hooks with `model`, and has `config` as its own.
     """
-    view = copy.copy(model)
+    view: Any = copy.copy(model)
     view.generation_config = config
     return view.generate(**inputs, logits_processor=[TokenSampler()])
 
