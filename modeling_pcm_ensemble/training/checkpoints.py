@@ -118,10 +118,10 @@ class CheckpointTrainer(PCMTrainer):
     def _settings(self) -> dict:
         """Return what must be the same for a run to go on as it began."""
         config = self.ensemble.config
-        pcm = config.pcm.to_diff_dict()
+        pcm = config.sub_config_items()["pcm"].to_diff_dict()
 
         settings = {name: getattr(self.args, name) for name in sorted(SETTINGS)} | {
-            "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts],
+            "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts or []],
             "expert_top_k": config.expert_top_k,
             "preference sets": [wish.label for wish in self.preferences.sets],
             "prompts": len(self.train_dataset),

@@ -75,6 +75,7 @@ def check_columns(dataset, name: str, *columns: str):
         raise TypeError(
             f"`{name}` must be a datasets.Dataset, say `Dataset.from_list(rows)`, got {type(dataset).__name__}."
         )
+
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise ValueError(
             f"`{name}` needs {' and '.join(f'`{column}`' for column in columns)}, lacks {', '.join(missing)}; its "

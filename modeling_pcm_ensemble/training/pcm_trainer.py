@@ -99,7 +99,9 @@ class PCMTrainer(Trainer):
         check_no_adapter(folder)
 
         pcm = self.ensemble.pcm
-        self.ensemble.pcm = copy.deepcopy(pcm).to(self.ensemble.backbones[0].dtype)
+        saved = copy.deepcopy(pcm)
+        saved.to(self.ensemble.backbones[0].dtype)  # type: ignore[arg-type]  # as above
+        self.ensemble.pcm = saved
         try:
             with staged_folder(folder) as staging:
                 self.ensemble.save_pretrained(staging)

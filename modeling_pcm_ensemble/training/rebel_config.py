@@ -128,6 +128,7 @@ class RebelConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")
+
         for name in ("beta", "entropy_coef", "description_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be below 0, got {getattr(self, name)}.")
@@ -138,11 +139,13 @@ class RebelConfig(TrainingArguments):
     def _check_batches(self):
         if self.num_generations < 2:
             raise ValueError(f"`num_generations` must be at least 2, to compare, got {self.num_generations}.")
+
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 "`per_device_train_batch_size` must be a multiple of `num_generations`, so that a prompt's "
                 f"completions stay together, got {self.per_device_train_batch_size} and {self.num_generations}."
             )
+
         if self.micro_batches_per_rollout % self.gradient_accumulation_steps:
             raise ValueError(
                 "`steps_per_generation * num_iterations` must be a multiple of `gradient_accumulation_steps`, so that "

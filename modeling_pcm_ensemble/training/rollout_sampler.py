@@ -68,11 +68,13 @@ class RolloutSampler:
         config, names = self.model.config, self.model.config.expert_names
         prompts = [with_words(row["prompt"], wish, config, self.tokenizer) for row, wish in zip(rows, told)]
         inputs = self._inputs(prompts)
+        weights = preference_weights([wish.active(names) for wish in told], names, len(told))  # (rows, experts)
+
         return sample_rollout(
             self.model,
             inputs["input_ids"],
             inputs["attention_mask"],
-            preference_weights([wish.active(names) for wish in told], names, len(told)),
+            weights,
             descriptions([config] * len(told), told),
             self.generation_config,
             exploration,
