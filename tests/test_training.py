@@ -3,12 +3,8 @@
 import copy
 import math
 import os
-import pickle
-import random
 import subprocess
 import sys
-from collections import Counter
-from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -18,7 +14,7 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, preference_weights
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.rewards import ModelReward
 from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
 
@@ -333,68 +329,6 @@ def test_a_trained_ensemble_is_saved_in_the_experts_dtype_and_loads(tmp_path):
     assert trainer.model.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"rewards": {"e0": REWARDS["e0"]}}, "`reward_funcs` lacks a reward for e1, e2"),
-        ({"rewards": REWARDS | {"e0": 3}}, "The reward of 'e0' must be a function"),
-        ({"prompts": []}, "`train_dataset` is empty"),
-        ({"prompts": ["hi", ""]}, "Row 1 of `train_dataset`: `prompt` must be a text or a conversation, got ''"),
-        ({"prompts": ["hi", None]}, "Row 1 of `train_dataset`: `prompt` must be a text or a conversation, got None"),
-        ({"prompts": ["hi", "x" * 60]}, "Row 1 of `train_dataset` has a prompt of 60 tokens"),
-        ({"columns": {"preference": ["e0"] * 5 + ["e9"]}}, "Row 5 of `train_dataset`: .*unknown expert 'e9'"),
-        ({"preference_sets": []}, "`preference_sets` is empty"),
-        ({"num_generations": 1, "per_device_train_batch_size": 4}, "`num_generations` must be at least 2"),
-        ({"num_generations": 4}, "must be a multiple of `num_generations`"),
-        ({"loss_type": "dpo"}, "`loss_type` must be one of rebel, ppo, rloo, got 'dpo'"),
-        ({"eta": 0.0}, "`eta` must be above 0"),
-        ({"eta": float("nan")}, "`eta` must be above 0, got nan"),
-        ({"beta": float("nan")}, "`beta` must not be below 0, got nan"),
-        ({"generation_batch_size": -1}, "`generation_batch_size` must be above 0"),
-        ({"exploration": float("nan")}, "`exploration` must be between 0 and 10"),
-        ({"exploration": 1.0, "loss_type": "ppo"}, "`exploration` needs `loss_type` 'rebel'"),
-        ({"exploration": 1.0, "beta": 0.1}, "`exploration` needs .* `beta` 0"),
-        ({"text_only_fraction": 1.5}, "`text_only_fraction` must be between 0 and 1"),
-        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "must be a multiple of `gradient_accumul"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_cannot_be_trained_is_refused_before_anything_runs(options, words, tmp_path):
-    with pytest.raises((TypeError, ValueError), match=words):
-        make_trainer(tmp_path, **options)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("clip", "epsilon"),
-        ("kl_coef", "beta"),
-        ("rollout_batch_size", "generation_batch_size"),
-        ("preference_weights", "weight_distribution"),
-    ],
-)
-def test_a_setting_that_was_renamed_is_refused_with_its_new_name(old, new):
-    with pytest.raises(TypeError, match=f"`{old}` of RebelConfig is called `{new}` now"):
-        RebelConfig("rebel", **{old: 1})
-    assert hasattr(RebelConfig, new)
-
-
-def test_settings_may_be_copied(tmp_path):
-    config = RebelConfig(str(tmp_path), epsilon=0.3)
-    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
-
-
-def test_the_order_of_arguments_is_trls(tmp_path):
-    assert list(signature(RebelTrainer).parameters)[:6] == [
-        "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class",
-    ]  # fmt: skip
-    config, dataset = RebelConfig(str(tmp_path)), Dataset.from_dict({"prompt": PROMPTS})
-    with pytest.raises(TypeError, match=r"is a RebelConfig. The order is RebelTrainer\(model, reward_funcs, args"):
-        RebelTrainer(tiny_ensemble(), config, REWARDS, dataset)
-    with pytest.raises(TypeError, match="`reward_funcs` must map the experts' names to rewards, got function"):
-        RebelTrainer(tiny_ensemble(), REWARDS["e0"], config, dataset)
-
-
 @pytest.mark.parametrize("merge", ["logits", "adapters"])
 def test_only_mixtures_of_probabilities_are_trained(merge, tmp_path):
     model = tiny_ensemble()
@@ -446,25 +380,6 @@ def test_preferences_of_the_dataset_need_no_dimensions_and_may_be_missing(tmp_pa
     assert set(trainer.evaluate()) >= {"eval_reward/e0", "eval_reward/e0=1+e2=0.5"}
     with pytest.raises(ValueError, match="has no `dimension`"):
         make_trainer(tmp_path, model, rewards, columns={"preference": [{"e0": 1.0}] * 5 + [None]})
-
-
-def test_weights_are_drawn_from_all_mixtures_of_a_set(tmp_path):
-    sampler = make_trainer(tmp_path, weight_distribution="dirichlet").preferences
-    generator = random.Random(0)
-    drawn = [sampler.draw(generator) for _ in range(2000)]
-    weights = preference_weights([told.preference for told in drawn], sampler.names, 2000)
-    assert {told.label for told in drawn} == {told.label for told in sampler.sets}
-    assert_close(weights.sum(dim=1), torch.full((2000,), 2.0), atol=1e-4, rtol=0)
-    shares = weights[weights[:, 0] > 0][:, 0] / 2  # uniform between 0 and 1
-    assert_close(shares.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([0.25, 0.5, 0.75]), atol=0.05, rtol=0)
-
-
-def test_a_share_of_preferences_is_told_in_words_half_of_it_as_a_system_message(tmp_path):
-    sampler = make_trainer(tmp_path, text_only_fraction=0.4).preferences
-    generator = random.Random(0)
-    told = Counter(sampler.draw(generator).way for _ in range(4000))
-    for way, share in (("weights", 0.6), ("preference_text", 0.2), ("system", 0.2)):
-        assert told[way] / 4000 == pytest.approx(share, abs=0.03)
 
 
 def test_embeddings_learn_where_that_is_asked_for(tmp_path):
