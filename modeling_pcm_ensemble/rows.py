@@ -80,12 +80,14 @@ class SubmodelInputs:
         return replace(self, attention_mask=torch.cat([mask, rest], dim=1), position_ids=position_ids)
 
 
-def stack_left(sequences: Sequence[Sequence[int]], device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack token lists to ids and their mask, both `(rows, longest)`, padded on the left with 0."""
-    ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    stacked = pad_sequence(ids, batch_first=True, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-    return stacked.to(device), mask.to(device)
+def stack_padded(
+    sequences: Sequence[Sequence[int]], device: torch.device | None = None, padding_side: str = "left"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack token lists to ids, padded with 0, and their mask, both `(rows, longest)`."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_side=padding_side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
+    return ids.to(device), mask.to(device)
 
 
 def join_prefixes(
@@ -105,7 +107,7 @@ def join_prefixes(
     Returns:
         [prefix | context] and its mask, both `(rows, longest prefix + tokens)`.
     """
-    prefix_ids, prefix_mask = stack_left(prefixes, input_ids.device)
+    prefix_ids, prefix_mask = stack_padded(prefixes, input_ids.device)
     context_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long().clone()
 
     if bos_token_id is not None:
@@ -163,4 +165,4 @@ def equal_rows(rows: Rows) -> list[int]:
     return [sets.setdefault(found, len(sets)) for found in values.unique(dim=0, return_inverse=True)[1].tolist()]
 
 
-__all__ = ["Rows", "SubmodelInputs", "close_up", "equal_rows", "join_prefixes", "last_positions", "stack_left"]
+__all__ = ["Rows", "SubmodelInputs", "close_up", "equal_rows", "join_prefixes", "last_positions", "stack_padded"]

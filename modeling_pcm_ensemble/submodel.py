@@ -17,7 +17,7 @@ from .compile_steps import CompiledStep
 from .lora import AdapterSelection, LoraBank, run_traced
 from .memory import LayerStates, Memory
 from .prefix_store import PrefixStore, Reader, may_keep
-from .rows import Rows, SubmodelInputs, equal_rows, stack_left
+from .rows import Rows, SubmodelInputs, equal_rows, stack_padded
 
 # Tokens that must be saved for a call of its own to pay: SmolLM2 on 2 CPU cores breaks even at about 420.
 MIN_TOKENS_SAVED = 512
@@ -169,7 +169,7 @@ class Submodel:
     def _states(self, readers: list[Reader], device: torch.device) -> list[LayerStates]:
         """Read prefixes in one call."""
         memory = Memory(DynamicCache(config=self.model.config))
-        ids, mask = stack_left([prefix for _, prefix in readers], device)
+        ids, mask = stack_padded([prefix for _, prefix in readers], device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         inputs = SubmodelInputs(ids, None if mask.all() else mask, positions, 1)
 
