@@ -78,7 +78,7 @@ def test_logits_that_are_not_numbers_are_not_sampled_from():
 
 @pytest.mark.parametrize("prompt", ["what is a cat?", "x"], ids=["many-tokens", "one-token"])
 def test_a_prompts_completions_under_one_preference_share_its_reading(prompt, tmp_path, monkeypatch):
-    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_SAVED", 1)
     model = tiny_ensemble()
     torch.nn.init.normal_(model.pcm.head.weight)
     trainer = make_trainer(tmp_path, model)
