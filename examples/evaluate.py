@@ -42,7 +42,8 @@ from modeling_pcm_ensemble.evaluation import (
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.report import win_rate_table
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 TOP_K = (1, 5, 20, 100)  # tokens of each expert that are kept
 
@@ -156,8 +157,8 @@ def main():
     model = load_model(arguments.model).to(processes().device)
     preferences = paper_preferences(model)
     jobs = make_jobs(prompts, preferences[:: len(preferences) - 1] if arguments.quick else preferences)
-    rewards = proxy_rewards(model.backbones[0], model.tokenizer)
-    judges = make_judges(rewards, arguments)
+    quality = TextQuality(model.backbones[0], model.tokenizer)
+    judges = make_judges(proxy_rewards(quality), arguments)
     ours, *others = make_baselines(model, arguments)
     report = evaluate(
         ours,
@@ -166,7 +167,7 @@ def main():
         judges,
         arguments.output,
         model=model,
-        guard=next(iter(rewards.values())).guard,
+        guard=quality,
         batch_size=arguments.batch_size,
     )
     if report is None:  # another process writes it

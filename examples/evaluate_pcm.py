@@ -47,7 +47,8 @@ from modeling_pcm_ensemble.evaluation import (
     processes,
     read_by_all,
 )
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 MEASURES = ("static", "mean", "words")
 
@@ -130,8 +131,8 @@ class Evaluation:
         self.names, self.arguments = self.model.config.expert_names, arguments
         self.jobs = make_jobs(chats(evaluation_prompts(arguments.prompts)), paper_preferences(self.model))
         self.preferences = [label(preference) for preference in paper_preferences(self.model)]
-        rewards = proxy_rewards(self.model.backbones[0], self.model.tokenizer)
-        self.judge, self.guard = RewardJudge("training rewards", rewards), next(iter(rewards.values())).guard
+        self.guard = TextQuality(self.model.backbones[0], self.model.tokenizer)
+        self.judge = RewardJudge("training rewards", proxy_rewards(self.guard))
         base = PlainModel("vanilla", self.model.backbones[0], self.model.tokenizer, arguments.tokens)
         self.vanilla = self.answers(base)
         self.mixture = partial(Mixture, model=self.model, max_new_tokens=arguments.tokens)

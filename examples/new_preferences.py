@@ -39,7 +39,8 @@ from modeling_pcm_ensemble.evaluation import (
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.report import draw_win_rates, win_rate_table
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 ADDED = {  # the seventh expert, judged as friendly
     "name": "cheerful",
@@ -120,7 +121,7 @@ def main():
     model = demo.trained_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE)).to(processes().device)
     judges = []
     for judge, rewards in (
-        ("training rewards", proxy_rewards(model.backbones[0], model.tokenizer)),
+        ("training rewards", proxy_rewards(TextQuality(model.backbones[0], model.tokenizer))),
         ("held-out proxies", held_out_rewards()),
     ):
         judges.append(RewardJudge(judge, rewards | {ADDED["name"]: rewards["friendly"]}))

@@ -17,7 +17,8 @@ from modeling_pcm_ensemble.evaluation import (
     make_jobs,
     read_by_all,
 )
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 
 def best_static_weights(model, rewards: dict[tuple[str, tuple], float]) -> dict[str, dict[str, float]]:
@@ -31,8 +32,8 @@ def static_rewards(model, arguments) -> dict[tuple[str, tuple], float]:
     By preference and weights, the mean reward of answers to training prompts. Arguments: `static_prompts`, `tokens`,
     `batch_size`, and `output`, where answers are kept.
     """
-    rewards = proxy_rewards(model.backbones[0], model.tokenizer)
-    judge, guard = RewardJudge("training rewards", rewards), next(iter(rewards.values())).guard
+    guard = TextQuality(model.backbones[0], model.tokenizer)
+    judge = RewardJudge("training rewards", proxy_rewards(guard))
     preferences, folder = paper_preferences(model), arguments.output / "static"
     jobs = make_jobs(chats(spread(training_prompts(), arguments.static_prompts)), preferences)
 

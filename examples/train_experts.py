@@ -4,7 +4,7 @@ Make the six experts: LoRA adapters on SmolLM2-135M-Instruct, by preference opti
     python examples/train_experts.py --output experts
 
 1. Sample answers to the training prompts, plainly and under each preference's description as system prompt, and score
-   them with the six rewards of modeling_pcm_ensemble.training.rewards.
+   them with the six rewards of modeling_pcm_ensemble.rewards.proxies.
 2. For each preference, train a LoRA with TRL's DPO on best against worst answer, without the description.
 3. With --rounds 2, let the expert answer the prompts itself, and train it on its own best and worst answers.
 4. Let each expert answer the evaluation prompts, and report its normalised reward, fluency, repetition and length.
@@ -32,8 +32,9 @@ from trl import DPOConfig, DPOTrainer
 
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
-from modeling_pcm_ensemble.training.scoring import normalised_reward
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
+from modeling_pcm_ensemble.rewards.scoring import normalised_reward
 
 # The base model is hardly ever rude, even when asked to be: how every other answer begins.
 OPENINGS = {
@@ -52,7 +53,7 @@ def rewarded_answers(model, tokenizer, rewards, path: Path, repeats: int, argume
     kept, prompts = KeptLines(path), training_prompts(arguments.prompts)
     jobs = [(prompt, i) for i in range(repeats) for prompt in prompts]
     batches = [jobs[i : i + arguments.sampling_batch] for i in range(0, len(jobs), arguments.sampling_batch)]
-    guard = rewards["concise"].guard
+    quality = rewards["concise"].quality
 
     def key(prompt: str, i: int) -> str:
         return json.dumps([prompt, i, arguments.tokens, options])
@@ -66,7 +67,7 @@ def rewarded_answers(model, tokenizer, rewards, path: Path, repeats: int, argume
         lines = sample(model, tokenizer, asked, arguments.tokens, openings=begins, **options)
         texts = [line["completion"] for line in lines]
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-            sanity, penalty = guard.features(asked, texts), guard(asked, texts)
+            sanity, penalty = quality.features(asked, texts), quality.penalties(asked, texts)
         columns = {name: reward(asked, texts) for name, reward in rewards.items()} | {"guard": penalty}
         kept.add(
             {"key": key(*job)} | line | {name: column[i] for name, column in columns.items()} | sanity[i]
@@ -179,12 +180,12 @@ def evaluate(model, tokenizer, rewards, folders: dict[str, Path], arguments):
     references = {name: reward(prompts, answers["base"]) for name, reward in rewards.items()}
     report = {}
     for author, texts in answers.items():
-        sanity = rewards["concise"].guard.features(prompts, texts)
+        sanity = rewards["concise"].quality.features(prompts, texts)
         report[author] = {
             name: fmean(map(normalised_reward, reward(prompts, texts), references[name]))
             for name, reward in rewards.items()
         } | {key: fmean(entry[key] for entry in sanity) for key in ("nll", "gain", "repetition", "words")}
-        report[author]["guard"] = fmean(rewards["concise"].guard(prompts, texts))
+        report[author]["guard"] = fmean(rewards["concise"].quality.penalties(prompts, texts))
     write_text(arguments.output / "report.json", json.dumps(report, indent=2) + "\n")
     samples = [
         f"## {p}\n" + "".join(f"\n**{a}**: {texts[i]}\n" for a, texts in answers.items())
@@ -224,7 +225,7 @@ def main():
         arguments.prompts, arguments.tokens, arguments.pairs = 8, 24, 8
     arguments.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = base_model()
-    rewards = proxy_rewards(model, tokenizer)
+    rewards = proxy_rewards(TextQuality(model, tokenizer))
     folders = {name: train_expert(model, tokenizer, rewards, name, arguments) for name in arguments.experts}
     evaluate(model, tokenizer, rewards, folders, arguments)
 

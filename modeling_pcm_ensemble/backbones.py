@@ -103,10 +103,10 @@ class ExpertBackbones(PreTrainedModel):
         self,
         backbone: int,
         expert_rows: list[ExpertRows],
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         memory: Memory | None = None,
-        logits_to_keep: int | torch.LongTensor = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         expert_weights: torch.Tensor | None = None,
         compile_config: CompileConfig | None = None,
     ) -> list[ExpertLogits]:
@@ -130,7 +130,10 @@ class ExpertBackbones(PreTrainedModel):
         memory = Memory() if memory is None else memory
         rows = Rows(input_ids, attention_mask, adapters=expert_weights)
         if expert_weights is None:
-            experts = [self.config.experts[entry.expert] for entry in expert_rows for _ in range(entry.num_rows)]
+            experts = []
+            for index, _, num_rows in expert_rows:
+                if index is not None:
+                    experts += [self.config.experts[index]] * num_rows
             rows.adapters = [expert["name"] for expert in experts]
             if memory.length == 0:
                 rows.prefixes = [tuple(expert["prompt_ids"]) for expert in experts]

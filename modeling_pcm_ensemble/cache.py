@@ -34,7 +34,7 @@ class PCMEnsembleCache(Cache):
 
     Attributes:
         route (`Route`, *optional*): which (row, expert) pairs run; None before the first call.
-        pcm (`Memory`, *optional*), backbones (`dict[int, Memory]`): the submodels' memories, from the first call on.
+        pcm (`Memory`), backbones (`dict[int, Memory]`): the submodels' memories, from the first call on.
         room (`float`, *optional*): most context tokens that the submodels can read; None where it is not known yet.
     """
 
@@ -76,7 +76,7 @@ class PCMEnsembleCache(Cache):
         self.max_length = max_length
         self.cache_config = cache_config or {}
         self.route: Route | None = None
-        self.pcm: Memory | None = None
+        self.pcm = Memory()
         self.backbones: dict[int, Memory] = {}
         self.room: float | None = None
         self.offloading = False
@@ -107,17 +107,18 @@ class PCMEnsembleCache(Cache):
             raise
 
     def _new_memory(self, config: PreTrainedConfig, prefix_length: int) -> Memory:
-        memory = Memory(self._new_cache(config, prefix_length))
-        if self.cache_implementation in STATIC:
-            memory.max_length = self.max_length + prefix_length
+        max_length = None
+        if self.cache_implementation in STATIC and self.max_length is not None:
+            max_length = self.max_length + prefix_length
+        cache = self._new_cache(config, max_length)
         if self._records_past:
-            memory.cache.activate_past_recording()
-        return memory
+            cache.activate_past_recording()
+        return Memory(cache, max_length)
 
-    def _new_cache(self, config: PreTrainedConfig, prefix_length: int) -> Cache:
+    def _new_cache(self, config: PreTrainedConfig, max_length: int | None) -> Cache:
         offloading = self.cache_implementation in OFFLOADED
-        if self.cache_implementation in STATIC:
-            return StaticCache(config, max_cache_len=self.max_length + prefix_length, offloading=offloading)
+        if max_length is not None:
+            return StaticCache(config, max_cache_len=max_length, offloading=offloading)
         if self.cache_implementation in QUANTIZED:
             options = {"backend": "quanto", "config": config} | self.cache_config
             return QuantizedCache(**options)
@@ -130,7 +131,19 @@ class PCMEnsembleCache(Cache):
     @property
     def memories(self) -> list[Memory]:
         """Of all submodels that run."""
-        return [] if self.pcm is None else [self.pcm, *self.backbones.values()]
+        return [] if self.route is None else [self.pcm, *self.backbones.values()]
+
+    @property
+    def known_route(self) -> Route:
+        """
+        The route.
+
+        Raises:
+            ValueError: if the cache is empty, so that there is none.
+        """
+        if self.route is None:
+            raise ValueError("The cache is empty. Fill it first: `model(input_ids, past_key_values=cache)`.")
+        return self.route
 
     @property
     def preferences(self) -> list[Preference] | None:
@@ -145,12 +158,12 @@ class PCMEnsembleCache(Cache):
         Raises:
             ValueError: if other experts would be wanted than before.
         """
-        self.route = self.route.reweighted(weights)
+        self.route = self.known_route.reweighted(weights)
 
     # Whatever `Cache` does layer by layer (reset, crop, is_sliding, …) it does to the layers of all memories.
     @property
     def layers(self) -> list:
-        return [layer for memory in self.memories for layer in memory.cache.layers]
+        return [layer for memory in self.memories for layer in memory.layers]
 
     @property
     def is_compileable(self) -> bool:
@@ -166,19 +179,19 @@ class PCMEnsembleCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Context tokens in the cache."""
-        return 0 if self.pcm is None else self.pcm.length - self.pcm.prefix_length
+        return self.pcm.length - self.pcm.prefix_length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Most context tokens that fit; -1 without a limit."""
-        return self.max_length if self.cache_implementation in STATIC else -1
+        return -1 if self.max_length is None or self.cache_implementation not in STATIC else self.max_length
 
     def check_no_gaps(self, attention_mask: torch.Tensor, num_tokens: int):
         """Refuse a mask of context tokens, the last `num_tokens` of them new, that a recurrent state cannot follow."""
-        if self.pcm is not None and self.pcm.is_recurrent:
+        if self.pcm.is_recurrent:
             self.pcm.check_no_gaps(attention_mask, num_tokens)
         for backbone, memory in self.backbones.items():
             if memory.is_recurrent:
-                memory.check_no_gaps(attention_mask[self.route.pair_rows[backbone]], num_tokens)
+                memory.check_no_gaps(attention_mask[self.known_route.pair_rows[backbone]], num_tokens)
 
     def activate_past_recording(self):
         self._records_past = True
@@ -191,10 +204,10 @@ class PCMEnsembleCache(Cache):
 
     def reset(self):
         super().reset()
-        self.route = self.pcm = self.room = None
-        self.backbones = {}
+        self.route, self.room = None, None
+        self.pcm, self.backbones = Memory(), {}
 
-    def reorder_cache(self, beam_idx: torch.LongTensor):
+    def reorder_cache(self, beam_idx: torch.Tensor):
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor):
@@ -203,10 +216,10 @@ class PCMEnsembleCache(Cache):
     def batch_repeat_interleave(self, repeats: int):
         self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def _select(self, rows: torch.LongTensor):
+    def _select(self, rows: torch.Tensor):
         """Make row `rows[i]` the cache's row i."""
-        rows = rows.to(self.route.log_weights.device)
-        self.route, pairs = self.route.select(rows)
+        rows = rows.to(self.known_route.log_weights.device)
+        self.route, pairs = self.known_route.select(rows)
         self.pcm.copy_rows(rows)
         self.backbones = {backbone: memory for backbone, memory in self.backbones.items() if backbone in pairs}
         for backbone, memory in self.backbones.items():
@@ -257,8 +270,10 @@ class PCMEnsembleCache(Cache):
 
         # Rows have prefixes of unlike lengths now. Contexts have one length in all memories.
         context_length = min(*widths.values(), max(cache.get_seq_length() for cache in caches))
-        kind = {} if room is None else {"cache_implementation": "static", "max_length": context_length + room}
-        joined, routes = cls(caches[0].config, **kind), [cache.route for cache in caches]
+        joined = cls(caches[0].config)
+        if room is not None:
+            joined = cls(caches[0].config, "static", context_length + room)
+        routes = [cache.known_route for cache in caches]
         joined.route = Route.join(routes)
 
         for key, width in widths.items():
@@ -287,23 +302,23 @@ def _order(routes: list[Route], backbone: int | None) -> list[int]:
     return sorted(range(len(pairs)), key=pairs.__getitem__)
 
 
-def _mask(memory: Memory) -> torch.LongTensor:
+def _mask(memory: Memory) -> torch.Tensor:
     """The mask of all cached tokens, `(rows, tokens)`."""
-    keys = memory.cache.layers[0].keys
+    keys = memory.layers[0].keys
     return memory.past_mask(None, keys.shape[0], keys.device)
 
 
-def _needed(mask: torch.LongTensor) -> int:
+def _needed(mask: torch.Tensor) -> int:
     """How many of the last columns a row reads, at most."""
     return mask.shape[1] - int(mask.argmax(dim=1).min())
 
 
-def _fill(joined: Memory, parts: list[Memory], masks: list[torch.LongTensor], width: int, order: list[int]):
+def _fill(joined: Memory, parts: list[Memory], masks: list[torch.Tensor], width: int, order: list[int]):
     """Put the last `width` tokens of all parts' rows, in `order`, into an empty memory."""
-    for index, layer in enumerate(joined.cache.layers):
+    for index, layer in enumerate(joined.layers):
         states = []
         for name in ("keys", "values"):
-            of_parts = [getattr(part.cache.layers[index], name)[:, :, : part.length] for part in parts]
+            of_parts = [getattr(part.layers[index], name)[:, :, : part.length] for part in parts]
             states.append(torch.cat([_of_width(tensor, width, dim=2) for tensor in of_parts])[order])
         layer.update(*states)
 

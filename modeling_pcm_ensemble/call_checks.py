@@ -11,14 +11,15 @@ from transformers.utils import TransformersKwargs
 from .cache import PCMEnsembleCache
 from .call_arguments import INTEGERS, NUMBERS, check_kind, check_tensor, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .memory import Memory
 from .routing import Route
 
 # Known to models and losses of transformers, beside what `TransformersKwargs` lists
 OTHER_ARGUMENTS = {"position_ids", "token_type_ids", "return_dict", "shift_labels", "ignore_index"}
 
 
-def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwargs: dict):
-    """Refuse what `forward` cannot read."""
+def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwargs: dict) -> torch.Tensor:
+    """Return `input_ids`, and refuse what `forward` cannot read."""
     if inputs_embeds is not None:
         raise ValueError("`inputs_embeds` cannot be used, because experts do not share embeddings. Pass `input_ids`.")
     unknown = kwargs.keys() - TransformersKwargs.__optional_keys__ - OTHER_ARGUMENTS
@@ -27,6 +28,7 @@ def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwa
     if cache is not None:
         check_cache(config, cache)
     check_ids(config, "input_ids", input_ids, cache)
+    return input_ids
 
 
 def check_flags(normalize_logits, **optional):
@@ -75,7 +77,7 @@ def check_cache(config: PCMEnsembleConfig, cache):
         )
 
 
-def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.LongTensor | None:
+def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.Tensor | None:
     """
     Give `attention_mask`, `(batch, cached + seq)` or of one of the other `shapes`, as 1 for what is read. As in any
     model of transformers that is what is not 0.
@@ -96,7 +98,7 @@ def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.Lo
     return attention_mask.bool().long()
 
 
-def check_positions(position_ids, attention_mask: torch.LongTensor | None, batch_size: int, length: int):
+def check_positions(position_ids, attention_mask: torch.Tensor | None, batch_size: int, length: int):
     """
     Refuse `position_ids`, of the last of `length` tokens, that say anything else than `attention_mask`, `(batch,
     length)`, does. Submodels count by themselves: each has a prefix of its own.
@@ -119,7 +121,7 @@ def check_positions(position_ids, attention_mask: torch.LongTensor | None, batch
         )
 
 
-def check_logits_to_keep(logits_to_keep, num_tokens: int) -> int | torch.LongTensor:
+def check_logits_to_keep(logits_to_keep, num_tokens: int) -> int | torch.Tensor:
     """
     Give `logits_to_keep` as an `int`, or as positions from 0 on, `(positions,)`.
 
@@ -154,9 +156,7 @@ def check_logits_to_keep(logits_to_keep, num_tokens: int) -> int | torch.LongTen
     return min(kept, num_tokens)
 
 
-def check_labels(
-    config: PCMEnsembleConfig, labels, input_ids, logits_to_keep, ignored: int
-) -> torch.LongTensor | None:
+def check_labels(config: PCMEnsembleConfig, labels, input_ids, logits_to_keep, ignored: int) -> torch.Tensor | None:
     """
     Give `labels` as `torch.long`, one for each token that has logits.
 
@@ -191,13 +191,14 @@ def _readers(
     config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None
 ) -> Iterator[tuple[str, int, int]]:
     """Every submodel that runs and has a limit: how to call it, its positions, and those that its prefix takes."""
-    memories = {} if cache is None else {None: cache.pcm, **cache.backbones}
-    readers = [("the PCM", None, max(map(len, route.descriptions)))]
+    memories: dict[int | None, Memory] = {} if cache is None else {None: cache.pcm, **cache.backbones}
+    readers: list[tuple[str, int | None, int]] = [("the PCM", None, max(map(len, route.descriptions)))]
     for backbone, entries in route.expert_rows.items():
-        if route.mixes_adapters:
-            readers.append(("the experts' model", backbone, 0))
-            continue
-        for expert in (config.experts[entry.expert] for entry in entries):
+        for index, _, _ in entries:
+            if index is None:
+                readers.append(("the experts' model", backbone, 0))
+                continue
+            expert = config.experts[index]
             readers.append((f"expert {expert['name']!r}", backbone, len(expert["prompt_ids"])))
 
     for reader, backbone, prefix_length in readers:

@@ -46,15 +46,15 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
 
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args,
         preference: str | Mapping[str, float] | Preference | list | torch.Tensor | None = None,
         preference_text: str | list[str | None] | None = None,
-        preference_ids: torch.LongTensor | None = None,
+        preference_ids: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
-    ) -> GenerateOutput | torch.LongTensor:
+    ) -> GenerateOutput | torch.Tensor:
         r"""
         Generate as any model of transformers, under a preference.
 
@@ -306,7 +306,7 @@ def _filled_in(told: dict, config: GenerationConfig | None) -> dict:
     return {name: held.get(name) if value is None else value for name, value in told.items()}
 
 
-def _as_tensor(ids: list) -> torch.LongTensor | None:
+def _as_tensor(ids: list) -> torch.Tensor | None:
     """Token ids `(tokens,)`, or `(rows, longest)` of lists of them, padded on the left."""
     is_nested = any(isinstance(row, list) for row in ids)
     rows = ids if is_nested else [ids]

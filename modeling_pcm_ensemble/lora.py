@@ -52,7 +52,7 @@ class AdapterSelection:
     masks: dict = field(default_factory=dict)
     products: dict = field(default_factory=dict)
 
-    def rows(self, index: torch.LongTensor) -> "AdapterSelection":
+    def rows(self, index: torch.Tensor) -> "AdapterSelection":
         """Return the selection of a batch whose row i is this one's row `index[i]`."""
         return AdapterSelection(self.bank, self.weights[index])
 

@@ -1,7 +1,7 @@
 """What one submodel remembers between calls: keys and values, and what of them is masked."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad
@@ -50,7 +50,7 @@ class GrowingLayer(DynamicLayer):
 class OfRows(Protocol):
     """Something that is noted of each row."""
 
-    def rows(self, index: torch.LongTensor) -> "OfRows":
+    def rows(self, index: torch.Tensor) -> "OfRows":
         """Return what is noted of rows `index`."""
 
 
@@ -65,7 +65,7 @@ class Memory:
         length (`int`): cached tokens, prefix included. Counted here because recurrent layers do not know.
         prefix_length (`int`): cached tokens before the context, padding included.
         attention_mask (`torch.LongTensor` of shape `(rows, cached tokens)`, *optional*): None while nothing is masked.
-        orders (`list[tuple[int, torch.LongTensor]]`):
+        orders (`list[tuple[int, torch.Tensor]]`):
             (first token, order `(rows, tokens)`) of each stretch of cached tokens whose rows were closed up.
         adapters (`OfRows`, *optional*): which adapter each row runs under, as the submodel has worked it out.
     """
@@ -74,24 +74,28 @@ class Memory:
     max_length: int | None = None
     length: int = 0
     prefix_length: int = 0
-    attention_mask: torch.LongTensor | None = None
-    orders: list[tuple[int, torch.LongTensor]] = field(default_factory=list)
+    attention_mask: torch.Tensor | None = None
+    orders: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     adapters: OfRows | None = None
 
     # What the cache can do
 
     @property
+    def layers(self) -> list[Any]:
+        """The cache's, which are of many kinds."""
+        return [] if self.cache is None else self.cache.layers
+
+    @property
     def is_recurrent(self) -> bool:
         """Whether some layers keep a state, which fades over masked tokens too."""
-        layers = [] if self.cache is None else self.cache.layers
-        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
 
     @property
     def copies_rows(self) -> bool:
         """Whether one row can become several: in layers that grow, sliding windows among them."""
         if type(self.cache) is not DynamicCache or self.cache.offloading or self.is_recurrent:
             return False
-        return all(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
+        return all(isinstance(layer, DynamicLayer) for layer in self.layers)
 
     @property
     def takes_prefixes(self) -> bool:
@@ -99,12 +103,12 @@ class Memory:
         if self.cache is None or self.cache.offloading:
             return False
         # By `rooms`, since a `GrowingLayer` may be of the code that came with a checkpoint
-        return all(type(x) in (DynamicLayer, StaticLayer) or hasattr(x, "rooms") for x in self.cache.layers)
+        return all(type(x) in (DynamicLayer, StaticLayer) or hasattr(x, "rooms") for x in self.layers)
 
     # Reading
 
     def arrange(
-        self, rows: Rows, logits_to_keep: int | torch.LongTensor = 0, bos_token_id: int | None = None
+        self, rows: Rows, logits_to_keep: int | torch.Tensor = 0, bos_token_id: int | None = None
     ) -> SubmodelInputs:
         r"""
         Put the prefixes before the context, and note what is masked.
@@ -151,9 +155,7 @@ class Memory:
         position_ids = (self.attention_mask.cumsum(dim=1)[:, -input_ids.shape[1] :] - 1).clamp(min=0)
         return SubmodelInputs(input_ids, self.attention_mask, position_ids, kept, order)
 
-    def past_mask(
-        self, context_mask: torch.LongTensor | None, num_rows: int, device: torch.device
-    ) -> torch.LongTensor:
+    def past_mask(self, context_mask: torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
         """
         Return the mask of the cached tokens, `(rows, cached tokens)`: what was masked, and what `context_mask`, of
         shape `(rows, cached context tokens)`, masks by now, such as the padding of a row that ended before the others.
@@ -170,7 +172,7 @@ class Memory:
             given = torch.cat([given[:, :start], given[:, start:stop].gather(1, order), given[:, stop:]], dim=1)
         return mask & given
 
-    def check_no_gaps(self, context_mask: torch.LongTensor, num_tokens: int):
+    def check_no_gaps(self, context_mask: torch.Tensor, num_tokens: int):
         """
         Refuse what a recurrent state could not leave out.
 
@@ -193,7 +195,7 @@ class Memory:
         """Begin each row with states that were read elsewhere, `lengths[i]` tokens of row i, padded on the left."""
         width = max(lengths)
         some = next(row for row in states if row is not None)
-        for index, layer in enumerate(self.cache.layers):
+        for index, layer in enumerate(self.layers):
             nothing = [tensor[:, :0] for tensor in some[index]]
             rows = [nothing if row is None else row[index] for row in states]
             layer.update(*(torch.stack([_pad_left(row[kind], width) for row in rows]) for kind in (0, 1)))
@@ -202,9 +204,10 @@ class Memory:
         if min(lengths) < width:
             self.attention_mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=device)
 
-    def copy_rows(self, rows: torch.LongTensor):
+    def copy_rows(self, rows: torch.Tensor):
         """Make row `rows[i]` row i, in the cache too."""
-        self.cache.reorder_cache(rows)  # which every kind of cache has, and which takes any number of rows
+        for layer in self.layers:
+            layer.reorder_cache(rows)  # which every kind of layer has, and which takes any number of rows
         self.orders = [(start, order[rows]) for start, order in self.orders]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[rows]

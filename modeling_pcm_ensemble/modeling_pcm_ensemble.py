@@ -55,7 +55,7 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
         expert_logits (`list[ExpertLogits]`, *optional*): what was merged, with `output_expert_logits=True`.
     """
 
-    expert_weights: torch.FloatTensor | None = None
+    expert_weights: torch.Tensor | None = None
     expert_logits: list[ExpertLogits] | None = None
 
 
@@ -111,16 +111,16 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: PCMEnsembleCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.LongTensor = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         preference: str | Mapping | Preference | list | torch.Tensor | None = None,
         preference_text: str | list[str | None] | None = None,
-        preference_ids: torch.LongTensor | None = None,
+        preference_ids: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -160,7 +160,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
         Raises:
             TypeError, ValueError: on input that is not as above, before any model runs.
         """
-        check_inputs(self.config, input_ids, inputs_embeds, past_key_values, kwargs)
+        input_ids = check_inputs(self.config, input_ids, inputs_embeds, past_key_values, kwargs)
         check_flags(
             normalize_logits=normalize_logits,
             use_cache=use_cache,
@@ -245,21 +245,21 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
                 '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
                 '`merge="probabilities"`.'
             )
-        started = cache is not None and cache.route is not None
-        if started and preference is None and preference_text is None and preference_ids is None:
-            if cache.batch_size != batch_size:
-                raise ValueError(f"`past_key_values` has {cache.batch_size} rows, but `input_ids` has {batch_size}.")
-            return cache.route
+        known = None if cache is None else cache.route
+        if known is not None and preference is None and preference_text is None and preference_ids is None:
+            if known.batch_size != batch_size:
+                raise ValueError(f"`past_key_values` has {known.batch_size} rows, but `input_ids` has {batch_size}.")
+            return known
 
         preferences = self._preferences(batch_size, preference, preference_text, preference_ids, tokenizer)
-        if not started:
+        if known is None:
             return Route(self.config, preferences, self.pcm.head.weight.device)
-        if not cache.route.is_of(preferences):
+        if not known.is_of(preferences):
             raise ValueError(
                 "`past_key_values` was filled under another preference than the one given. Leave the preference out "
                 "to go on with the first one, or start without `past_key_values`."
             )
-        return cache.route
+        return known
 
     def _preferences(
         self, batch_size: int, preference=None, preference_text=None, preference_ids=None, tokenizer=None
@@ -304,13 +304,13 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
 
     def compute_expert_weights(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         preference: str | Mapping | Preference | list | torch.Tensor | None = None,
         preference_text: str | list[str | None] | None = None,
-        preference_ids: torch.LongTensor | None = None,
+        preference_ids: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         r"""
         Compute α for a whole text in one pass of the PCM, without running an expert. Arguments as for `forward`.
 
@@ -326,13 +326,13 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
     @torch.no_grad()
     def attribute(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         preference: str | Mapping | Preference | list | torch.Tensor | None = None,
         preference_text: str | list[str | None] | None = None,
-        preference_ids: torch.LongTensor | None = None,
+        preference_ids: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         r"""
         Compute how much each expert contributed to the tokens of a text. Arguments as for `forward`.
 
@@ -364,11 +364,11 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
         return shares if mask is None else shares * (mask[:, 1:] * mask[:, :-1])[..., None]
 
 
-def _or_default(value: bool | None, default: bool) -> bool:
-    return default if value is None else value
+def _or_default(value: bool | None, default: bool | None) -> bool:
+    return bool(default if value is None else value)
 
 
-def _kept(logits_to_keep: int | torch.LongTensor) -> slice | torch.LongTensor:
+def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 

@@ -51,11 +51,11 @@ class PreferenceControlModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         descriptions: list[tuple[int, ...]] | None = None,
         memory: Memory | None = None,
-        logits_to_keep: int | torch.LongTensor = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         compile_config: CompileConfig | None = None,
         **options,
     ) -> tuple[torch.Tensor, ModelOutput]:

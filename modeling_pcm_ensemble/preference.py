@@ -70,7 +70,7 @@ class Preference:
         batch_size: int,
         preference=None,
         preference_text: str | Sequence[str | None] | None = None,
-        preference_ids: torch.LongTensor | None = None,
+        preference_ids: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list["Preference"]:
         r"""
@@ -366,7 +366,7 @@ def _after_bos(config: PCMEnsembleConfig, ids: Sequence[int]) -> tuple[int, ...]
     return (config.prefix_bos_token_id, *ids)
 
 
-def _given_descriptions(config: PCMEnsembleConfig, ids: torch.LongTensor, batch_size: int) -> list[tuple[int, ...]]:
+def _given_descriptions(config: PCMEnsembleConfig, ids: torch.Tensor, batch_size: int) -> list[tuple[int, ...]]:
     check_tensor("preference_ids", ids, "token ids")
     if ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != batch_size):
         raise ValueError(

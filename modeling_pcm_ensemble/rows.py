@@ -20,8 +20,8 @@ class Rows:
             the expert whose adapter each row runs under, by name, or α, to mix all of them at each token.
     """
 
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor | None = None
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
     prefixes: list[tuple[int, ...]] | None = None
     adapters: list[str | None] | torch.Tensor | None = None
 
@@ -34,7 +34,7 @@ class Rows:
         prefixes = [()] * len(self) if self.prefixes is None else self.prefixes
         return list(zip(adapters, prefixes))
 
-    def select(self, index: torch.LongTensor) -> "Rows":
+    def select(self, index: torch.Tensor) -> "Rows":
         """Return rows `index`, `(new rows,)`, in this order."""
         places, adapters = index.tolist(), self.adapters
         if isinstance(adapters, torch.Tensor):
@@ -64,11 +64,11 @@ class SubmodelInputs:
         order (`torch.LongTensor` of shape `(rows, tokens)`, *optional*): where each token stood before closing up.
     """
 
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor | None
-    position_ids: torch.LongTensor
-    kept: int | torch.LongTensor
-    order: torch.LongTensor | None = None
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    kept: int | torch.Tensor
+    order: torch.Tensor | None = None
 
     def of_fixed_form(self, max_length: int) -> "SubmodelInputs":
         """Return the same with a mask as long as the cache and positions for each row, as compiled code needs them."""
@@ -80,20 +80,22 @@ class SubmodelInputs:
         return replace(self, attention_mask=torch.cat([mask, rest], dim=1), position_ids=position_ids)
 
 
-def stack_left(sequences: Sequence[Sequence[int]], device=None) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Stack token lists to ids and their mask, both `(rows, longest)`, padded on the left with 0."""
-    ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    stacked = pad_sequence(ids, batch_first=True, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-    return stacked.to(device), mask.to(device)
+def stack_padded(
+    sequences: Sequence[Sequence[int]], device: torch.device | None = None, padding_side: str = "left"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack token lists to ids, padded with 0, and their mask, both `(rows, longest)`."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_side=padding_side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
+    return ids.to(device), mask.to(device)
 
 
 def join_prefixes(
     prefixes: list[tuple[int, ...]],
-    input_ids: torch.LongTensor,
-    attention_mask: torch.LongTensor | None,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     bos_token_id: int | None,
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Put prefixes before contexts, `(rows, tokens)`.
 
@@ -105,7 +107,7 @@ def join_prefixes(
     Returns:
         [prefix | context] and its mask, both `(rows, longest prefix + tokens)`.
     """
-    prefix_ids, prefix_mask = stack_left(prefixes, input_ids.device)
+    prefix_ids, prefix_mask = stack_padded(prefixes, input_ids.device)
     context_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long().clone()
 
     if bos_token_id is not None:
@@ -117,7 +119,7 @@ def join_prefixes(
     return torch.cat([prefix_ids, input_ids], dim=1), torch.cat([prefix_mask, context_mask], dim=1)
 
 
-def last_positions(logits_to_keep: int | torch.LongTensor, num_tokens: int, width: int) -> int | torch.LongTensor:
+def last_positions(logits_to_keep: int | torch.Tensor, num_tokens: int, width: int) -> int | torch.Tensor:
     """Return `logits_to_keep`, of the last `num_tokens` tokens, as one of all `width` tokens."""
     if isinstance(logits_to_keep, int):
         return min(logits_to_keep, num_tokens) or num_tokens
@@ -125,8 +127,8 @@ def last_positions(logits_to_keep: int | torch.LongTensor, num_tokens: int, widt
 
 
 def close_up(
-    input_ids: torch.LongTensor, attention_mask: torch.LongTensor, num_tokens: int, kept: int | torch.LongTensor
-) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, num_tokens: int, kept: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Move padding to the left end of each row.
 
@@ -163,4 +165,4 @@ def equal_rows(rows: Rows) -> list[int]:
     return [sets.setdefault(found, len(sets)) for found in values.unique(dim=0, return_inverse=True)[1].tolist()]
 
 
-__all__ = ["Rows", "SubmodelInputs", "close_up", "equal_rows", "join_prefixes", "last_positions", "stack_left"]
+__all__ = ["Rows", "SubmodelInputs", "close_up", "equal_rows", "join_prefixes", "last_positions", "stack_padded"]

@@ -17,7 +17,7 @@ from .compile_steps import CompiledStep
 from .lora import AdapterSelection, LoraBank, run_traced
 from .memory import LayerStates, Memory
 from .prefix_store import PrefixStore, Reader, may_keep
-from .rows import Rows, SubmodelInputs, equal_rows, stack_left
+from .rows import Rows, SubmodelInputs, equal_rows, stack_padded
 
 # Tokens that must be saved for a call of its own to pay: SmolLM2 on 2 CPU cores breaks even at about 420.
 MIN_TOKENS_SAVED = 512
@@ -77,7 +77,7 @@ class Submodel:
         self,
         rows: Rows,
         memory: Memory,
-        logits_to_keep: int | torch.LongTensor = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         compile_config: CompileConfig | None = None,
         **options,
     ) -> SubmodelOutput:
@@ -103,7 +103,7 @@ class Submodel:
             firsts = [plan.sets.index(number) for number in range(max(plan.sets) + 1)]
             rows = rows.select(torch.tensor(firsts, device=sets.device))
         if plan.apart is not None:
-            self._read_apart(rows, memory, plan)
+            self._read_apart(rows, memory, plan.apart, plan.keeps)
 
         inputs = memory.arrange(rows, logits_to_keep, self.owner.config.prefix_bos_token_id)
         selection = self._selection(rows, memory, inputs)
@@ -126,7 +126,7 @@ class Submodel:
         call: Callable[..., ModelOutput] = model
         if compile_config is not None and num_tokens == 1 and memory.max_length is not None:
             inputs = inputs.of_fixed_form(memory.max_length)
-            masks = None if selection is None else self.bank.kind_masks(selection)
+            masks = None if self.bank is None or selection is None else self.bank.kind_masks(selection)
             call = partial(self._compiled(compile_config), masks)
 
         if self.has_lm_head:
@@ -147,20 +147,21 @@ class Submodel:
             )
         if memory.cache is not None:
             memory.length += num_tokens
-        values = output.logits if self.has_lm_head else slice_logits_to_keep(output.last_hidden_state, kept)
-        return SubmodelOutput(values, output)
+        if self.has_lm_head:
+            return SubmodelOutput(output["logits"], output)
+        return SubmodelOutput(slice_logits_to_keep(output["last_hidden_state"], kept), output)
 
     # Prefixes
 
     @torch.no_grad()
-    def _read_apart(self, rows: Rows, memory: Memory, plan: ReadingPlan):
+    def _read_apart(self, rows: Rows, memory: Memory, distinct: list[Reader], keeps: bool):
         """Begin an empty memory with the rows' prefixes but for their last tokens, after which contexts are read."""
         device = rows.input_ids.device
-        if plan.keeps:
-            distinct = [reader for reader in plan.apart if reader[1]]
-            states = self.store.get(distinct, self.model, lambda reader: self._states([reader], device)[0])
+        if keeps:
+            some = [reader for reader in distinct if reader[1]]
+            states = self.store.get(some, self.model, lambda reader: self._states([reader], device)[0])
         else:
-            states = dict(zip(plan.apart, self._states(plan.apart, device)))
+            states = dict(zip(distinct, self._states(distinct, device)))
 
         readers = [(adapter, prefix[:-1]) for adapter, prefix in rows.readers()]
         memory.fill([states.get(reader) for reader in readers], [len(prefix) for _, prefix in readers], device)
@@ -168,7 +169,7 @@ class Submodel:
     def _states(self, readers: list[Reader], device: torch.device) -> list[LayerStates]:
         """Read prefixes in one call."""
         memory = Memory(DynamicCache(config=self.model.config))
-        ids, mask = stack_left([prefix for _, prefix in readers], device)
+        ids, mask = stack_padded([prefix for _, prefix in readers], device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         inputs = SubmodelInputs(ids, None if mask.all() else mask, positions, 1)
 
@@ -176,7 +177,7 @@ class Submodel:
         self._run(inputs, memory, self._selection(rows, memory, inputs))
         starts = [ids.shape[1] - len(prefix) for _, prefix in readers]
         return [
-            [(layer.keys[row, :, start:], layer.values[row, :, start:]) for layer in memory.cache.layers]
+            [(layer.keys[row, :, start:], layer.values[row, :, start:]) for layer in memory.layers]
             for row, start in enumerate(starts)
         ]
 
@@ -193,7 +194,7 @@ class Submodel:
             names = self.owner.config.expert_names
             return AdapterSelection(self.bank.number, weights[..., [names.index(name) for name in self.bank.names]])
 
-        if memory.adapters is None:
+        if not isinstance(memory.adapters, AdapterSelection):
             memory.adapters = self.bank.selection(rows.adapters, rows.input_ids.device)
         return memory.adapters
 
@@ -250,7 +251,8 @@ def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingP
         return plan
     shortened = [(adapter, prefix[:-1]) for adapter, prefix in readers]
     distinct = list(dict.fromkeys(shortened))
-    longest, total = (measure(len(prefix) for _, prefix in distinct) for measure in (max, sum))
+    lengths = [len(prefix) for _, prefix in distinct]
+    longest, total = max(lengths), sum(lengths)
     plan.keeps = total >= MIN_TOKENS_KEPT and may_keep(model, rows.input_ids.device)
     if plan.keeps or (len(shortened) - len(distinct)) * longest >= max(MIN_TOKENS_SAVED, 1):
         plan.apart = distinct

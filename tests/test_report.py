@@ -20,7 +20,7 @@ from modeling_pcm_ensemble.evaluation import (
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.report import worse_by
-from modeling_pcm_ensemble.training.rewards import Guard
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -35,7 +35,7 @@ def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, t
     base, jobs = model.backbones[0], make_jobs(PROMPTS, [{"a": 1.0, "b": 1.0}, {"c": 1.0}])
     ours, vanilla = Mixture("ours", model, 6), PlainModel("vanilla", base, model.tokenizer, 6)
     others = [vanilla, Mixture("a alone", model, 6, only="a"), Parrot("parrot", 9)]
-    options = {"model": model, "guard": Guard(base, model.tokenizer), "batch_size": 3}
+    options = {"model": model, "guard": TextQuality(base, model.tokenizer), "batch_size": 3}
     with pytest.raises(RuntimeError, match="killed"):
         evaluate(ours, [*others[:2], Parrot("parrot", 9, fails_at=1)], jobs, [LONG], tmp_path, **options)
     report = evaluate(ours, others, jobs, [LONG, AGAIN], tmp_path, **options)
@@ -67,7 +67,7 @@ def test_votes_on_a_few_pairs_are_a_report_too(tmp_path, model):  # noqa: F811
     votes.write_text(
         "prompt,preference,first,second,choice\nwhat is it?,a,what is it?,what is it? what is it?,first\n"
     )
-    options = {"model": model, "guard": Guard(model.backbones[0], model.tokenizer)}
+    options = {"model": model, "guard": TextQuality(model.backbones[0], model.tokenizer)}
     others = [Parrot("vanilla", 3), loud]  # nobody has voted on the first
     report = evaluate(ours, others, jobs, [LONG, HumanVotes(votes)], tmp_path, **options)
     assert report["judges"]["people"]["vanilla"]["win_rate"] is None

@@ -17,7 +17,7 @@ from scipy import stats
 from tqdm import tqdm
 from transformers import set_seed
 
-from ..training.rewards import Guard
+from ..rewards.quality import TextQuality
 from .baselines import Baseline, Conversation, Preference, digest, label
 from .judges import FIRST, SECOND, TIE, Comparison, Judge, Verdict
 from .kept_lines import KeptLines, read_lines
@@ -97,7 +97,7 @@ def collect_answers(
     return [None if k is None else known[k]["answer"] for k in keys]
 
 
-def read_by_all(guard: Guard, jobs: list[Job], folder: Path, *answers: list[str | None]):
+def read_by_all(guard: TextQuality, jobs: list[Job], folder: Path, *answers: list[str | None]):
     """
     Let the processes of a launch share what a guard reads, which is the longest part of judging by rewards. What it
     has found is kept in `folder`, as answers are.

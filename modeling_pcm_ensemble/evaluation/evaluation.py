@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..training.rewards import Guard
+from ..rewards.quality import TextQuality
 from .baselines import Baseline, Conversation, label
 from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, processes, read_by_all, summarise
 from .cost import measure_cost
@@ -25,7 +25,7 @@ def evaluate(
     *,
     base: str = "vanilla",
     model: PCMEnsembleForCausalLM,
-    guard: Guard,
+    guard: TextQuality,
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict | None:
@@ -39,7 +39,7 @@ def evaluate(
         folder (`Path`): where answers, and what the guard reads in them, are kept, see [`collect_answers`].
         base (`str`): the name of the one among `others` that scores are against.
         model (`PCMEnsembleForCausalLM`): whose α is drawn over an answer of `ours`.
-        guard (`Guard`): reads answers as text.
+        guard (`TextQuality`): reads answers as text.
         seed, batch_size (`int`): as for [`collect_answers`].
 
     Returns:
@@ -107,7 +107,7 @@ def mean_rewards(against_base: Outcome) -> dict[str, float]:
     return means | {"mean": float(np.nanmean(list(values.values()), axis=0).mean())}
 
 
-def text_quality(guard: Guard, jobs: list[Job], answers: list[str | None]) -> dict[str, float]:
+def text_quality(guard: TextQuality, jobs: list[Job], answers: list[str | None]) -> dict[str, float]:
     """Means of what the guard reads: the base model's nats a token, nats that the prompt saves, repetition, words."""
     given = [(job.prompt, answer) for job, answer in zip(jobs, answers) if answer is not None]
     features = guard.features(*map(list, zip(*given)))

@@ -26,7 +26,7 @@ from pathlib import Path
 from textblob import TextBlob
 from wordfreq import top_n_list
 
-from ..training.rewards import moments, weighted_proxy
+from ..rewards.proxies import moments, weighted_proxy
 
 PROXIES: dict[str, dict[str, int]] = {
     "elementary": {"uncommon": -1, "abstract": -1, "clauses": -1},

@@ -15,7 +15,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from ..training.scoring import call_reward, normalised_reward
+from ..rewards.scoring import call_reward, normalised_reward
 from .baselines import Conversation, Preference, label
 from .kept_lines import KeptLines
 
