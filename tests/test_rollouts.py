@@ -6,7 +6,7 @@ from conftest import make_ensemble, tiny_llama, tiny_tokenizer
 from test_training import PROMPTS, REWARDS, constant_expert, make_trainer, sampled, tiny_ensemble, whole_log_probs
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import Preference, prefixes
+from modeling_pcm_ensemble import Preference, submodel
 from modeling_pcm_ensemble.training import rollouts
 from modeling_pcm_ensemble.training.preference_sampling import ToldPreference
 from modeling_pcm_ensemble.training.prompts import with_words
