@@ -14,8 +14,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from .checkpoint_staging import finish_save
 from .lora_config import adapter_config
+from .merging import MERGES
 
-MERGES = ("probabilities", "logits", "adapters")
+ADAPTERS = "adapters"  # the value of `merge` that mixes weights, not predictions
 AUTO_MAP = {
     "AutoConfig": "configuration_pcm_ensemble.PCMEnsembleConfig",
     "AutoModel": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",
@@ -331,8 +332,9 @@ class PCMEnsembleConfig(PreTrainedConfig):
         Raises:
             ValueError: if one has a value out of range, or they do not go together.
         """
-        if self.merge not in MERGES:
-            raise ValueError(f"`merge` must be one of {', '.join(map(repr, MERGES))}, got {self.merge!r}.")
+        merges = (*MERGES, ADAPTERS)
+        if self.merge not in merges:
+            raise ValueError(f"`merge` must be one of {', '.join(map(repr, merges))}, got {self.merge!r}.")
         if self.expert_top_k is not None and (not _is_integer(self.expert_top_k) or self.expert_top_k < 1):
             raise ValueError(f"`expert_top_k` must be at least 1, or None to keep all, got {self.expert_top_k!r}.")
         if self.expert_top_k is not None and self.merge != "probabilities":

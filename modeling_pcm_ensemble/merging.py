@@ -1,5 +1,6 @@
 """The mathematics of merging: tensors in, tensors out."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ def mixture_log_probs(
     Args:
         expert_logits (`list[ExpertLogits]`): N experts or fewer; in each row at least one.
         log_expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`): log α.
-        merge (`str`): `"probabilities"`, or `"logits"` for π ∝ exp Σ_i α_i logits_i, the paper's ablation.
+        merge (`str`): one of `MERGES`: `"probabilities"`, or `"logits"` for π ∝ exp Σ_i α_i logits_i, the paper's
+            ablation.
         expert_top_k (`int`, *optional*):
             Keep each expert's k most probable tokens and renormalise. What no expert keeps has its probability of the
             whole mixture times e^-100, below 1e-43 together (at a temperature T, times e^(-100/T)); its order is that
@@ -83,10 +85,17 @@ def mixture_log_probs(
 
     ```
     """
-    if merge == "logits":
-        logits = _sum_logits(expert_logits, log_expert_weights)
-        return logits.log_softmax(dim=-1) if normalize else logits
+    return MERGES[merge](expert_logits, log_expert_weights, expert_top_k, exact, normalize)
 
+
+def _merge_probabilities(
+    expert_logits: list[ExpertLogits],
+    log_expert_weights: torch.Tensor,
+    expert_top_k: int | None,
+    exact: bool,
+    normalize: bool,
+) -> torch.Tensor:
+    """log Σ_i α_i π_i, by the way that suits."""
     if exact:
         return _log_sum_exactly(expert_logits, log_expert_weights, expert_top_k, normalize)
     expert_weights = log_expert_weights.exp()
@@ -237,8 +246,14 @@ def _log_normalizer(logits: torch.Tensor, best_log_prob: torch.Tensor) -> torch.
     return precise(logits.amax(dim=-1, keepdim=True)) - best_log_prob
 
 
-def _sum_logits(expert_logits: list[ExpertLogits], log_expert_weights: torch.Tensor) -> torch.Tensor:
-    """Σ_i α_i logits_i, `(batch, seq, vocab)`."""
+def _merge_logits(
+    expert_logits: list[ExpertLogits],
+    log_expert_weights: torch.Tensor,
+    expert_top_k: int | None,
+    exact: bool,
+    normalize: bool,
+) -> torch.Tensor:
+    """Σ_i α_i logits_i, `(batch, seq, vocab)`, of all tokens and always exact; normalised where that is asked for."""
     total = log_expert_weights.new_zeros(1)
     impossible = torch.zeros(1, dtype=torch.bool, device=log_expert_weights.device)
     for entry in expert_logits:
@@ -246,7 +261,16 @@ def _sum_logits(expert_logits: list[ExpertLogits], log_expert_weights: torch.Ten
         weights = log_expert_weights[:, :, entry.expert, None].exp()  # (batch, seq, 1)
         impossible = logits.isneginf() | impossible  # 0 · -inf, and the gradient of α there, are no numbers
         total = total + logits.masked_fill(logits.isneginf(), 0) * weights
-    return total.masked_fill(impossible, float("-inf"))
+
+    merged = total.masked_fill(impossible, float("-inf"))
+    return merged.log_softmax(dim=-1) if normalize else merged
 
 
-__all__ = ["ExpertLogits", "log_expert_weights", "mixture_log_probs", "precise", "token_log_probs"]
+# The ways to merge what experts predict, by the value of `merge`; all are called alike.
+MERGES: dict[str, Callable[[list[ExpertLogits], torch.Tensor, int | None, bool, bool], torch.Tensor]] = {
+    "probabilities": _merge_probabilities,
+    "logits": _merge_logits,
+}
+
+
+__all__ = ["MERGES", "ExpertLogits", "log_expert_weights", "mixture_log_probs", "precise", "token_log_probs"]
