@@ -304,8 +304,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         embeddings = self.pcm.body.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         for backbone in self.backbones:
             backbone.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        for index, bank in self.backbones.adapters.items():
-            bank.fit(self.backbones[int(index)])
+        for index, bank in self.backbones.banks.items():
+            bank.fit(self.backbones[index])
         self.backbones.train()  # what is new is frozen too
 
         self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())

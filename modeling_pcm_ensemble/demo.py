@@ -165,7 +165,7 @@ def lora_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
         name: {"model": model, "adapter": str(artifacts / name), "description": description, "dimension": dimension}
         for name, (dimension, description) in PREFERENCES.items()
     }
-    options = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()} | kwargs
+    options: dict[str, Any] = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()} | kwargs
     return PCMEnsembleForCausalLM.from_experts(experts, **options)
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial, wraps
 
 import torch
@@ -28,6 +29,7 @@ from .call_checks import (
     check_positions,
     longest_context,
 )
+from .experts import PCMEnsembleExperts
 from .preference import Preference
 from .routing import Route
 
@@ -41,7 +43,22 @@ NOT_WITH_TOP_K = {
 PREFERENCE = ("preference", "preference_text", "preference_ids")
 
 
-class PCMEnsembleGenerationMixin(GenerationMixin):
+@dataclass
+class Lengths:
+    """
+    What is noted on `generate`'s own copy of the generation configuration, since transformers hands nothing else from
+    the method that reads a call's lengths to the one that prepares its cache.
+
+    Args:
+        are_given (`bool`): whether the call says how long an answer may be.
+        of_input (`int`): the prompts' tokens.
+    """
+
+    are_given: bool
+    of_input: int = 0
+
+
+class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
     """`generate` under a preference; all modes are the library's own."""
 
     def generate(
@@ -153,7 +170,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name in PREFERENCE:
             vars(generation_config).pop(name, None)
-        generation_config._length_was_given = any(given)
+        generation_config._lengths = Lengths(any(given))  # type: ignore[attr-defined]  # our note, see `Lengths`
         return generation_config, model_kwargs | told
 
     def _prepare_generated_length(
@@ -166,7 +183,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         )
         if has_default_max_length and generation_config.max_new_tokens is None:
             generation_config.max_length = default + input_ids_length
-        generation_config._input_length = input_ids_length
+        generation_config._lengths.of_input = input_ids_length
         return generation_config
 
     def _prepare_cache_for_generation(
@@ -212,7 +229,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         of context tokens that will be read at most.
         """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        new = generation_config._input_length
+        new = generation_config._lengths.of_input
         # transformers notes the mask's length on its configuration where it has left the mask away
         length = getattr(generation_config, "_mask_length", new) if mask is None else mask.shape[1]
         # From here on each token's place follows from the mask
@@ -226,7 +243,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
             most = int(room) - cached + 1
             if generation_config.prompt_lookup_num_tokens:  # which may be read beyond the end
                 most = max(most - generation_config.prompt_lookup_num_tokens + 1, new + 1)
-            if most < generation_config.max_length and generation_config._length_was_given:
+            if most < generation_config.max_length and generation_config._lengths.are_given:
                 logger.warning_once(
                     f"The answer has at most {most - new} tokens instead of {generation_config.max_length - new}: the "
                     f"longest context that the PCM and the experts of this preference can read has {int(room)}."
@@ -318,4 +335,4 @@ def _as_tensor(ids: list) -> torch.Tensor | None:
     return pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side="left") if is_nested else tensors[0]
 
 
-__all__ = ["PCMEnsembleGenerationMixin"]
+__all__ = ["PCMEnsembleGeneration"]

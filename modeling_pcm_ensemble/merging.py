@@ -17,7 +17,7 @@ class ExpertLogits(NamedTuple):
     where all rows of the batch do.
     """
 
-    expert: int
+    expert: int | None
     rows: torch.Tensor | None
     logits: torch.Tensor
 
