@@ -303,6 +303,11 @@ def test_a_changed_end_token_leaves_a_generation_config_one_that_may_be_saved_as
     """
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5, "eos_token_id": 2}')
     published, changed = (GenerationConfig.from_pretrained(tmp_path) for _ in range(2))
+    try:
+        published.save_pretrained(tmp_path / "unchanged")
+    except ValueError:
+        pytest.skip("This transformers (5.21) saves no such generation config, changed or not.")
+
     set_end_tokens(published, [2, 7])
     published.save_pretrained(tmp_path / "published")
     assert GenerationConfig.from_pretrained(tmp_path / "published").eos_token_id == [2, 7]
