@@ -45,6 +45,10 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         self._keep_own_generation_settings()
         self.post_init()
 
+    def _keep_own_generation_settings(self):
+        """Keep a preference in it when it is loaded: transformers drops what it takes for the model's own settings."""
+        self.generation_config._from_model_config = False
+
     def forget_weights(self):
         """
         Forget what was computed from the weights: compiled steps, and prompts and descriptions that are kept. Only
