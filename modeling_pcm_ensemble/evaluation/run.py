@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..training.rewards import Guard
-from .baselines import Baseline, Conversation, label
-from .comparison import Job, Outcome, agreement, collect_answers, judge_answers, processes, read_by_all, summarise
+from .answers import Case, collect_answers, collect_text_features, distributed_state
+from .baselines import Baseline, Conversation
+from .comparison import Outcome, agreement, judge_answers, summarise
 from .cost import measure_cost
 from .judges import Judge
 
@@ -19,7 +20,7 @@ from .judges import Judge
 def evaluate(
     ours: Baseline,
     others: list[Baseline],
-    jobs: list[Job],
+    cases: list[Case],
     judges: list[Judge],
     folder: Path,
     *,
@@ -34,7 +35,7 @@ def evaluate(
 
     Args:
         ours (`Baseline`), others (`list[Baseline]`): who answers.
-        jobs (`list[Job]`): from [`make_jobs`].
+        cases (`list[Case]`): from [`make_cases`].
         judges (`list[Judge]`): the first one also scores every baseline against `base`.
         folder (`Path`): where answers, and what the guard reads in them, are kept, see [`collect_answers`].
         base (`str`): the name of the one among `others` that scores are against.
@@ -50,67 +51,79 @@ def evaluate(
             judge a wanted expert.
     """
     baselines = [ours, *others]
-    names = [baseline.name for baseline in baselines]
-    _check(baselines, jobs, judges, base)
-    answers = {b.name: collect_answers(b, jobs, folder, seed, batch_size) for b in baselines}
-    read_by_all(guard, jobs, folder, *answers.values())
-    if not processes().is_main_process:
+    _check(baselines, cases, judges, base)
+
+    answers = {}
+    for baseline in baselines:
+        answers[baseline.name] = collect_answers(baseline, cases, folder, seed, batch_size)
+    collect_text_features(guard, cases, folder, *answers.values())
+    if not distributed_state().is_main_process:
         return None
-    outcomes = {
-        judge.name: {
-            b.name: judge_answers(judge, jobs, answers[ours.name], answers[b.name])
-            for b in tqdm(others, desc=f"judge: {judge.name}")
+
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    for judge in judges:
+        outcomes[judge.name] = {
+            other.name: judge_answers(judge, cases, answers[ours.name], answers[other.name])
+            for other in tqdm(others, desc=f"judge: {judge.name}")
         }
-        for judge in judges
-    }
+
+    agreements = {}
+    for one, other in itertools.combinations(outcomes, 2):
+        agreements[f"{one}, {other}"] = mean_agreement(outcomes[one], outcomes[other])
+    rewards, quality = {}, {}
+    for name, texts in answers.items():
+        rewards[name] = mean_rewards(judge_answers(judges[0], cases, texts, answers[base]))
+        quality[name] = text_quality(guard, cases, texts)
+
     return {
         "ours": ours.name,
         "base": base,
-        "judges": {name: summarise(entry, jobs) for name, entry in outcomes.items()},
-        "agreement": {
-            f"{one}, {other}": mean_agreement(outcomes[one], outcomes[other])
-            for one, other in itertools.combinations(outcomes, 2)
-        },
-        "rewards": {
-            name: mean_rewards(judge_answers(judges[0], jobs, answers[name], answers[base])) for name in names
-        },
-        "quality": {name: text_quality(guard, jobs, answers[name]) for name in names},
-        "cost": measure_cost(baselines, jobs, model.tokenizer),
-        "expert_weights": expert_weights_example(model, jobs, answers[ours.name]),
+        "judges": {name: summarise(against, cases) for name, against in outcomes.items()},
+        "agreement": agreements,
+        "rewards": rewards,
+        "quality": quality,
+        "cost": measure_cost(baselines, cases, model.tokenizer),
+        "expert_weights": expert_weights_example(model, cases, answers[ours.name]),
     }
 
 
-def _check(baselines: list[Baseline], jobs: list[Job], judges: list[Judge], base: str):
+def _check(baselines: list[Baseline], cases: list[Case], judges: list[Judge], base: str):
     names = [baseline.name for baseline in baselines]
     if len(set(names)) < len(names) or base not in names:
         raise ValueError(f"Baselines must have names of their own, and one must be {base!r}, got {names}.")
+
     for baseline in baselines:
-        if not any(baseline.applies(job.preference) for job in jobs):
+        if not any(baseline.applies(case.preference) for case in cases):
             raise ValueError(f"Baseline {baseline.name!r} applies under none of the preferences. Leave it out.")
-    wanted = {name for job in jobs for name in job.preference}
+
+    wanted = {name for case in cases for name in case.preference.weights}
     for judge in judges:
         if judge.dimensions is not None and (missing := wanted - judge.dimensions):
             raise ValueError(f"Judge {judge.name!r} cannot judge {', '.join(sorted(missing))}. Give it these too.")
 
 
 def mean_agreement(one: dict[str, Outcome], other: dict[str, Outcome]) -> list[float] | None:
-    """Agreement of two judges, see [`agreement`], over the baselines that both have compared."""
+    """Compute the agreement of two judges, see [`agreement`], over the baselines that both have compared."""
     found = [pair for name in one if (pair := agreement(one[name], other[name])) is not None]
     return [fmean(values) for values in zip(*found)] or None
 
 
 def mean_rewards(against_base: Outcome) -> dict[str, float]:
-    """Mean normalised rewards by dimension, and over all answers as `mean`."""
+    """Compute mean normalised rewards by dimension, and over all answers as `mean`."""
     compared = ~np.isnan(against_base.wins)
-    values = {name: by_job[compared] for name, by_job in against_base.dimensions.items()}  # (answers,)
+    values = {name: by_case[compared] for name, by_case in against_base.dimensions.items()}  # (answers,)
     means = {name: float(np.nanmean(v)) for name, v in values.items() if not np.isnan(v).all()}
-    return means | {"mean": float(np.nanmean(list(values.values()), axis=0).mean())}
+    of_answers = np.nanmean(list(values.values()), axis=0)
+    return means | {"mean": float(of_answers.mean())}
 
 
-def text_quality(guard: Guard, jobs: list[Job], answers: list[str | None]) -> dict[str, float]:
-    """Means of what the guard reads: the base model's nats a token, nats that the prompt saves, repetition, words."""
-    given = [(job.prompt, answer) for job, answer in zip(jobs, answers) if answer is not None]
-    features = guard.features(*map(list, zip(*given)))
+def text_quality(guard: Guard, cases: list[Case], answers: list[str | None]) -> dict[str, float]:
+    """
+    Compute means of what the guard reads: the base model's nats a token (`nll`), nats that the prompt saves (`gain`),
+    `repetition`, `words`.
+    """
+    given = [(case.prompt, answer) for case, answer in zip(cases, answers) if answer is not None]
+    features = guard.features([prompt for prompt, _ in given], [answer for _, answer in given])
     return {name: fmean(entry[name] for entry in features) for name in features[0]}
 
 
@@ -118,26 +131,45 @@ def text_quality(guard: Guard, jobs: list[Job], answers: list[str | None]) -> di
 def expert_weights_over(
     model: PCMEnsembleForCausalLM, prompt: Conversation, answer: str, **preference
 ) -> tuple[list[int], torch.Tensor]:
-    """An answer's tokens, and the α that each is drawn under, `(tokens, experts)`; preference as for `forward`."""
+    """
+    Compute α over an answer.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): the ensemble.
+        prompt (`list[dict]`), answer (`str`): what it was asked, and what was answered.
+        preference: as for `forward`: `preference`, `preference_text`, `preference_ids`.
+
+    Returns:
+        The answer's tokens, and the α that each is drawn under, `(tokens, experts)`.
+    """
     tokenizer = model.tokenizer
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     start = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = tokenizer(text + answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-    return ids[0, start:].tolist(), model.compute_expert_weights(ids, **preference)[0, start - 1 : -1]
+
+    expert_weights = model.compute_expert_weights(ids, **preference)[0]  # (tokens of prompt and answer, experts)
+    return ids[0, start:].tolist(), expert_weights[start - 1 : -1]
 
 
-def expert_weights_example(model: PCMEnsembleForCausalLM, jobs: list[Job], answers: list[str]) -> dict:
-    """α over the answer, of those longer than 100 characters or else of all, in which it moves most."""
-    names, found = model.config.expert_names, []
-    given = [(job, answer) for job, answer in zip(jobs, answers) if answer]
+def expert_weights_example(model: PCMEnsembleForCausalLM, cases: list[Case], answers: list[str | None]) -> dict:
+    """Find the answer, of those longer than 100 characters or else of all, in which α moves most; give α over it."""
+    given = [(case, answer) for case, answer in zip(cases, answers) if answer]
     given = [pair for pair in given if len(pair[1]) > 100] or given
-    for job, answer in tqdm(given, desc="expert weights", leave=False):
-        ids, values = expert_weights_over(model, job.prompt, answer, preference=job.preference)
-        found.append((values.std(dim=0, correction=0).sum().item(), job, ids, values))
-    _, job, ids, values = max(found, key=lambda entry: entry[0])
+
+    moves = []
+    for case, answer in tqdm(given, desc="expert weights", leave=False):
+        ids, values = expert_weights_over(model, case.prompt, answer, preference=dict(case.preference.weights))
+        moves.append((values.std(dim=0, correction=0).sum().item(), case, ids, values))
+    _, case, ids, values = max(moves, key=lambda move: move[0])
+
+    wanted = list(case.preference.weights)
+    columns = [model.config.expert_names.index(name) for name in wanted]
     return {
-        "title": f"{job.prompt[-1]['content']} [{label(job.preference)}]",
-        "names": list(job.preference),
+        "title": f"{case.prompt[-1]['content']} [{case.preference.label}]",
+        "names": wanted,
         "tokens": [model.tokenizer.decode([token]) for token in ids],
-        "values": values[:, [names.index(name) for name in job.preference]].tolist(),
+        "values": values[:, columns].tolist(),
     }
+
+
+__all__ = ["evaluate", "expert_weights_over"]
