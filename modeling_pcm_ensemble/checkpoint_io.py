@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from functools import partial
 
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -252,6 +253,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 f"`new_num_tokens` {num_tokens} is too small: experts' prompts and descriptions have tokens up to "
                 f"{max(used)}. Use at least {max(used) + 1}, or build the ensemble with a smaller vocabulary."
             )
+
+    def load_pcm(self, path: str | os.PathLike):
+        """
+        Load the PCM's weights from a safetensors file. Weights that it leaves out, such as embeddings that were frozen
+        while the PCM was trained, stay as they are.
+
+        Raises:
+            RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
+        """
+        self.pcm.load_state_dict(self.pcm.state_dict() | load_file(path))
 
 
 def _finish_save(folder: str | None, config) -> tuple[int, int] | None:

@@ -1,63 +1,85 @@
 """The best weights that stay the same over prompts and tokens: what a trained PCM must beat."""
 
+import itertools
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from answers import STATIC, chats, paper_preferences, spread, training_prompts
+from common import chats, guard_of, paper_preferences, spread, training_prompts
 from rich.console import Console
 from rich.table import Table
 
+from modeling_pcm_ensemble import Preference
 from modeling_pcm_ensemble.evaluation import (
-    Mixture,
+    Baseline,
     PlainModel,
     RewardJudge,
+    StaticWeights,
     collect_answers,
+    collect_text_features,
     judge_answers,
-    label,
-    make_jobs,
-    read_by_all,
+    make_cases,
 )
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
+# What is tried for a preference's three experts, (1, 1, 1) first
+TRIED: list[tuple[int, ...]] = []
+for shape in ((1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)):
+    TRIED += sorted(set(itertools.permutations(shape)))
 
-def best_static_weights(model, rewards: dict[tuple[str, tuple], float]) -> dict[str, dict[str, float]]:
-    """Of each preference, by its label, the weights with the best of [`static_rewards`]."""
-    best = {name: max(STATIC, key=lambda static: rewards[name, static]) for name, _ in rewards}
-    return {label(entry): dict(zip(entry, best[label(entry)])) for entry in paper_preferences(model)}
+
+def best_static_weights(model, rewards: dict[tuple[str, tuple], float]) -> dict[str, Preference]:
+    """Choose for each preference, by its label, the weights with the best of [`static_rewards`]."""
+    best = {}
+    for preference in paper_preferences(model):
+        weights = max(TRIED, key=lambda tried: rewards[preference.label, tried])
+        best[preference.label] = reweighted(preference, weights)
+    return best
 
 
-def static_rewards(model, arguments) -> dict[tuple[str, tuple], float]:
-    """
-    By preference and weights, the mean reward of answers to training prompts. Arguments: `static_prompts`, `tokens`,
-    `batch_size`, and `output`, where answers are kept.
+def reweighted(preference: Preference, weights: tuple[int, ...]) -> Preference:
+    """Give a preference's experts these weights."""
+    return Preference(dict(zip(preference.weights, weights)))
+
+
+def static_rewards(model, prompts: int, tokens: int, folder: Path, batch_size: int) -> dict[tuple[str, tuple], float]:
+    r"""
+    Measure, by preference and weights, the mean reward of answers to training prompts.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): the ensemble.
+        prompts (`int`): how many training prompts.
+        tokens (`int`): most tokens of an answer.
+        folder (`Path`): where answers are kept.
+        batch_size (`int`): answers that are sampled at once.
     """
     rewards = proxy_rewards(model.backbones[0], model.tokenizer)
-    judge, guard = RewardJudge("training rewards", rewards), next(iter(rewards.values())).guard
-    preferences, folder = paper_preferences(model), arguments.output / "static"
-    jobs = make_jobs(chats(spread(training_prompts(), arguments.static_prompts)), preferences)
+    judge = RewardJudge("training rewards", rewards)
+    preferences = paper_preferences(model)
+    cases = make_cases(chats(spread(training_prompts(), prompts)), preferences)
 
-    def answers(baseline) -> list[str]:
-        found = collect_answers(baseline, jobs, folder, 1, arguments.batch_size)
-        read_by_all(guard, jobs, folder, found)
-        return found
+    def answers(baseline: Baseline) -> list[str | None]:
+        texts = collect_answers(baseline, cases, folder, 1, batch_size)
+        collect_text_features(guard_of(rewards), cases, folder, texts)
+        return texts
 
-    vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens))
+    vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, tokens))
     means = {}
-    for static in STATIC:
-        weights = {label(preference): dict(zip(preference, static)) for preference in preferences}
-        name = "static " + ":".join(map(str, static))
-        mixture = Mixture(name, model, arguments.tokens, use_pcm=False, weights=weights)
-        outcome = judge_answers(judge, jobs, answers(mixture), vanilla)
+    for tried in TRIED:
+        name = "static " + ":".join(map(str, tried))
+        weights = {preference.label: reweighted(preference, tried) for preference in preferences}
+        outcome = judge_answers(judge, cases, answers(StaticWeights(name, model, tokens, weights=weights)), vanilla)
         by_preference = np.nanmean(list(outcome.dimensions.values()), axis=(0, 1))
-        means |= {(name, static): mean for name, mean in zip(weights, by_preference)}
+        for label, mean in zip(weights, by_preference):
+            means[label, tried] = mean
     return means
 
 
 def show_headroom(means: dict[tuple[str, tuple], float], console: Console):
-    """Rewards of static weights on training prompts, by preference."""
-    preferences, weights = (list(dict.fromkeys(keys)) for keys in zip(*means))
-    table = Table("preference", *(":".join(map(str, w)) for w in weights), title="reward of static weights, training")
-    for name in preferences:
-        table.add_row(name, *(f"{means[name, w]:.3f}" for w in weights))
-    table.add_row("all", *(f"{fmean(means[name, w] for name in preferences):.3f}" for w in weights))
+    """Print rewards of static weights on training prompts, by preference."""
+    labels, tried = (list(dict.fromkeys(keys)) for keys in zip(*means))
+    table = Table("preference", *(":".join(map(str, w)) for w in tried), title="reward of static weights, training")
+    for label in labels:
+        table.add_row(label, *(f"{means[label, w]:.3f}" for w in tried))
+    table.add_row("all", *(f"{fmean(means[label, w] for label in labels):.3f}" for w in tried))
     console.print(table)

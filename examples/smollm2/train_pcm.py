@@ -2,7 +2,7 @@
 Train the Preference Control Model of the six LoRA experts online with REBEL, on the paper's eight preferences and,
 less often, on those of two experts.
 
-    python examples/train_pcm.py --output pcm --seeds 0 1 2
+    python examples/smollm2/train_pcm.py --output pcm --seeds 0 1 2
 
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
@@ -11,7 +11,7 @@ less often, on those of two experts.
    when told weights; no expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
-examples/evaluate_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
+measure_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
 """
 
 import argparse
@@ -23,14 +23,15 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
-from answers import ARTIFACTS, DEVICE, base_model, training_prompts, with_references
+from common import DEVICE, base_model, training_prompts, with_references
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
+from modeling_pcm_ensemble.evaluation.pictures import save
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
@@ -61,13 +62,22 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         save_total_limit=1,
         report_to="none",
     )
+
     # Pairs in one of three: what rewards teach of three experts would else carry over to two by chance.
     sets = 3 * default_preference_sets(model.config)
     sets += [names for names in default_preference_sets(model.config, whole=False) if len(names) == 2]
-    return RebelTrainer(model, config, rewards, dataset, processing_class=model.tokenizer, preference_sets=sets)
+    return RebelTrainer(
+        model,
+        args=config,
+        reward_funcs=rewards,
+        train_dataset=dataset,
+        processing_class=model.tokenizer,
+        preference_sets=sets,
+    )
 
 
 def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: int):
+    """Train a PCM to do when told in words what it does when told weights."""
     config = DescriptionConfig(
         output_dir=str(folder),
         seed=seed,
@@ -77,6 +87,7 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
         use_cpu=DEVICE == "cpu",
         report_to="none",
     )
+
     written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
     DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES).train()
 
@@ -88,10 +99,6 @@ def save_learnt(pcm, path: Path):
         save_file(learnt, Path(staging) / path.name)
 
 
-def load_learnt(pcm, path: Path):
-    pcm.load_state_dict(pcm.state_dict() | load_file(path))
-
-
 def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
@@ -99,15 +106,17 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
     finish_save(folder)
     if described.exists():
         return folder
+
     set_seed(seed)
-    model = demo.lora_ensemble(ARTIFACTS, dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k or None)
+    model = demo.adapter_ensemble(dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k or None)
     if not rewarded.exists():
         model.pcm.body.requires_grad_(False)
         trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
         write_text(folder / "history.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
         save_learnt(model.pcm, rewarded)
-    load_learnt(model.pcm, rewarded)
+
+    model.load_pcm(rewarded)
     model.pcm.body.requires_grad_(True)
     teach_descriptions(model, dataset, folder, seed, arguments.description_steps)
     save_learnt(model.pcm, described)
@@ -115,7 +124,7 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
 
 
 def draw_curves(histories: list[list[dict]], path: Path, window: int = 8):
-    """Reward of what was sampled, explored or not, by dimension, and α's entropy: means of all seeds, smoothed."""
+    """Draw reward, reward by dimension and α's entropy of what was sampled: means of seeds, smoothed."""
     panels = {
         "sampled answers against the base model (0.5 = equal)": {"reward": "reward", "win_share": "won comparisons"},
         "reward by dimension": {f"reward of {name}": name for name in demo.PREFERENCES},
@@ -124,19 +133,23 @@ def draw_curves(histories: list[list[dict]], path: Path, window: int = 8):
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items()):
         for name, label in names.items():
-            by_step = defaultdict(list)
-            for entry in chain.from_iterable(histories):
-                if name in entry:
-                    by_step[entry["step"]].append(entry[name])
-            steps = sorted(by_step)
-            means = [fmean(by_step[step]) for step in steps]
+            steps, means = mean_curve(histories, name)
             smooth = [fmean(means[max(0, i - window + 1) : i + 1]) for i in range(len(means))]
             axis.plot(steps, smooth, label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update")
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
+
+
+def mean_curve(histories: list[list[dict]], name: str) -> tuple[list[int], list[float]]:
+    """Average a logged metric over seeds: the updates at which it was logged, and its means there."""
+    by_step = defaultdict(list)
+    for entry in chain.from_iterable(histories):
+        if name in entry:
+            by_step[entry["step"]].append(entry[name])
+    steps = sorted(by_step)
+    return steps, [fmean(by_step[step]) for step in steps]
 
 
 def main():
@@ -162,6 +175,7 @@ def main():
         arguments.output /= "quick"
         arguments.prompts, arguments.rollouts, arguments.completions, arguments.tokens = 8, 1, 8, 16
         arguments.description_steps = 2
+
     base, tokenizer = base_model()
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)
