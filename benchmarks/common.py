@@ -78,6 +78,12 @@ def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length
     return model.to(DEVICE)
 
 
+def koala_chats() -> list[list[dict[str, str]]]:
+    """Read the 50 evaluation prompts as conversations, in the order of their file."""
+    prompts = json.loads((demo.ARTIFACTS.parent / "data/evaluation_only/koala_eval_50.json").read_text())
+    return [[{"role": "user", "content": entry["prompt"]}] for entry in prompts]
+
+
 def some_ids(batch: int, context: int = CONTEXT) -> torch.LongTensor:
     """A context of which every row has the same, `(batch, context)`. Decode time depends on shapes only."""
     ids = torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))

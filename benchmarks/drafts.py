@@ -5,9 +5,7 @@ the PCM's body. Beside them one plain model, and compiled steps, which transform
 
 import copy
 import itertools
-import json
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -15,9 +13,8 @@ from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from modeling_pcm_ensemble import demo
 
-from .common import DTYPE, grouped_bars, interleaved, load_backbone, summary, write_results
+from .common import DTYPE, grouped_bars, interleaved, koala_chats, load_backbone, summary, write_results
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 PREFERENCES = (["friendly"], ["knowledgeable", "informative"], ["elementary", "concise", "friendly"])
 PLAIN, COMPILED, LOOKUP, BASE, EXPERT, PCM = (
     "no drafts",
@@ -41,12 +38,10 @@ def run(arguments):
     if arguments.layers is not None:
         raise SystemExit("drafts: random weights accept no drafts; leave --layers out.")
     backbone = load_backbone(arguments)
-    model = demo.trained_ensemble(EXAMPLES / "artifacts", dtype=DTYPE)
-    prompts = json.loads((EXAMPLES / "data/evaluation_only/koala_eval_50.json").read_text())
-    chats = [[{"role": "user", "content": entry["prompt"]}] for entry in prompts[: arguments.prompts]]
+    model = demo.trained_ensemble(dtype=DTYPE)
     contexts = [
         model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        for chat in chats
+        for chat in koala_chats()[: arguments.prompts]
     ]
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     passes, base = CountedPasses(model), model.backbones[0]  # its adapters are off when it is called on its own
@@ -88,7 +83,7 @@ def run(arguments):
 
 def expert_drafter(name: str, arguments) -> PreTrainedModel:
     """A model of its own with an expert's adapter merged into its weights."""
-    return PeftModel.from_pretrained(load_backbone(arguments), EXAMPLES / "artifacts" / name).merge_and_unload().eval()
+    return PeftModel.from_pretrained(load_backbone(arguments), demo.ARTIFACTS / name).merge_and_unload().eval()
 
 
 def pcm_drafter(model) -> PreTrainedModel:

@@ -1,17 +1,14 @@
 """Whether compiled steps choose the tokens of eager ones, on 50 prompts; and the time of whole answers."""
 
-import json
 import time
-from pathlib import Path
 
 import torch
 from transformers import CompileConfig
 
 from modeling_pcm_ensemble import demo
 
-from .common import write_results
+from .common import koala_chats, write_results
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 PREFERENCES = (["elementary", "concise", "friendly"], ["knowledgeable", "informative"], ["friendly"])
 FAST = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=True)}
 
@@ -25,16 +22,14 @@ def add_arguments(parser):
 def run(arguments):
     if arguments.layers is not None:
         raise SystemExit("greedy: takes the experts that ship; leave --layers out.")
-    prompts = json.loads((EXAMPLES / "data/evaluation_only/koala_eval_50.json").read_text())
-    chats = [[{"role": "user", "content": entry["prompt"]}] for entry in prompts]
-    rows = [compare(dtype, chats, arguments) for dtype in (torch.float32, torch.bfloat16)]
+    rows = [compare(dtype, koala_chats(), arguments) for dtype in (torch.float32, torch.bfloat16)]
     columns = ["dtype", "answers", "equal", "largest margin of another choice", "compiled to eager"]
     write_results("greedy", rows, columns, arguments)
 
 
 def compare(dtype: torch.dtype, chats: list, arguments) -> dict:
     """A margin is by how much, in nats, eager steps preferred their token where compiled ones chose another first."""
-    model = demo.trained_ensemble(EXAMPLES / "artifacts", dtype=dtype)
+    model = demo.trained_ensemble(dtype=dtype)
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     equal, margins, seconds = 0, [], {"eager": [], "compiled": []}

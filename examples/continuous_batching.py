@@ -32,26 +32,25 @@ def main():
     }
     model = PCMEnsembleForCausalLM.from_experts(experts, pcm=smollm2, pcm_layers=4)
 
-    requests = {}
+    question_of = {}  # by request
     for question, preference in QUESTIONS:
         chat = [{"role": "user", "content": question}]
         inputs = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        requests[question] = Request(inputs["input_ids"], preference, max_new_tokens=tokens)
-    question_of = {id(request): question for question, request in requests.items()}
+        question_of[Request(inputs["input_ids"], preference, max_new_tokens=tokens)] = question
 
-    # Of at most three rows: a server would add a request whenever one arrives, and call `step` in a loop.
+    # At most three run at once. A server would add each request when it arrives, and call `step` in a loop.
     scheduler = Scheduler(model, max_rows=3)
-    coming = list(requests.values())
+    coming = list(question_of)
     step = 0
     while coming or scheduler.waiting or scheduler.running:
         if coming and step % 3 == 0:
             request = coming.pop(0)
             scheduler.add(request)
-            print(f"step {step}: {question_of[id(request)]!r} has arrived")
+            print(f"step {step}: {question_of[request]!r} has arrived")
 
         for request in scheduler.step():
             answer = model.tokenizer.decode(request.tokens, skip_special_tokens=True)
-            print(f"step {step}: {question_of[id(request)]!r}, {request.preference}, has left with: {answer}")
+            print(f"step {step}: {question_of[request]!r}, {request.preference}, has left with: {answer}")
         step += 1
 
 

@@ -7,6 +7,7 @@ Experts of your own: train two LoRA adapters with PEFT and TRL, mix them under a
 import argparse
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
@@ -30,9 +31,10 @@ def train_adapter(base: str, answers: dict[str, str], folder: Path, steps: int):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append({"messages": messages})
 
+    options = {"bf16": False, "use_cpu": not torch.cuda.is_available(), "save_strategy": "no", "report_to": "none"}
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(base),
-        args=SFTConfig(str(folder), max_steps=steps, learning_rate=1e-3, save_strategy="no", report_to="none"),
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        args=SFTConfig(str(folder), max_steps=steps, learning_rate=1e-3, **options),
         train_dataset=Dataset.from_list(rows),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     )

@@ -1,11 +1,10 @@
 """
-Train a Preference Control Model: two prompted experts, a reward for each, a handful of prompts, REBEL.
+Train a Preference Control Model with REBEL: two prompted experts, a reward for each, a handful of prompts.
 
-    python examples/train_pcm.py --output my-pcm
+    python examples/train_pcm.py
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -14,6 +13,7 @@ from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
 
 QUESTIONS = ["What is gravity?", "Why do cats purr?", "How does a plane fly?", "What is money?", "Who was Plato?"]
+CHATS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
 def shortness(prompts, completions, **columns) -> list[float]:
@@ -29,17 +29,16 @@ def curiosity(prompts, completions, **columns) -> list[float]:
 @torch.no_grad()
 def mean_weights(model, preference) -> list[float]:
     """Average α, by expert, where answers to the questions would begin."""
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     inputs = model.tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"}
+        CHATS, add_generation_prompt=True, padding=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"}
     )
     return model.compute_expert_weights(**inputs, preference=preference)[:, -1].mean(dim=0).tolist()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("my-pcm"))
-    parser.add_argument("--steps", type=int, default=16, help="updates, each on a rollout of its own")
+    parser.add_argument("--output", default="my-pcm")
+    parser.add_argument("--steps", type=int, default=16, help="updates")
     parser.add_argument("--quick", action="store_true", help="one update on answers of 8 tokens")
     arguments = parser.parse_args()
 
@@ -50,11 +49,11 @@ def main():
     }
     model = PCMEnsembleForCausalLM.from_experts(experts, pcm=smollm2, pcm_layers=4)
     model.pcm.body.requires_grad_(False)  # the head alone: a pretrained body knows already what the context is
-    preference = {"short": 1.0, "curious": 1.0}
-    before = mean_weights(model, preference)
+    rewards = {"short": shortness, "curious": curiosity}
+    before = mean_weights(model, list(experts))
 
     config = RebelConfig(
-        str(arguments.output / "run"),
+        f"{arguments.output}/run",
         max_steps=1 if arguments.quick else arguments.steps,
         per_device_train_batch_size=8,
         num_generations=4,
@@ -65,15 +64,15 @@ def main():
     trainer = RebelTrainer(
         model,
         args=config,
-        reward_funcs={"short": shortness, "curious": curiosity},
-        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in QUESTIONS]}),
-        preference_sets=[preference, {"short": 2.0, "curious": 0.5}],
+        reward_funcs=rewards,
+        train_dataset=Dataset.from_dict({"prompt": CHATS}),
+        preference_sets=[list(experts), {"short": 2.0, "curious": 0.5}],
     )
     trainer.train()
 
-    for name, old, new in zip(experts, before, mean_weights(model, preference)):
+    for name, old, new in zip(experts, before, mean_weights(model, list(experts))):
         print(f"α of the {name} expert: {old:.2f} before, {new:.2f} after")
-    trainer.save_model(str(arguments.output / "ensemble"))
+    trainer.save_model(f"{arguments.output}/ensemble")
 
 
 if __name__ == "__main__":

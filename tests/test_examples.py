@@ -190,7 +190,7 @@ def test_a_script_for_newcomers_is_short_and_listed(script):
         ("lora_experts", "witty"),
         ("train_pcm", "α of the short expert"),
         ("compare_baselines", "win rate against prompting"),
-        ("continuous_batching", "joined"),
+        ("continuous_batching", "has left with"),
     ],
 )
 def test_a_script_for_newcomers_runs(script, words, tmp_path):

@@ -31,7 +31,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 def space(tmp_path_factory):
     """Address of the running app, and its file of votes."""
     folder = tmp_path_factory.mktemp("space")
-    demo.trained_ensemble(ROOT / "examples" / "artifacts").save_pretrained(folder / "ensemble")
+    demo.trained_ensemble().save_pretrained(folder / "ensemble")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

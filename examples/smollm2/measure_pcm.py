@@ -47,7 +47,7 @@ from modeling_pcm_ensemble.evaluation import (
     make_cases,
     permutation_p_value,
 )
-from modeling_pcm_ensemble.evaluation.tables import signed_interval
+from modeling_pcm_ensemble.tables import signed_interval
 from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 MEASURES = ("static", "mean", "words")

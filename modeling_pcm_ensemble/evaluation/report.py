@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from ..checkpoint_staging import staged_folder
+from ..tables import percent_interval, table
 from .pictures import draw_cost, draw_expert_weights, draw_rewards, draw_win_rates
-from .tables import percent_interval, table
 
 
 def write_report(report: dict, folder: Path):
