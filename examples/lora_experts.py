@@ -57,12 +57,12 @@ def main():
         experts[name] = {"model": base, "adapter": str(folder), "description": f"Give a {name} answer."}
 
     # The untrained PCM leaves the user's weights as they are; examples/train_pcm.py trains one.
-    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=base, pcm_layers=4)
-    model.add_expert("witty", {"model": base, "prompt": "Answer with a joke."})  # a prompt is an expert too
+    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=base, pcm_layers=4, dtype=torch.float32)
+    model.add_expert("plain", base)  # the model itself is an expert too, and shared
 
     chat = [{"role": "user", "content": "What is gravity?"}]
     inputs = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-    for preference in ("polite", "short", {"polite": 1.0, "short": 0.5}, ["short", "witty"]):
+    for preference in ("polite", "short", {"polite": 1.0, "short": 0.5}, ["short", "plain"]):
         output = model.generate(**inputs, preference=preference, max_new_tokens=24, do_sample=False)
         print(preference, model.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]), sep=": ")
     model.save_pretrained(arguments.output / "ensemble")

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path, snapshot_download
@@ -177,8 +178,8 @@ def adapter_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsemble
     for name, (dimension, description) in PREFERENCES.items():
         adapter = {"model": model, "adapter": str(artifacts / name)}
         experts[name] = adapter | {"description": description, "dimension": dimension}
-    options = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()} | kwargs
-    return PCMEnsembleForCausalLM.from_experts(experts, **options)
+    options: dict[str, Any] = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()}
+    return PCMEnsembleForCausalLM.from_experts(experts, **options | kwargs)
 
 
 def trained_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsembleForCausalLM:

@@ -45,6 +45,9 @@ class Scheduler:
         joins (`bool`): whether requests join a running batch; else they wait until it has ended.
         compile_config (`CompileConfig`, *optional*): how steps are compiled; prompts are read by eager ones.
 
+    Raises:
+        ValueError: if the ensemble has no tokenizer.
+
     Attributes:
         waiting, running (`list[Request]`): requests that have not ended.
 
@@ -66,7 +69,10 @@ class Scheduler:
         joins: bool = True,
         compile_config: CompileConfig | None = None,
     ):
+        if model.tokenizer is None:
+            raise ValueError("The ensemble has no tokenizer, which pads prompts. Build or save it with one.")
         self.model = model
+        self.tokenizer = model.tokenizer
         self.max_rows = max_rows
         self.joins = joins
         self.compiled = compile_config is not None
@@ -129,7 +135,7 @@ class Scheduler:
     def _read_prompts(self, requests: list[Request], cache: PCMEnsembleCache) -> torch.Tensor:
         """Fill a cache with prompts; gives the logits of what comes next, `(requests, 1, vocab)`."""
         rows = {"input_ids": [request.input_ids for request in requests]}
-        inputs = self.model.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.model.device)
+        inputs = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.model.device)
         weights = torch.cat([self._route(request).weights for request in requests])
         return self.model(**inputs, past_key_values=cache, preference=weights, logits_to_keep=1).logits
 
@@ -162,7 +168,7 @@ class Scheduler:
             return
         rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
         self.running = [self.running[row] for row in rows]
-        if rows:
+        if rows and self.cache is not None:
             self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
             self.cache = PCMEnsembleCache.join([self.cache], self._room(self.running))
 

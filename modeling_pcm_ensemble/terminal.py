@@ -1,6 +1,7 @@
 """Preferences from a command line, and answers side by side in a terminal. Needs rich, of the `examples` extra."""
 
 import argparse
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -73,7 +74,7 @@ class AnswerTable(BaseStreamer):
 
     def answers(self) -> dict[str, str]:
         """Return all columns so far, title → text."""
-        texts = self.tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(self.tokens or [], skip_special_tokens=True)
         return self.finished | dict(zip(self.titles, texts))
 
 
@@ -96,11 +97,17 @@ def stream_answers(
 
     Returns:
         Prompt and answer under each preference, `(preferences, seq + tokens)`.
+
+    Raises:
+        ValueError: if the ensemble has no tokenizer.
     """
-    options = {"max_new_tokens": tokens, "do_sample": False}
+    if model.tokenizer is None:
+        raise ValueError("The ensemble has no tokenizer, which reads answers. Build or save it with one.")
+    base: Any = model.backbones[0]  # transformers types no model as one that generates
+    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False}
     with Live(console=console, refresh_per_second=8) as live:
         vanilla = AnswerTable(model.tokenizer, ["vanilla"], live)
-        model.backbones[0].generate(**inputs, streamer=vanilla, **options)
+        base.generate(**inputs, streamer=vanilla, **options)
 
         titles = [preference.label for preference in preferences]
         table = AnswerTable(model.tokenizer, titles, live, vanilla.answers())
@@ -119,7 +126,7 @@ def weights_table(
         sequences (`torch.LongTensor` of shape `(preferences, seq)`): what it gave.
         start (`int`): tokens of the prompt.
     """
-    asked = {"preference": _plain(preferences)}
+    asked: dict[str, Any] = {"preference": _plain(preferences)}
     alphas = model.compute_expert_weights(sequences, **asked)[:, start - 1 : -1]  # (preferences, tokens, experts)
     shares = model.attribute(sequences, **asked)[:, start - 1 :]  # (preferences, tokens, experts)
     written = sequences[:, start:, None] != model.generation_config.pad_token_id  # rows that ended early are padded

@@ -187,7 +187,7 @@ def test_a_script_for_newcomers_is_short_and_listed(script):
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("lora_experts", "witty"),
+        ("lora_experts", "plain"),
         ("train_pcm", "α of the short expert"),
         ("compare_baselines", "win rate against prompting"),
         ("continuous_batching", "has left with"),

@@ -5,12 +5,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     BatchEncoding,
-    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -18,6 +18,7 @@ from transformers import (
 from ..preference import Preference
 
 Conversation = list[dict[str, str]]
+GenerativeModel = Any  # of transformers, or PEFT's around one: no type of theirs has `generate` and `device`
 
 
 class Baseline(ABC):
@@ -173,7 +174,7 @@ class WeightAverage(Baseline):
 
 
 def sample_answers(
-    model: GenerationMixin,
+    model: GenerativeModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Conversation],
     max_new_tokens: int,
@@ -185,7 +186,7 @@ def sample_answers(
 
 
 @torch.no_grad()
-def sample_tokens(model: GenerationMixin, inputs: BatchEncoding, max_new_tokens: int, **options) -> torch.LongTensor:
+def sample_tokens(model: GenerativeModel, inputs: BatchEncoding, max_new_tokens: int, **options) -> torch.Tensor:
     """
     Sample what comes behind each row at temperature 1, from all tokens unless `options`, which are `generate`'s, say
     otherwise. Gives the new tokens alone, `(rows, tokens)`.
@@ -196,17 +197,18 @@ def sample_tokens(model: GenerationMixin, inputs: BatchEncoding, max_new_tokens:
 
 
 def chat_inputs(
-    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, prompts: list[Conversation]
+    model: GenerativeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Conversation]
 ) -> BatchEncoding:
     """Encode conversations up to where an answer begins, padded on the left."""
-    return tokenizer.apply_chat_template(
+    inputs = tokenizer.apply_chat_template(
         prompts,
         add_generation_prompt=True,
         padding=True,
         return_dict=True,
         return_tensors="pt",
         tokenizer_kwargs={"padding_side": "left"},
-    ).to(model.device)
+    )
+    return cast(BatchEncoding, inputs).to(model.device)
 
 
 def digest(module: torch.nn.Module) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
@@ -41,7 +42,7 @@ class EnsembleBaseline(Baseline):
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         options = {"top_k": self.top_k} | self.request(preferences)
-        return sample_answers(self._sampled(), self.model.tokenizer, prompts, self.max_new_tokens, **options)
+        return sample_answers(self._sampled(), tokenizer_of(self.model), prompts, self.max_new_tokens, **options)
 
     def settings(self) -> str:
         config = self.model.config
@@ -62,7 +63,7 @@ class EnsembleBaseline(Baseline):
         options |= self._differences()
 
         read = ["name", "backbone", "prompt_ids"] + ["description_ids"] * self.uses_pcm
-        experts = [[expert[name] for name in read] for expert in config.experts]
+        experts = [[expert[name] for name in read] for expert in config.experts or []]
         return json.dumps([options, experts, digest(self.model if self.uses_pcm else self.model.backbones)])
 
     def _sampled(self) -> PCMEnsembleForCausalLM:
@@ -167,7 +168,7 @@ class WithoutContext(EnsembleBaseline):
     """An ablation: α stays what the PCM gives for an empty prompt. Arguments: [`EnsembleBaseline`]."""
 
     def request(self, preferences: list[Preference]) -> dict[str, Any]:
-        empty = chat_inputs(self.model, self.model.tokenizer, [[{"role": "user", "content": ""}]])
+        empty = chat_inputs(self.model, tokenizer_of(self.model), [[{"role": "user", "content": ""}]])
         rows = {name: tensor.expand(len(preferences), -1) for name, tensor in empty.items()}
         expert_weights = self.model.compute_expert_weights(**rows, preference=_plain(preferences))
 
@@ -182,6 +183,18 @@ class WithoutContext(EnsembleBaseline):
 
     def _differences(self) -> dict[str, Any]:
         return {"use_context": False}
+
+
+def tokenizer_of(model: PCMEnsembleForCausalLM) -> PreTrainedTokenizerBase:
+    """
+    Return the ensemble's tokenizer.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if model.tokenizer is None:
+        raise ValueError("An ensemble is evaluated by its own tokenizer, and this one has none. Build it with one.")
+    return model.tokenizer
 
 
 def with_settings(model: PCMEnsembleForCausalLM, **settings) -> PCMEnsembleForCausalLM:
@@ -242,6 +255,7 @@ __all__ = [
     "TrainedEnsemble",
     "WithoutContext",
     "WithoutDescription",
+    "tokenizer_of",
     "with_settings",
     "without_pcm",
 ]

@@ -231,7 +231,7 @@ class ChatEndpoint:
         self.client = openai.OpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=max_retries)
 
     def __call__(self, question: str) -> str:
-        messages = [{"role": "user", "content": question}]
+        messages: list = [{"role": "user", "content": question}]
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0)
         except self.failures as error:

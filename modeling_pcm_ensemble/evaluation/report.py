@@ -22,8 +22,8 @@ def write_report(report: dict, folder: Path):
             `expert_weights` (`tokens`, `names`, `values`, `title`).
         folder (`Path`): made if it is not there.
     """
-    with staged_folder(folder) as staging:  # pictures and tables of one report
-        staging = Path(staging)
+    with staged_folder(folder) as name:  # pictures and tables of one report
+        staging = Path(name)
         (staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         draw_win_rates(report["judges"], staging / "win_rates.png")
         draw_rewards(report["rewards"], staging / "rewards.png")

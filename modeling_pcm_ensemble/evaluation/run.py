@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from .answers import Case, collect_answers, collect_text_features, distributed_s
 from .baselines import Baseline, Conversation
 from .comparison import Outcome, agreement, judge_answers, summarise
 from .cost import measure_cost
+from .ensemble_baselines import tokenizer_of
 from .judges import Judge
 
 
@@ -82,7 +84,7 @@ def evaluate(
         "agreement": agreements,
         "rewards": rewards,
         "quality": quality,
-        "cost": measure_cost(baselines, cases, model.tokenizer),
+        "cost": measure_cost(baselines, cases, tokenizer_of(model)),
         "expert_weights": expert_weights_example(model, cases, answers[ours.name]),
     }
 
@@ -142,8 +144,8 @@ def expert_weights_over(
     Returns:
         The answer's tokens, and the α that each is drawn under, `(tokens, experts)`.
     """
-    tokenizer = model.tokenizer
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    tokenizer = tokenizer_of(model)
+    text = cast(str, tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
     start = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = tokenizer(text + answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
 
@@ -167,7 +169,7 @@ def expert_weights_example(model: PCMEnsembleForCausalLM, cases: list[Case], ans
     return {
         "title": f"{case.prompt[-1]['content']} [{case.preference.label}]",
         "names": wanted,
-        "tokens": [model.tokenizer.decode([token]) for token in ids],
+        "tokens": [tokenizer_of(model).decode([token]) for token in ids],
         "values": values[:, columns].tolist(),
     }
 
