@@ -289,9 +289,9 @@ def build_app(model, votes: str) -> gr.Blocks:
         thanks = gr.Markdown(elem_id="thanks")
 
         asked = [question, max_new_tokens, temperature, *controls]
-        run.click(partial(answer_both, model, colors), asked, [*texts, *charts, shown])
+        run.click(partial(answer_both, model, colors), asked, [*texts, *charts, shown], api_name="answer")
         for button in buttons:
-            button.click(partial(vote, votes), [shown, button], [shown, thanks])
+            button.click(partial(vote, votes), [shown, button], [shown, thanks], api_name="vote")
     return app
 
 
