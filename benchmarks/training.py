@@ -62,7 +62,7 @@ def rollout_and_update(
     rows = [{"prompt": "a" * PROMPT, "reference": "b"}] * completions * prompts
     rewards = {name: lambda completions, **_: [float(len(c)) for c in completions] for name in entries}
     trainer = RebelTrainer(
-        model, config, rewards, Dataset.from_list(rows), preference_sets=[list(entries)], processing_class=tokenizer
+        model, rewards, config, Dataset.from_list(rows), preference_sets=[list(entries)], processing_class=tokenizer
     )
     draws = trainer.preferences.sets * len(rows)
     rollout, _ = trainer.rollouts.sample(rows, draws, seed=0)

@@ -1,69 +1,41 @@
-"""The cache of an ensemble: one part for the PCM, one for each backbone in use, and the route; and many made one."""
+"""The cache of an ensemble: a memory of the PCM, one of each backbone in use, and the route; and many made one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 from .call_arguments import check_kind, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .preferences import Route
-from .prefixes import CachePart, is_recurrent
+from .memory import GrowingLayer, Memory
+from .preference import Preference
+from .routing import Route
 
 STATIC, QUANTIZED, OFFLOADED = ("static", "offloaded_static"), ("quantized",), ("offloaded", "offloaded_static")
-STEPS_AHEAD = 64  # tokens that a growing layer makes room for, at least
 MOST_TOKENS = 2**31 - 1
-
-
-class GrowingLayer(DynamicLayer):
-    """A dynamic layer with room for tokens to come: a step writes its own token where `torch.cat` would copy all."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.rooms: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # by name: the room, and what is used of it
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if self.get_seq_length() == 0 or key_states.requires_grad:
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
-        return self.keys, self.values
-
-    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
-        room, used = self.rooms.get(name, (None, None))
-        # Other keys than the last step's (reordered, cropped, moved) have no room behind them.
-        if used is not old or room.shape[-2] < total or room.is_inference() != torch.is_inference_mode_enabled():
-            room = old.new_empty(*old.shape[:-2], total + max(total // 4, STEPS_AHEAD), old.shape[-1])
-            room[..., :length, :] = old
-        room[..., length:total, :] = new
-        self.rooms[name] = room, room[..., :total, :]
-        return self.rooms[name][1]
-
-    def reset(self):
-        super().reset()
-        self.rooms.clear()
-
-
-def takes_padding(cache: Cache, *layer_types: type) -> bool:
-    """Whether rows may be padded behind others' backs: full attention in layers that grow, or of the types given."""
-    known = (DynamicLayer, *layer_types)
-    return not cache.offloading and all(type(x) in known or hasattr(x, "rooms") for x in cache.layers)
 
 
 class PCMEnsembleCache(Cache):
     r"""
     Keys and values of every submodel, and the route, behind the interface of one model's cache.
 
-    A batch row of this cache is a row of the PCM's part and one row in a backbone's part for each active expert.
+    A batch row of this cache is a row of the PCM's memory and one row in a backbone's memory for each active expert.
     Lengths count context tokens only, without prefixes.
 
     Args:
         config (`PCMEnsembleConfig`): the ensemble's.
-        cache_implementation (`str`, *optional*): the kind of every part, as `generate` names it: None or "dynamic",
+        cache_implementation (`str`, *optional*): the kind of every memory, as `generate` names it: None or "dynamic",
             "offloaded", "static", "offloaded_static", "quantized".
-        max_length (`int`, *optional*): most context tokens that static parts hold.
-        cache_config (`dict`, *optional*): options of quantized parts.
+        max_length (`int`, *optional*): most context tokens that static memories hold.
+        cache_config (`dict`, *optional*): options of quantized memories.
+
+    Attributes:
+        route (`Route`, *optional*): which (row, expert) pairs run; None before the first call.
+        pcm (`Memory`), backbones (`dict[int, Memory]`): the submodels' memories, from the first call on.
+        room (`float`, *optional*): most context tokens that the submodels can read; None where it is not known yet.
     """
 
     def __init__(
@@ -79,66 +51,127 @@ class PCMEnsembleCache(Cache):
         check_kind("cache_implementation", cache_implementation, str, optional=True)
         check_kind("max_length", max_length, int, optional=True)
         check_kind("cache_config", cache_config, dict, optional=True)
+
         if cache_implementation is not None and cache_implementation not in kinds:
             raise ValueError(
                 "`cache_implementation` must be None, 'dynamic', 'offloaded', 'static', 'offloaded_static' or "
                 f"'quantized', got {cache_implementation!r}."
             )
+
         if cache_implementation in STATIC and max_length is None:
             raise ValueError("A static cache needs `max_length`, the most context tokens that it holds.")
         if max_length is not None and (
             max_length < 1 or (max_length > MOST_TOKENS and cache_implementation in STATIC)
         ):
             raise ValueError(f"`max_length` must be at least 1, and at most {MOST_TOKENS} tokens, got {max_length}.")
+
         if cache_implementation in OFFLOADED and not torch.accelerator.is_available():
             raise ValueError(
                 f"{cache_implementation!r} moves keys and values off an accelerator, and there is none. Use 'dynamic' "
                 "or 'static'."
             )
+
         self.config = config
         self.cache_implementation = cache_implementation
         self.max_length = max_length
         self.cache_config = cache_config or {}
         self.route: Route | None = None
-        self.parts: dict[str, CachePart] = {}
+        self.pcm = Memory()
+        self.backbones: dict[int, Memory] = {}
+        self.room: float | None = None
         self.offloading = False
         self.layer_class_to_replicate = None
         self._records_past = False
 
-    def part(self, name: str, prefix_length: int = 0) -> CachePart:
-        """The part of submodel `name`, a key of `config.sub_config_items()`; made at its first use."""
-        if name not in self.parts:
-            self.parts[name] = CachePart(self._new_cache(self.config.sub_config_items()[name], prefix_length))
-            if self.cache_implementation in STATIC:
-                self.parts[name].max_length = self.max_length + prefix_length
-            if self._records_past:
-                self.parts[name].cache.activate_past_recording()
-        return self.parts[name]
+    def start(self, route: Route):
+        """Make an empty cache ready for a text under `route`."""
+        self.route = route
+        self.pcm = self._new_memory(self.config.pcm, max(map(len, route.descriptions)))
+        self.backbones = {}
+        for backbone, entries in route.expert_rows.items():
+            experts = [self.config.experts[entry.expert] for entry in entries if entry.expert is not None]
+            longest = max((len(expert["prompt_ids"]) for expert in experts), default=0)
+            self.backbones[backbone] = self._new_memory(self.config.backbones[backbone], longest)
 
-    def _new_cache(self, config: PreTrainedConfig, prefix_length: int) -> Cache:
+    @contextmanager
+    def started(self, route: Route) -> Iterator[None]:
+        """Start under `route` where that has not been done; if what runs inside fails, then begin anew."""
+        begins = self.route is None
+        if begins:
+            self.start(route)
+        try:
+            yield
+        except BaseException:
+            if begins:
+                self.reset()  # or the next call would go on with what the failed one has read
+            raise
+
+    def _new_memory(self, config: PreTrainedConfig, prefix_length: int) -> Memory:
+        max_length = None
+        if self.cache_implementation in STATIC and self.max_length is not None:
+            max_length = self.max_length + prefix_length
+        cache = self._new_cache(config, max_length)
+        if self._records_past:
+            cache.activate_past_recording()
+        return Memory(cache, max_length)
+
+    def _new_cache(self, config: PreTrainedConfig, max_length: int | None) -> Cache:
         offloading = self.cache_implementation in OFFLOADED
-        if self.cache_implementation in STATIC:
-            return StaticCache(config, max_cache_len=self.max_length + prefix_length, offloading=offloading)
+        if max_length is not None:
+            return StaticCache(config, max_cache_len=max_length, offloading=offloading)
         if self.cache_implementation in QUANTIZED:
             options = {"backend": "quanto", "config": config} | self.cache_config
             return QuantizedCache(**options)
+
         cache = DynamicCache(config=config, offloading=offloading)
         if not offloading:
             cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
 
-    # Whatever `Cache` does layer by layer (reset, crop, is_sliding, …) it does to the layers of all parts.
+    @property
+    def memories(self) -> list[Memory]:
+        """Of all submodels that run."""
+        return [] if self.route is None else [self.pcm, *self.backbones.values()]
+
+    @property
+    def known_route(self) -> Route:
+        """
+        The route.
+
+        Raises:
+            ValueError: if the cache is empty, so that there is none.
+        """
+        if self.route is None:
+            raise ValueError("The cache is empty. Fill it first: `model(input_ids, past_key_values=cache)`.")
+        return self.route
+
+    @property
+    def preferences(self) -> list[Preference] | None:
+        """Each row's."""
+        return None if self.route is None else self.route.preferences
+
+    def reweight(self, weights: torch.Tensor):
+        """
+        Go on under other weights, `(batch, experts)`, of the experts that each row runs. The PCM keeps what it has
+        read of the first ones.
+
+        Raises:
+            ValueError: if other experts would be wanted than before.
+        """
+        self.route = self.known_route.reweighted(weights)
+
+    # Whatever `Cache` does layer by layer (reset, crop, is_sliding, …) it does to the layers of all memories.
     @property
     def layers(self) -> list:
-        return [layer for part in self.parts.values() for layer in part.cache.layers]
+        return [layer for memory in self.memories for layer in memory.layers]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether a step into it can be compiled, known before there are parts."""
+        """Whether a step into it can be compiled, known before there are memories."""
         return self.cache_implementation == "static"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.parts})"
+        return f"{type(self).__name__}({self.pcm}, {self.backbones})"
 
     @property
     def batch_size(self) -> int:
@@ -146,54 +179,51 @@ class PCMEnsembleCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Context tokens in the cache."""
-        part = next(iter(self.parts.values()), CachePart())
-        return part.length - part.prefix_length
+        return self.pcm.length - self.pcm.prefix_length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Most context tokens that fit; -1 without a limit."""
-        return self.max_length if self.cache_implementation in STATIC else -1
+        return -1 if self.max_length is None or self.cache_implementation not in STATIC else self.max_length
 
     def check_no_gaps(self, attention_mask: torch.Tensor, num_tokens: int):
-        """Refuse a mask of context tokens, the last `num_tokens` of them new, that a recurrent part cannot follow."""
-        for name, part in self.parts.items():
-            if not is_recurrent(part.cache):  # nothing to look at, at each step
-                continue
-            rows = slice(None) if name == "pcm" else self.route.pair_rows[int(name.rpartition(".")[2])]
-            part.check_no_gaps(attention_mask[rows], num_tokens)
+        """Refuse a mask of context tokens, the last `num_tokens` of them new, that a recurrent state cannot follow."""
+        if self.pcm.is_recurrent:
+            self.pcm.check_no_gaps(attention_mask, num_tokens)
+        for backbone, memory in self.backbones.items():
+            if memory.is_recurrent:
+                memory.check_no_gaps(attention_mask[self.known_route.pair_rows[backbone]], num_tokens)
 
     def activate_past_recording(self):
         self._records_past = True
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int):
-        for part in self.parts.values():
-            part.crop(part.length + tokens_to_remove)
+        for memory in self.memories:
+            memory.crop(memory.length + tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def reset(self):
         super().reset()
-        self.route = None
-        self.parts.clear()
+        self.route, self.room = None, None
+        self.pcm, self.backbones = Memory(), {}
 
-    def reorder_cache(self, beam_idx: torch.LongTensor):
+    def reorder_cache(self, beam_idx: torch.Tensor):
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor):
         self._select(torch.arange(self.batch_size, device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int):
-        rows = torch.arange(self.batch_size, device=self.route.weights.device)
-        self._select(rows.repeat_interleave(repeats))
+        self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def _select(self, rows: torch.LongTensor):
+    def _select(self, rows: torch.Tensor):
         """Make row `rows[i]` the cache's row i."""
-        rows = rows.to(self.route.weights.device)
-        self.route, pairs = self.route.select(rows)
-        part_rows = {"pcm": rows} | {f"backbones.{backbone}": index for backbone, index in pairs.items()}
-        self.parts = {name: part for name, part in self.parts.items() if name in part_rows}
-        for name, part in self.parts.items():
-            part.cache.reorder_cache(part_rows[name])  # which every kind has, and which takes any number of rows
-            part.select(part_rows[name])
+        rows = rows.to(self.known_route.log_weights.device)
+        self.route, pairs = self.known_route.select(rows)
+        self.pcm.copy_rows(rows)
+        self.backbones = {backbone: memory for backbone, memory in self.backbones.items() if backbone in pairs}
+        for backbone, memory in self.backbones.items():
+            memory.copy_rows(pairs[backbone])
 
     @classmethod
     def join(cls, caches: list["PCMEnsembleCache"], room: int | None = None) -> "PCMEnsembleCache":
@@ -225,75 +255,74 @@ class PCMEnsembleCache(Cache):
                 raise TypeError(f"`caches` must be a list of `PCMEnsembleCache`, got a {type(cache).__name__} in it.")
         if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
             raise ValueError("`caches` must be one or more caches that one ensemble has filled.")
-        for cache in caches:
-            if not all(takes_padding(part.cache, StaticLayer) for part in cache.parts.values()):
-                raise ValueError(
-                    "`join` takes dynamic and static caches of full attention: others have no room for padding, or "
-                    "none that they could leave out."
-                )
-        names = dict.fromkeys(name for cache in caches for name in cache.parts)
-        parts = {name: [cache.parts[name] for cache in caches if name in cache.parts] for name in names}
-        masks = {name: [_mask(part) for part in entries] for name, entries in parts.items()}
-        widths = {name: max(map(_needed, entries)) for name, entries in masks.items()}
-        # Rows have prefixes of unlike lengths now. Contexts have one length in all parts.
+        if not all(memory.takes_prefixes for cache in caches for memory in cache.memories):
+            raise ValueError(
+                "`join` takes dynamic and static caches of full attention: others have no room for padding, or "
+                "none that they could leave out."
+            )
+
+        # By backbone, or None for the PCM
+        parts: dict[int | None, list[Memory]] = {None: [cache.pcm for cache in caches]}
+        for backbone in dict.fromkeys(backbone for cache in caches for backbone in cache.backbones):
+            parts[backbone] = [cache.backbones[backbone] for cache in caches if backbone in cache.backbones]
+        masks = {key: [_mask(memory) for memory in memories] for key, memories in parts.items()}
+        widths = {key: max(map(_needed, of_parts)) for key, of_parts in masks.items()}
+
+        # Rows have prefixes of unlike lengths now. Contexts have one length in all memories.
         context_length = min(*widths.values(), max(cache.get_seq_length() for cache in caches))
-        kind = {} if room is None else {"cache_implementation": "static", "max_length": context_length + room}
-        joined, routes = cls(caches[0].config, **kind), [cache.route for cache in caches]
-        joined.route = _join_routes(routes)
-        for name, width in widths.items():
-            part = joined.part(name, width - context_length)
-            part.prefix_length = width - context_length
-            _fill(part, parts[name], masks[name], width, _order(routes, name))
+        joined = cls(caches[0].config)
+        if room is not None:
+            joined = cls(caches[0].config, "static", context_length + room)
+        routes = [cache.known_route for cache in caches]
+        joined.route = Route.join(routes)
+
+        for key, width in widths.items():
+            config = joined.config.pcm if key is None else joined.config.backbones[key]
+            memory = joined._new_memory(config, width - context_length)
+            memory.prefix_length = width - context_length
+            _fill(memory, parts[key], masks[key], width, _order(routes, key))
+            if key is None:
+                joined.pcm = memory
+            else:
+                joined.backbones[key] = memory
         return joined
 
 
-def _join_routes(routes: list[Route]) -> Route:
-    prefixes = [r.weights.new_zeros(r.batch_size, 0).long() if r.prefix_ids is None else r.prefix_ids for r in routes]
-    width = max(ids.shape[1] for ids in prefixes)
-    prefix_ids = torch.cat([pad(ids, (width - ids.shape[1], 0), value=-1) for ids in prefixes]) if width else None
-    weights = torch.cat([route.weights for route in routes])
-    return Route(weights, routes[0].backbone_of, prefix_ids, routes[0].merges_adapters)
+def _order(routes: list[Route], backbone: int | None) -> list[int]:
+    """Where each pair of the joined memory stands among its parts' pairs, one part after the other."""
+    if backbone is None:
+        return list(range(sum(route.batch_size for route in routes)))
 
-
-def _order(routes: list[Route], name: str) -> list[int]:
-    """Where each pair of the joined part stands among the parts' pairs, one part after the other."""
     pairs, offset = [], 0  # (expert, row of the joined batch)
     for route in routes:
-        rows = range(route.batch_size)
-        if name == "pcm":
-            pairs += [(0, offset + row) for row in rows]
-        else:
-            for entry in route.expert_rows.get(int(name.rpartition(".")[2]), []):
-                mine = rows if entry.rows is None else entry.rows.tolist()
-                pairs += [(entry.expert, offset + row) for row in mine]
+        for entry in route.expert_rows.get(backbone, []):
+            rows = range(route.batch_size) if entry.rows is None else entry.rows.tolist()
+            pairs += [(entry.expert or 0, offset + row) for row in rows]
         offset += route.batch_size
     return sorted(range(len(pairs)), key=pairs.__getitem__)
 
 
-def _mask(part: CachePart) -> torch.LongTensor:
-    """Of all cached tokens, `(rows, tokens)`."""
-    keys = part.cache.layers[0].keys
-    return part.past_mask(None, keys.shape[0], keys.device)
+def _mask(memory: Memory) -> torch.Tensor:
+    """The mask of all cached tokens, `(rows, tokens)`."""
+    keys = memory.layers[0].keys
+    return memory.past_mask(None, keys.shape[0], keys.device)
 
 
-def _needed(mask: torch.LongTensor) -> int:
-    """Columns from the first that a row reads."""
+def _needed(mask: torch.Tensor) -> int:
+    """How many of the last columns a row reads, at most."""
     return mask.shape[1] - int(mask.argmax(dim=1).min())
 
 
-def _fill(joined: CachePart, parts: list[CachePart], masks: list[torch.LongTensor], width: int, order: list[int]):
-    mask = torch.cat([_of_width(mask, width, dim=1) for mask in masks])[order]
-    for index, layer in enumerate(joined.cache.layers):
-        keys, values = (
-            torch.cat(
-                [
-                    _of_width(getattr(part.cache.layers[index], name)[:, :, : part.length], width, dim=2)
-                    for part in parts
-                ]
-            )[order]
-            for name in ("keys", "values")
-        )
-        layer.update(keys, values)
+def _fill(joined: Memory, parts: list[Memory], masks: list[torch.Tensor], width: int, order: list[int]):
+    """Put the last `width` tokens of all parts' rows, in `order`, into an empty memory."""
+    for index, layer in enumerate(joined.layers):
+        states = []
+        for name in ("keys", "values"):
+            of_parts = [getattr(part.layers[index], name)[:, :, : part.length] for part in parts]
+            states.append(torch.cat([_of_width(tensor, width, dim=2) for tensor in of_parts])[order])
+        layer.update(*states)
+
+    mask = torch.cat([_of_width(mask, width, dim=1) for mask in masks])[order]  # (rows, width)
     joined.length, joined.attention_mask = width, None if mask.all() else mask
 
 

@@ -23,6 +23,7 @@ def check_tensor(name: str, value, what: str, dtypes: tuple[torch.dtype, ...] = 
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor of {what}, got {type(value).__name__}.")
+
     if value.dtype not in dtypes:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"`{name}` must be a tensor of {what}, got {value.dtype}. Convert it to one of {known}.")

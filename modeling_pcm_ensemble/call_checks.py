@@ -1,5 +1,6 @@
 """What a call may not ask for, refused before any model runs."""
 
+import math
 import operator
 from collections.abc import Iterator
 
@@ -8,16 +9,17 @@ from transformers import DynamicCache
 from transformers.utils import TransformersKwargs
 
 from .cache import PCMEnsembleCache
-from .call_arguments import INTEGERS, NUMBERS, check_tensor, has_class
+from .call_arguments import INTEGERS, NUMBERS, check_kind, check_tensor, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .preferences import Route
+from .memory import Memory
+from .routing import Route
 
 # Known to models and losses of transformers, beside what `TransformersKwargs` lists
 OTHER_ARGUMENTS = {"position_ids", "token_type_ids", "return_dict", "shift_labels", "ignore_index"}
 
 
-def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwargs: dict):
-    """Refuse what `forward` cannot read."""
+def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwargs: dict) -> torch.Tensor:
+    """Return `input_ids`, and refuse what `forward` cannot read."""
     if inputs_embeds is not None:
         raise ValueError("`inputs_embeds` cannot be used, because experts do not share embeddings. Pass `input_ids`.")
     unknown = kwargs.keys() - TransformersKwargs.__optional_keys__ - OTHER_ARGUMENTS
@@ -26,6 +28,14 @@ def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwa
     if cache is not None:
         check_cache(config, cache)
     check_ids(config, "input_ids", input_ids, cache)
+    return input_ids
+
+
+def check_flags(normalize_logits, **optional):
+    """Refuse what is no `bool`, with a `TypeError`."""
+    check_kind("normalize_logits", normalize_logits, bool)
+    for name, flag in optional.items():
+        check_kind(name, flag, bool, optional=True)
 
 
 def check_ids(config: PCMEnsembleConfig, name: str, ids, cache=None):
@@ -59,14 +69,15 @@ def check_cache(config: PCMEnsembleConfig, cache):
             f"`past_key_values` must be a `PCMEnsembleCache`, got {type(cache).__name__}. Leave it out of the first "
             "call and pass back the one it returns, or start with `PCMEnsembleCache(model.config)`."
         )
-    if cache.route is not None and cache.route.weights.shape[1] != config.num_experts:
+
+    if cache.route is not None and cache.route.log_weights.shape[1] != config.num_experts:
         raise ValueError(
-            f"`past_key_values` was filled by an ensemble of {cache.route.weights.shape[1]} experts, and this one has "
-            f"{config.num_experts}. Start without it."
+            f"`past_key_values` was filled by an ensemble of {cache.route.log_weights.shape[1]} experts, and this one "
+            f"has {config.num_experts}. Start without it."
         )
 
 
-def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.LongTensor | None:
+def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.Tensor | None:
     """
     Give `attention_mask`, `(batch, cached + seq)` or of one of the other `shapes`, as 1 for what is read. As in any
     model of transformers that is what is not 0.
@@ -77,6 +88,7 @@ def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.Lo
     if attention_mask is None:
         return None
     check_tensor("attention_mask", attention_mask, "1 for tokens to read and 0 for others", NUMBERS)
+
     expected = (input_ids.shape[0], cached_length(cache) + input_ids.shape[1])
     if attention_mask.shape != expected and attention_mask.shape not in shapes:
         raise ValueError(
@@ -86,7 +98,7 @@ def check_mask(input_ids, attention_mask, cache, shapes: tuple = ()) -> torch.Lo
     return attention_mask.bool().long()
 
 
-def check_positions(position_ids, attention_mask: torch.LongTensor | None, batch_size: int, length: int):
+def check_positions(position_ids, attention_mask: torch.Tensor | None, batch_size: int, length: int):
     """
     Refuse `position_ids`, of the last of `length` tokens, that say anything else than `attention_mask`, `(batch,
     length)`, does. Submodels count by themselves: each has a prefix of its own.
@@ -94,12 +106,14 @@ def check_positions(position_ids, attention_mask: torch.LongTensor | None, batch
     if position_ids is None:
         return
     check_tensor("position_ids", position_ids, "positions")
+
     shape, follows = tuple(position_ids.shape), False
     if len(shape) == 2 and shape[0] in (1, batch_size) and 0 < shape[1] <= length:
         mask = position_ids.new_ones(1, length) if attention_mask is None else attention_mask.to(position_ids.device)
         expected = mask.cumsum(dim=1) - 1  # (batch or 1, length)
         wrong = (position_ids != expected[:, -shape[1] :]) & mask[:, -shape[1] :].bool()
         follows = not wrong.any()
+
     if not follows:
         raise ValueError(
             f"`position_ids`, of shape {shape}, cannot be used unless they count the tokens that `attention_mask` "
@@ -107,7 +121,7 @@ def check_positions(position_ids, attention_mask: torch.LongTensor | None, batch
         )
 
 
-def check_logits_to_keep(logits_to_keep, num_tokens: int) -> int | torch.LongTensor:
+def check_logits_to_keep(logits_to_keep, num_tokens: int) -> int | torch.Tensor:
     """
     Give `logits_to_keep` as an `int`, or as positions from 0 on, `(positions,)`.
 
@@ -142,9 +156,7 @@ def check_logits_to_keep(logits_to_keep, num_tokens: int) -> int | torch.LongTen
     return min(kept, num_tokens)
 
 
-def check_labels(
-    config: PCMEnsembleConfig, labels, input_ids, logits_to_keep, ignored: int
-) -> torch.LongTensor | None:
+def check_labels(config: PCMEnsembleConfig, labels, input_ids, logits_to_keep, ignored: int) -> torch.Tensor | None:
     """
     Give `labels` as `torch.long`, one for each token that has logits.
 
@@ -154,11 +166,13 @@ def check_labels(
     if labels is None:
         return None
     check_tensor("labels", labels, "token ids")
+
     kept = len(logits_to_keep) if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or input_ids.shape[1]
     if labels.shape != (len(input_ids), kept):
         raise ValueError(
             f"`labels` has the shape {tuple(labels.shape)}, but the logits are of {(len(input_ids), kept)} tokens."
         )
+
     labels = labels.long()  # before it is compared: as a byte, -100 is 156
     wrong = (labels != ignored) & ((labels < 0) | (labels >= config.vocab_size))
     if wrong.any():
@@ -177,27 +191,33 @@ def _readers(
     config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None
 ) -> Iterator[tuple[str, int, int]]:
     """Every submodel that runs and has a limit: how to call it, its positions, and those that its prefix takes."""
-    prefixes = [("the PCM", "pcm", 0 if route.prefix_ids is None else route.prefix_ids.shape[1])]
-    for backbone, expert_rows in route.expert_rows.items():
-        for expert in (config.experts[entry.expert] for entry in expert_rows):
-            prefixes.append((f"expert {expert['name']!r}", f"backbones.{backbone}", len(expert["prompt_ids"])))
+    memories: dict[int | None, Memory] = {} if cache is None else {None: cache.pcm, **cache.backbones}
+    readers: list[tuple[str, int | None, int]] = [("the PCM", None, max(map(len, route.descriptions)))]
+    for backbone, entries in route.expert_rows.items():
+        for index, _, _ in entries:
+            if index is None:
+                readers.append(("the experts' model", backbone, 0))
+                continue
+            expert = config.experts[index]
+            readers.append((f"expert {expert['name']!r}", backbone, len(expert["prompt_ids"])))
 
-    parts, configs = {} if cache is None else cache.parts, config.sub_config_items()
-    for reader, name, prefix_length in prefixes:
-        limit = getattr(configs[name], "max_position_embeddings", None)
+    for reader, backbone, prefix_length in readers:
+        part = config.pcm if backbone is None else config.backbones[backbone]
+        limit = getattr(part, "max_position_embeddings", None)
         if limit is None or limit <= 0:
             continue
-        if name in parts and parts[name].length > 0:  # joined caches have what no row needs left out
-            prefix_length = parts[name].prefix_length
+        memory = memories.get(backbone)
+        if memory is not None and memory.length > 0:  # joined caches have what no row needs left out
+            prefix_length = memory.prefix_length
         yield reader, limit, prefix_length
 
 
-def longest_context(config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None = None) -> int | None:
-    """Most context tokens that a static cache holds and every submodel can read behind its prefix; None for any."""
+def longest_context(config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None = None) -> float:
+    """Return the most context tokens that a static cache holds and every submodel can read; infinity for any."""
     rooms = [limit - prefix_length for _, limit, prefix_length in _readers(config, route, cache)]
     if cache is not None and cache.get_max_length() >= 0:
         rooms.append(cache.get_max_length())
-    return min(rooms, default=None)
+    return min(rooms, default=math.inf)
 
 
 def check_length(config: PCMEnsembleConfig, route: Route, length: int, cache: PCMEnsembleCache | None = None):
@@ -208,6 +228,7 @@ def check_length(config: PCMEnsembleConfig, route: Route, length: int, cache: PC
             f"The context of {length} tokens is too long for `past_key_values`, a static cache of {room}. Make it "
             "with a larger `max_length`, or leave it out, so that `generate` makes one that is long enough."
         )
+
     for reader, limit, prefix_length in _readers(config, route, cache):
         if prefix_length >= limit:
             raise ValueError(
@@ -235,6 +256,7 @@ def check_no_sliding_windows(config: PCMEnsembleConfig, route: Route):
 __all__ = [
     "cached_length",
     "check_cache",
+    "check_flags",
     "check_ids",
     "check_inputs",
     "check_labels",

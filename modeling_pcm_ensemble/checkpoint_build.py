@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from json import JSONDecodeError
+from types import SimpleNamespace
 
 import torch
 from transformers import (
@@ -20,14 +21,16 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
-from .backbones import run_rows
 from .chat_templates import check_prompt, leading_bos, render_prompt, without_default_system_turn
 from .checkpoint_structure import check_loading, check_nothing_shared, check_structure
 from .checkpoint_thin import hub_source
 from .checkpoint_trust import check_trust, check_weight_names
 from .configuration_pcm_ensemble import PCMEnsembleConfig, check_is_causal_lm
 from .lora_peft_format import adapter_place, fit_adapter, read_adapter
-from .prefixes import CachePart, encode_description, submodel_inputs
+from .memory import Memory
+from .preference import encode_description
+from .rows import Rows
+from .submodel import Submodel
 
 logger = logging.get_logger(__name__)
 
@@ -393,9 +396,11 @@ def check_serves_rows(model: PreTrainedModel, label: str):
     ids, mask = torch.tensor([[a, b, c, d], [0, b, c, d]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
     ids, mask = ids.to(model.device), mask.to(model.device)
     try:
-        part = CachePart(DynamicCache(config=model.config))
-        run_rows(model, submodel_inputs(ids[:, :2], mask[:, :2], None, part), part)
-        found = run_rows(model, submodel_inputs(ids[:, 2:], mask, None, part), part)[:, -1].float()  # (2, vocab)
+        owner = SimpleNamespace(model=model, config=PCMEnsembleConfig())
+        read = Submodel(owner, "model", has_lm_head=True)
+        memory = Memory(DynamicCache(config=model.config))
+        read(Rows(ids[:, :2], mask[:, :2]), memory)
+        found = read(Rows(ids[:, 2:], mask), memory).values[:, -1].float()  # (2, vocab)
         alone = [model(input_ids=row).logits[0].float() for row in (ids[:1], ids[1:, 1:], ids[:1, :3])]
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(

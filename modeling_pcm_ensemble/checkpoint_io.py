@@ -21,7 +21,7 @@ from .checkpoint_thin import thin_checkpoint, whole_state
 from .checkpoint_trust import check_weight_names
 from .compile_attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .preferences import check_config
+from .preference import check_config
 
 logger = logging.get_logger(__name__)
 

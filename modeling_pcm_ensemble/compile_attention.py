@@ -39,11 +39,13 @@ def grouped_sdpa(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+
     groups = query.reshape(-1, heads // key.shape[1], dim)  # (rows * key-value heads, heads that share them, dim)
     scores = torch.bmm(groups, key.flatten(0, 1).transpose(1, 2)).float() * (dim**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores.view(rows, heads, -1).masked_fill(~attention_mask[:, 0], torch.finfo(torch.float32).min)
     weights = scores.softmax(dim=-1).to(value.dtype).view(groups.shape[0], groups.shape[1], -1)
+
     attended = torch.bmm(weights, value.flatten(0, 1))
     return attended.reshape(rows, 1, heads, value.shape[-1]), None
 

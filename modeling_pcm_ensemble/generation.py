@@ -1,17 +1,21 @@
 """What generate() asks of an ensemble: a preference, a cache of caches, compiled steps."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     CompileConfig,
     ExponentialDecayLengthPenalty,
     GenerationConfig,
     GenerationMixin,
+    PreTrainedTokenizerBase,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation.utils import GenerateOutput
 from transformers.utils import logging
 
 from .cache import PCMEnsembleCache
@@ -24,8 +28,8 @@ from .call_checks import (
     check_positions,
     longest_context,
 )
-from .compile_steps import compiled_steps, forget_if_changed
-from .prefixes import pad_left
+from .preference import Preference
+from .routing import Route
 
 logger = logging.get_logger(__name__)
 
@@ -43,40 +47,74 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
     def generate(
         self,
         inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args,
-        preference=None,
-        preference_text=None,
-        preference_ids=None,
+        preference: str | Mapping[str, float] | Preference | list | torch.Tensor | None = None,
+        preference_text: str | list[str | None] | None = None,
+        preference_ids: torch.Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
-    ):
-        """
-        Generate as any model, under a preference. `preference`, `preference_text` and `preference_ids` are those of
-        [`~preferences.build_route`]; `tokenizer` reads the text and defaults to the ensemble's own.
+    ) -> GenerateOutput | torch.Tensor:
+        r"""
+        Generate as any model of transformers, under a preference.
 
-        Each of the three may also stand in a `generation_config`, `preference_ids` as a list there. The call's own
-        argument comes first, then the call's `generation_config`, then the model's. Where `past_key_values` knows the
-        preference and the call says nothing of it, the cache's holds.
+        Each of the three ways to say a preference may also stand in a `generation_config`, `preference_ids` as a list
+        there. The call's own argument comes first, then the call's `generation_config`, then the model's. Where
+        `past_key_values` knows the preference and the call says nothing of it, the cache's holds. An answer ends at
+        the longest context that a submodel can read, whatever greater length was asked for.
 
-        An answer ends at the longest context that a submodel can read, whatever greater length was asked for.
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch, seq)`, *optional*): the prompts, or `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): as for any model.
+            args, kwargs: as for any model: `max_new_tokens`, `do_sample`, `num_beams`, `streamer`, …
+            preference (*optional*): whose experts are wanted, and how much.
+
+                - `"concise"`: this expert alone;
+                - `["concise", "friendly"]`: these, alike;
+                - `{"concise": 1.0, "friendly": 0.5}`: these, by weights above 0, of which only the ratios count;
+                - N numbers, as a list or a tensor `(N,)`: one for each of the N experts;
+                - a [`Preference`];
+                - for each row its own: a list of mappings, of `Preference`s or of lists, or a tensor `(batch, N)`.
+
+                None is `config.default_preference`, else every expert at weight 1.
+            preference_text (`str` or `list[str | None]`, *optional*):
+                What the PCM reads in place of the wanted experts' descriptions, for all rows or one for each. Without
+                a `preference` it chooses among all experts.
+            preference_ids (`torch.LongTensor` of shape `(tokens,)` or `(batch, tokens)`, *optional*):
+                The same as tokens; negative numbers are padding.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`, and what `generate` itself
+                needs one for; the first defaults to the ensemble's own.
+
+        Returns:
+            As any model: token ids `(batch, prompt + new tokens)`, or an output with them as `sequences`.
 
         Raises:
-            TypeError, ValueError: as `forward`, before any model runs.
+            TypeError, ValueError: as [`forward`], before any model runs.
+
+        Example:
+
+        ```python
+        >>> # `model` has the experts "concise" and "friendly"
+        >>> ids = model.generate(prompt_ids, preference={"concise": 1.0, "friendly": 0.5}, max_new_tokens=4)
+        >>> ids.shape[1] - prompt_ids.shape[1]
+        4
+
+        ```
         """
-        config = kwargs.pop("generation_config", args[0] if args else None)
         batch_size = self._check_call(inputs, kwargs)
         told = {"preference": preference, "preference_text": preference_text, "preference_ids": preference_ids}
-        told = _filled_in(told, config)
-        cache = kwargs.get("past_key_values")
-        if cache is None or cache.route is None or any(value is not None for value in told.values()):
-            told = _filled_in(told, self.generation_config)
+        told = _filled_in(told, generation_config)
 
-        if any(value is not None for value in told.values()):
-            route = self._route(batch_size, None, **told, tokenizer=kwargs.get("tokenizer"))
-            # As tensors, so that beams and return sequences repeat them row by row
-            kwargs["preference"] = route.weights
-            if told["preference_text"] is not None or told["preference_ids"] is not None:
-                kwargs["preference_ids"] = route.prefix_ids
-        return super().generate(inputs, config, *args[1:], **kwargs)
+        cache = kwargs.get("past_key_values")
+        cache_knows = cache is not None and cache.route is not None
+        if not cache_knows or any(value is not None for value in told.values()):
+            told = _filled_in(told, self.generation_config)
+        if not cache_knows or any(value is not None for value in told.values()):
+            kwargs["preference"] = self._preferences(batch_size, **told, tokenizer=tokenizer)
+
+        if tokenizer is not None:
+            kwargs["tokenizer"] = tokenizer
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _keep_own_generation_settings(self):
         """Keep a preference in it when it is loaded: transformers drops what it takes for the model's own settings."""
@@ -93,9 +131,11 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         cache = kwargs.get("past_key_values")
         if cache is not None:
             check_cache(self.config, cache)
+
         name, ids = ("input_ids", kwargs.get("input_ids")) if inputs is None else ("inputs", inputs)
         if ids is None:  # transformers begins with the bos token
             return 1
+
         check_ids(self.config, name, ids)
         if kwargs.get("attention_mask") is not None:  # of the cached tokens too where `ids` begins with them
             kwargs["attention_mask"] = check_mask(ids, kwargs["attention_mask"], cache, shapes=(ids.shape,))
@@ -134,9 +174,13 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
     ):
         """Put an ensemble's cache where `generate` would put one model's, with the route on it."""
         cache = model_kwargs.get("past_key_values")
-        preference, preference_ids = (model_kwargs.get(name) for name in ("preference", "preference_ids"))
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        route = self._route(rows, cache, preference, preference_ids=preference_ids)
+        preferences = model_kwargs.pop("preference", None)
+        if preferences is not None:  # beams and return sequences repeat rows
+            repeats = rows // len(preferences)
+            preferences = [preference for preference in preferences for _ in range(repeats)]
+
+        route = self._route(rows, cache, preferences)
         max_cache_length = self._cut_length(generation_config, model_kwargs, route, rows)
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("attention_mask") is not None:
             check_no_sliding_windows(self.config, route)
@@ -152,15 +196,17 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
                 int(max(max_cache_length, generation_config.max_cache_len or 0)),
                 generation_config.cache_config,
             )
-        if cache is not None:
-            cache.route = route
-            for name in PREFERENCE:  # the cache knows; forward need not compare it at each token
-                model_kwargs.pop(name, None)
-            model_kwargs["past_key_values"] = cache
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
+        if cache is None:
+            model_kwargs["preference"] = preferences
+            return
 
-    def _cut_length(self, generation_config, model_kwargs: dict, route, rows: int) -> int:
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        if cache.route is None:
+            cache.start(route)
+        model_kwargs["past_key_values"] = cache
+
+    def _cut_length(self, generation_config, model_kwargs: dict, route: Route, rows: int) -> int:
         """
         Let generation end at the longest context that can be read, and refuse input that exceeds it. Gives the number
         of context tokens that will be read at most.
@@ -176,14 +222,14 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         # `max_length` counts the last token, which nothing reads, and not what is cached and not passed again
         cached = length - new
         room = longest_context(self.config, route, cache)
-        if room is not None:
-            most = room - cached + 1
+        if room < math.inf:
+            most = int(room) - cached + 1
             if generation_config.prompt_lookup_num_tokens:  # which may be read beyond the end
                 most = max(most - generation_config.prompt_lookup_num_tokens + 1, new + 1)
             if most < generation_config.max_length and generation_config._length_was_given:
                 logger.warning_once(
                     f"The answer has at most {most - new} tokens instead of {generation_config.max_length - new}: the "
-                    f"longest context that the PCM and the experts of this preference can read has {room}."
+                    f"longest context that the PCM and the experts of this preference can read has {int(room)}."
                 )
             generation_config.max_length = min(most, generation_config.max_length)
         return generation_config.max_length - 1 + cached
@@ -196,9 +242,10 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
             ValueError: if a processor needs what `expert_top_k` cuts off.
         """
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
-        preference = {name: (model_kwargs or {}).get(name) for name in ("preference", "preference_ids")}
-        if (cache := (model_kwargs or {}).get("past_key_values")) is not None:
-            preference = {"preference": cache.route.weights, "preference_ids": cache.route.prefix_ids}
+        model_kwargs = model_kwargs or {}
+        cache = model_kwargs.get("past_key_values")
+        preferences = model_kwargs.get("preference") if cache is None else cache.preferences
+
         for processor in processors:
             refused = next((name for kind, name in NOT_WITH_TOP_K.items() if isinstance(processor, kind)), None)
             if refused is not None and self.config.expert_top_k is not None:
@@ -207,13 +254,16 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
                     "experts may have cut off. Set `model.config.expert_top_k = None`."
                 )
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                processor.model = partial(self, **preference)
+                processor.model = partial(self, preference=preferences)
         return processors
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads from it which arguments there are
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
-        """Ask for logits with the experts' own zero, on which penalties and other logits processors depend."""
-        return super().prepare_inputs_for_generation(*args, **kwargs) | {"normalize_logits": False}
+        """
+        Ask for logits with the experts' own zero, on which penalties and other logits processors depend, and for the
+        sum that needs no gradients.
+        """
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"normalize_logits": False, "exact": False}
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
@@ -236,20 +286,14 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         """Refused: the paged cache of transformers' continuous batching is one model's."""
         raise NotImplementedError(
             "transformers' continuous batching pages one model's cache, and an ensemble has several. Pass a batch to "
-            "`generate`, or let requests join and leave by `PCMEnsembleCache.join` (the scheduler in "
-            "examples/continuous_batching.py)."
+            "`generate`, or let requests join and leave by `PCMEnsembleCache.join`."
         )
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """The ensemble's call, with the steps of the PCM and of each backbone compiled; what joins them is not."""
-        for model in (self.pcm.body, *self.backbones):
-            forget_if_changed(model)
-
-        def call(*args, **kwargs):
-            with compiled_steps(compile_config):
-                return self(*args, **kwargs)
-
-        return call
+        for submodel in self.submodels:
+            submodel.forget_changed_weights()
+        return partial(self, compile_config=compile_config or CompileConfig())
 
 
 def _filled_in(told: dict, config: GenerationConfig | None) -> dict:
@@ -262,7 +306,7 @@ def _filled_in(told: dict, config: GenerationConfig | None) -> dict:
     return {name: held.get(name) if value is None else value for name, value in told.items()}
 
 
-def _as_tensor(ids: list) -> torch.LongTensor | None:
+def _as_tensor(ids: list) -> torch.Tensor | None:
     """Token ids `(tokens,)`, or `(rows, longest)` of lists of them, padded on the left."""
     is_nested = any(isinstance(row, list) for row in ids)
     rows = ids if is_nested else [ids]
@@ -270,8 +314,8 @@ def _as_tensor(ids: list) -> torch.LongTensor | None:
         raise TypeError("`preference_ids` in a `generation_config` must be a list of token ids, or of such lists.")
     if (largest := max((token for row in rows for token in row), default=0)) >= 2**31:
         raise ValueError(f"`preference_ids` holds {largest}, which no vocabulary has.")
-    tensor = pad_left([[max(token, -1) for token in row] for row in rows])
-    return tensor if is_nested or tensor is None else tensor[0]
+    tensors = [torch.tensor([max(token, -1) for token in row], dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side="left") if is_nested else tensors[0]
 
 
 __all__ = ["PCMEnsembleGenerationMixin"]

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .compile_steps import compile_config, turn
 from .lora_config import adapted_paths
 
 logger = logging.get_logger(__name__)
@@ -43,19 +42,19 @@ class AdapterSelection:
     How much of each adapter every row gets.
 
     Args:
+        bank (`int`): the number of the bank that holds them; two ensembles may share a backbone.
         weights (`torch.Tensor` of shape `(rows, 1 or seq, adapters)`):
             One-hot where a row runs one adapter, zeros where it runs none, any weights w for Σ_i w_i s_i B_i A_i.
-        bank (`int`): the number of the bank that they select from; two ensembles may share a backbone.
     """
 
-    weights: torch.Tensor
     bank: int
+    weights: torch.Tensor
     masks: dict = field(default_factory=dict)
     products: dict = field(default_factory=dict)
 
-    def rows(self, index: torch.LongTensor) -> "AdapterSelection":
-        """The selection of a batch whose row i is this one's row `index[i]`."""
-        return AdapterSelection(self.weights[index], self.bank)
+    def rows(self, index: torch.Tensor) -> "AdapterSelection":
+        """Return the selection of a batch whose row i is this one's row `index[i]`."""
+        return AdapterSelection(self.bank, self.weights[index])
 
     def mask(self, columns: tuple[Columns, ...], dtype: torch.dtype) -> torch.Tensor:
         """Each column's weight times scale, `(rows, 1 or seq, columns)`; built once for all layers that share it."""
@@ -67,28 +66,57 @@ class AdapterSelection:
             self.masks[columns, dtype] = (self.weights[..., adapters] * scales).to(dtype)
         return self.masks[columns, dtype]
 
-
-NO_BANK = -1
-_bank_numbers = count()
-_selection: ContextVar[AdapterSelection | None] = ContextVar("adapter_selection", default=None)
-# What compiled code reads instead, since a context variable cannot be traced: by bank, the mask of each kind of group.
-# (Not an attribute of the bank, where the number of rows would be compiled in.)
-_traced_masks: dict[int, list[torch.Tensor]] = {}
-
-
-@contextmanager
-def readable_by_compiled_code(bank: "LoraBank | None", selection: AdapterSelection | None) -> Iterator[None]:
-    """Where steps are compiled, let them read a selection, or, without a bank, that no bank's is to be read."""
-    if compile_config() is None:
-        yield
-        return
-    number, kinds = (NO_BANK, ()) if bank is None else (bank.number, bank.kinds)
-    with turn:
-        _traced_masks[number] = [selection.mask(columns, next(bank.parameters()).dtype) for columns in kinds]
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let forward passes inside run with these adapters."""
+        token = _active.set(self)
         try:
             yield
         finally:
-            del _traced_masks[number]
+            _active.reset(token)
+            self.products.clear()
+
+
+# A layer's hook is called with the layer's inputs and nothing else of the call, and threads call one model at once.
+# So this is how a selection comes to it. (tests/test_lora.py fails when models hand arguments down to their layers.)
+_active: ContextVar[AdapterSelection | None] = ContextVar("adapter_selection", default=None)
+
+
+class _Traced:
+    """
+    What a step hands to the hooks in it while it is traced, since a context variable cannot be. It is set and read in
+    traced code alone: to the compiled step it is an argument, and here nothing ever stays.
+    """
+
+    is_step = False
+    bank: int | None = None
+    masks: list[torch.Tensor] | None = None
+
+
+_traced = _Traced()
+_bank_numbers = count()
+
+
+def run_traced(model: nn.Module, bank: "LoraBank | None", adapter_masks: list[torch.Tensor] | None, **inputs):
+    """
+    Call the model under adapters, in code that is compiled.
+
+    Args:
+        model (`nn.Module`): what runs.
+        bank (`LoraBank`, *optional*): whose adapters; hooks of others, on a backbone that ensembles share, do nothing.
+        adapter_masks (`list[torch.Tensor]`, *optional*): of [`LoraBank.kind_masks`].
+        inputs: the model's.
+    """
+    _traced.is_step = True
+    _traced.bank = None if bank is None or adapter_masks is None else bank.number
+    _traced.masks = adapter_masks
+
+    output = model(**inputs)
+
+    _traced.is_step = False
+    _traced.bank = None
+    _traced.masks = None
+    return output
 
 
 class LoraGroup(nn.Module):
@@ -103,10 +131,12 @@ class LoraGroup(nn.Module):
         super().__init__()
         self.columns = tuple(sorted(columns, key=lambda entry: (entry.layer, entry.adapter)))
         self.kind = kinds.setdefault(self.columns, len(kinds))
+
         weight = next(iter(linears.values())).weight
         like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
         in_features, _ = features(next(iter(linears.values())))
         self.lora_A = nn.Parameter(torch.zeros(sum(entry.rank for entry in columns), in_features, **like))
+
         for name, linear in linears.items():
             start, stop = self.span(name)
             lora_B = torch.zeros(features(linear)[1], stop - start, **like)  # noqa: N806
@@ -144,20 +174,22 @@ class LoraLayer(nn.Module):
         return self.group[0].lora_A, self.lora_B
 
     def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_dynamo_compiling() and _traced_masks:
-            return self._traced(inputs[0], output) if self.bank in _traced_masks else output
-        selection = _selection.get()
+        if torch.compiler.is_dynamo_compiling() and _traced.is_step:
+            return self._add_traced(inputs[0], output) if self.bank == _traced.bank else output
+
+        selection = _active.get()
         if selection is None or selection.bank != self.bank:
             return output
         low = self.group[0](inputs[0], selection)[:, self.start : self.stop]  # (rows * seq, columns of the layer)
         output.view(-1, output.shape[-1]).addmm_(low.to(output.dtype), self.lora_B.T.to(output.dtype))
         return output
 
-    def _traced(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def _add_traced(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The same for the compiler, which finds by itself what layers of a group share."""
         group = self.group[0]
         low = nn.functional.linear(hidden_states, group.lora_A.to(hidden_states.dtype))  # (rows, seq, columns)
-        low = (low * _traced_masks[self.bank][group.kind].to(low.dtype)).flatten(0, 1)
+        low = (low * _traced.masks[group.kind].to(low.dtype)).flatten(0, 1)
+
         # In two dimensions: a product of parts of rows in three would not become a matrix product
         low = low[:, self.start : self.stop]  # (rows * seq, columns of the layer)
         return output + nn.functional.linear(low, self.lora_B.to(output.dtype)).view_as(output)
@@ -179,10 +211,12 @@ class LoraBank(nn.Module):
         self.names = list(adapters)
         self.handles = []
         self.kinds: dict[tuple[Columns, ...], int] = {}  # of groups, which have a mask each
+
         columns: dict[str, list[Columns]] = {}
         for index, adapter in enumerate(adapters.values()):
             for path, (rank, scale) in adapted_layers(backbone, adapter).items():
                 columns.setdefault(path, []).append(Columns(path.rpartition(".")[2], index, rank, scale))
+
         for paths in _groups(list(columns)):
             linears = {path.rpartition(".")[2]: backbone.get_submodule(path) for path in paths}
             group = LoraGroup(linears, [entry for path in paths for entry in columns[path]], self.number, self.kinds)
@@ -200,17 +234,6 @@ class LoraBank(nn.Module):
         for handle in self.handles:
             handle.remove()
 
-    @contextmanager
-    def selected(self, selection: AdapterSelection) -> Iterator[None]:
-        """Run forward passes of the backbone inside with these adapters."""
-        token = _selection.set(selection)
-        try:
-            with readable_by_compiled_code(self, selection):
-                yield
-        finally:
-            _selection.reset(token)
-            selection.products.clear()
-
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """(path of the layer in the backbone, adapter layer)."""
         for path, module in self.named_modules():
@@ -218,13 +241,18 @@ class LoraBank(nn.Module):
                 parent, _, name = path.rpartition(".")
                 yield f"{parent.rpartition('.')[0]}.{name}".lstrip("."), module
 
-    def selection(self, names: list[str | None], num_rows: list[int], device: torch.device) -> AdapterSelection:
-        """`num_rows[i]` rows with the adapter of expert `names[i]`, or none where the bank has none by that name."""
-        weights = torch.zeros(sum(num_rows), 1, len(self.names))
-        for row, name in enumerate(name for name, rows in zip(names, num_rows) for _ in range(rows)):
+    def selection(self, names: list[str | None], device: torch.device) -> AdapterSelection:
+        """Select for each row the adapter of expert `names[row]`, or none where the bank has none by that name."""
+        weights = torch.zeros(len(names), 1, len(self.names))
+        for row, name in enumerate(names):
             if name in self.names:
                 weights[row, 0, self.names.index(name)] = 1
-        return AdapterSelection(weights.to(device), self.number)
+        return AdapterSelection(self.number, weights.to(device))
+
+    def kind_masks(self, selection: AdapterSelection) -> list[torch.Tensor]:
+        """Return the mask of each kind of group, which [`run_traced`] takes."""
+        dtype = next(self.parameters()).dtype
+        return [selection.mask(columns, dtype) for columns in self.kinds]
 
     @torch.no_grad()
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -298,4 +326,4 @@ def _add_at(root: nn.Module, path: str, name: str, module: nn.Module):
     root.add_module(name, module)
 
 
-__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "features", "linear_layers", "readable_by_compiled_code"]
+__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "features", "linear_layers", "run_traced"]

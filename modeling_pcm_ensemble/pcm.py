@@ -2,13 +2,13 @@
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers import AutoModel, CompileConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .prefix_store import KeptPrompts
-from .prefixes import CachePart, SubmodelInputs, pad_left, repeated_rows, run_submodel, submodel_inputs
+from .memory import Memory
+from .rows import Rows
+from .submodel import Submodel
 
 
 class PreferenceControlModel(PreTrainedModel):
@@ -34,7 +34,7 @@ class PreferenceControlModel(PreTrainedModel):
         self.body = AutoModel.from_config(config.pcm) if body is None else body
         config.pcm = self.body.config
         self.head = nn.Linear(config.pcm.hidden_size, config.num_experts, bias=False, dtype=self.body.dtype)
-        self.kept_descriptions = KeptPrompts()
+        self.submodel = Submodel(self, "body", has_lm_head=False)
         self.post_init()
 
     @torch.no_grad()
@@ -51,49 +51,35 @@ class PreferenceControlModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None,
-        prefix_ids: torch.LongTensor | None,
-        part: CachePart,
-        logits_to_keep: int | torch.LongTensor = 0,
-        **kwargs,
-    ) -> tuple[torch.Tensor, BaseModelOutputWithPast]:
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        descriptions: list[tuple[int, ...]] | None = None,
+        memory: Memory | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        compile_config: CompileConfig | None = None,
+        **options,
+    ) -> tuple[torch.Tensor, ModelOutput]:
         r"""
         Compute h, the expert weight logits.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`): new context tokens.
             attention_mask (`torch.LongTensor` of shape `(batch, cached + seq)`, *optional*): the context's.
-            prefix_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): descriptions, padded with -1.
-            part (`CachePart`): the PCM's memory; an empty one is given the descriptions.
+            descriptions (`list[tuple[int, ...]]`, *optional*): what is read before each row's context, in a first
+                call.
+            memory (`Memory`, *optional*): the PCM's; nothing is remembered without.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to weight.
+            compile_config (`CompileConfig`, *optional*): compiles the step, where it is one token.
+            options: `output_hidden_states` and `output_attentions`, of the body.
 
         Returns:
             h, `torch.Tensor` of shape `(batch, positions, experts)`, and the body's output over prefix and context,
             whose hidden states and attentions are there where they were asked for.
         """
-        config = self.body.config
-        looked_into = any(kwargs.values()) or config.output_hidden_states or config.output_attentions
-        repeated = None if looked_into else repeated_rows(part, prefix_ids, attention_mask, input_ids)
-        if repeated is not None:
-            firsts, groups = repeated
-            distinct = [None if x is None else x[firsts] for x in (input_ids, attention_mask, prefix_ids)]
-            expert_weight_logits, output = self.forward(*distinct, part, logits_to_keep)
-            part.copy_rows(groups)
-            return expert_weight_logits[groups], output
-        begins = prefix_ids is not None and part.length == 0 and part.cache is not None
-        if begins and not looked_into and not torch.is_grad_enabled():
-            texts = [((), tuple(token for token in row if token >= 0)) for row in prefix_ids.tolist()]
-            if self.kept_descriptions.fill(part, texts, self.body, self._read, prefix_ids.device):
-                prefix_ids = pad_left([ids for _, ids in texts], prefix_ids.device)  # as wide as what was filled
-        inputs = submodel_inputs(
-            input_ids, attention_mask, prefix_ids, part, logits_to_keep, self.config.prefix_bos_token_id
-        )
-        output = run_submodel(self.body, inputs, part, **kwargs)
-        return self.head(slice_logits_to_keep(output.last_hidden_state, inputs.kept)), output
-
-    def _read(self, expert: tuple[()], inputs: SubmodelInputs, part: CachePart):
-        run_submodel(self.body, inputs, part)
+        rows = Rows(input_ids, attention_mask, descriptions)
+        memory = Memory() if memory is None else memory
+        hidden_states, output = self.submodel(rows, memory, logits_to_keep, compile_config, **options)
+        return self.head(hidden_states), output  # (batch, positions, experts)
 
 
 __all__ = ["PreferenceControlModel"]

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
-from .call_arguments import NUMBERS, check_tensor
+from .call_arguments import NUMBERS, check_tensor, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 
 
@@ -59,7 +59,7 @@ class Preference:
         Raises:
             TypeError, ValueError: as [`preference_weights`].
         """
-        if isinstance(preference, cls):
+        if has_class(preference, "Preference"):
             return cls(_named(_row_of(preference.weights, names), names), preference.description_ids)
         return cls(_named(_row_of(preference, names), names))
 
@@ -70,7 +70,7 @@ class Preference:
         batch_size: int,
         preference=None,
         preference_text: str | Sequence[str | None] | None = None,
-        preference_ids: torch.LongTensor | None = None,
+        preference_ids: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list["Preference"]:
         r"""
@@ -182,13 +182,15 @@ def _is_rows(preference) -> bool:
 
 
 def _kind(entry) -> str | None:
-    kinds = {"name": str, "number": Real, "mapping": Mapping, "list": (list, tuple), "Preference": Preference}
+    if has_class(entry, "Preference"):
+        return "Preference"
+    kinds = {"name": str, "number": Real, "mapping": Mapping, "list": (list, tuple)}
     return next((kind for kind, types in kinds.items() if isinstance(entry, types)), None)
 
 
 def _row_weights(preference, names: list[str]) -> torch.Tensor:
     """Weights `(experts,)` of one row's preference."""
-    if isinstance(preference, Preference):
+    if has_class(preference, "Preference"):
         preference = preference.weights
     if isinstance(preference, str):
         preference = {preference: 1.0}
@@ -203,11 +205,13 @@ def _row_weights(preference, names: list[str]) -> torch.Tensor:
                 f"{{{repeated[0]!r}: 2.0, …}}."
             )
         preference = dict.fromkeys(preference, 1.0)
+
     if not isinstance(preference, Mapping):
         raise TypeError(
             "`preference` must be an expert's name, a mapping from names to weights, a list of names, a list with one "
             f"mapping or list for each row, or a tensor; got {type(preference).__name__}."
         )
+
     weights = [0.0] * len(names)
     for name, weight in preference.items():
         if not isinstance(weight, Real):
@@ -307,8 +311,9 @@ def _told(
     config: PCMEnsembleConfig, batch_size: int, preference, preference_text, preference_ids, tokenizer
 ) -> list[tuple[int, ...] | None]:
     """Each row's own words for the PCM, as tokens; None where it is told nothing of its own."""
-    given = [preference] * batch_size if isinstance(preference, Preference) else preference
-    held = [entry.description_ids if isinstance(entry, Preference) else None for entry in _entries(given)]
+    given = [preference] * batch_size if has_class(preference, "Preference") else preference
+    entries = given if isinstance(given, (list, tuple)) else ()
+    held = [entry.description_ids if has_class(entry, "Preference") else None for entry in entries]
     ways = {
         "`preference_text`": preference_text is not None,
         "`preference_ids`": preference_ids is not None,
@@ -326,20 +331,18 @@ def _told(
     return held if len(held) == batch_size else [None] * batch_size
 
 
-def _entries(preference) -> Sequence:
-    return preference if isinstance(preference, (list, tuple)) else ()
-
-
 def _text_descriptions(config: PCMEnsembleConfig, text, batch_size: int, tokenizer) -> list[tuple[int, ...] | None]:
     texts = [text] * batch_size if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or not all(isinstance(entry, str | None) for entry in texts):
         raise TypeError(f"`preference_text` must be a string or one string for each row, got {text!r}.")
+
     if len(texts) != batch_size:
         raise ValueError(
             f"`preference_text` has {len(texts)} entries, but the batch has {batch_size} rows. Pass one for each "
             "row, or one text for all of them. (A pipeline gives all entries to each of its batches. There, let "
             "`batch_size` be the number of prompts.)"
         )
+
     if tokenizer is None:
         raise ValueError(
             "`preference_text` needs a tokenizer, and this ensemble was built and saved without one. Pass "
@@ -363,7 +366,7 @@ def _after_bos(config: PCMEnsembleConfig, ids: Sequence[int]) -> tuple[int, ...]
     return (config.prefix_bos_token_id, *ids)
 
 
-def _given_descriptions(config: PCMEnsembleConfig, ids: torch.LongTensor, batch_size: int) -> list[tuple[int, ...]]:
+def _given_descriptions(config: PCMEnsembleConfig, ids: torch.Tensor, batch_size: int) -> list[tuple[int, ...]]:
     check_tensor("preference_ids", ids, "token ids")
     if ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != batch_size):
         raise ValueError(
@@ -385,4 +388,4 @@ def _check_tokens(config: PCMEnsembleConfig, name: str, lowest: int, highest: in
         raise ValueError(f"`{name}` holds {wrong}, but the PCM has {config.pcm.vocab_size} tokens.")
 
 
-__all__ = ["Preference", "description_of", "encode_description", "preference_weights"]
+__all__ = ["Preference", "check_config", "description_of", "encode_description", "preference_weights"]

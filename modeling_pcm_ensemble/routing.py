@@ -13,7 +13,7 @@ class ExpertRows(NamedTuple):
     """The batch rows that one expert runs on; with `expert` None, rows whose experts' adapters are mixed into one."""
 
     expert: int | None
-    rows: torch.LongTensor | None  # (active rows,), None when all rows of the batch are active
+    rows: torch.Tensor | None  # (active rows,), None when all rows of the batch are active
     num_rows: int
 
 
@@ -34,7 +34,7 @@ class Route:
         mixes_adapters (`bool`): whether a row's experts are mixed as weights, so that each row is one pair of the
             only backbone.
         expert_rows (`dict[int, list[ExpertRows]]`): by backbone.
-        pair_rows (`dict[int, torch.LongTensor]`): by backbone, the row of each pair, `(pairs,)`.
+        pair_rows (`dict[int, torch.Tensor]`): by backbone, the row of each pair, `(pairs,)`.
 
     Raises:
         ValueError: under `merge="adapters"`, if a wanted expert is more, or less, than an adapter on one backbone.
@@ -60,13 +60,13 @@ class Route:
             backbone: torch.cat([every_row if entry.rows is None else entry.rows for entry in entries])
             for backbone, entries in self.expert_rows.items()
         }
-        self._pair_tables: dict[int, torch.LongTensor] = {}
+        self._pair_tables: dict[int, torch.Tensor] = {}
 
     @property
     def batch_size(self) -> int:
         return len(self.preferences)
 
-    def select(self, rows: torch.LongTensor) -> tuple["Route", dict[int, torch.LongTensor]]:
+    def select(self, rows: torch.Tensor) -> tuple["Route", dict[int, torch.Tensor]]:
         """
         Build the route of a batch whose row i is this batch's row `rows[i]`.
 
@@ -87,10 +87,11 @@ class Route:
             pairs[backbone] = torch.cat(of_experts)
         return route, pairs
 
-    def _pair_of(self, backbone: int) -> torch.LongTensor:
+    def _pair_of(self, backbone: int) -> torch.Tensor:
         """The pair's index for each (row, expert), shape `(batch, experts)`; of no use where there is none."""
         if backbone not in self._pair_tables:
             table = torch.zeros(self.log_weights.shape, dtype=torch.long, device=self.log_weights.device)
+
             start = 0
             for expert, rows, num_rows in self.expert_rows[backbone]:
                 table[slice(None) if rows is None else rows, expert] = torch.arange(
@@ -116,6 +117,11 @@ class Route:
             preferences.append(replace(preference, weights=wanted, description_ids=description))
         return Route(self.config, preferences, self.log_weights.device)
 
+    def is_of(self, preferences: list[Preference]) -> bool:
+        """Whether these preferences ask for the same weights under the same descriptions."""
+        same_weights = [p.weights for p in preferences] == [p.weights for p in self.preferences]
+        return same_weights and [description_of(self.config, p) for p in preferences] == self.descriptions
+
     @staticmethod
     def join(routes: list["Route"]) -> "Route":
         """The route of all rows, one batch after the other."""
@@ -124,7 +130,7 @@ class Route:
 
 
 def _expert_rows(
-    config: PCMEnsembleConfig, active: torch.BoolTensor, mixes_adapters: bool, device
+    config: PCMEnsembleConfig, active: torch.Tensor, mixes_adapters: bool, device
 ) -> dict[int, list[ExpertRows]]:
     """By backbone, the rows that each of its experts runs on; `active` is `(batch, experts)`."""
     found: dict[int, list[ExpertRows]] = {}
@@ -138,7 +144,7 @@ def _expert_rows(
     return found
 
 
-def _check_adapters(config: PCMEnsembleConfig, active: torch.BoolTensor):
+def _check_adapters(config: PCMEnsembleConfig, active: torch.Tensor):
     """`merge="adapters"` mixes LoRA weights, so all active experts must be that and nothing else on one backbone."""
     experts = [expert for expert, is_active in zip(config.experts, active.any(dim=0)) if is_active]
     for expert in experts:

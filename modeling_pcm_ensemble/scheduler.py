@@ -14,7 +14,8 @@ from transformers import CompileConfig
 from .cache import PCMEnsembleCache
 from .call_checks import check_ids, check_length
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from .preferences import Route, build_route
+from .preference import Preference
+from .routing import Route
 
 
 @dataclass(eq=False)  # two users may ask the same
@@ -30,7 +31,7 @@ class Request:
     """
 
     input_ids: list[int]
-    preference: dict[str, float] | list | str | None
+    preference: Preference | dict[str, float] | list | str | None
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
 
@@ -100,7 +101,7 @@ class Scheduler:
 
         check_ids(self.model.config, "input_ids", torch.tensor([request.input_ids], dtype=torch.long))
         length = len(request.input_ids) + request.max_new_tokens - 1  # the last token is not read
-        check_length(self.model.config, self._route(request), length)
+        check_length(self.model.config, Route(self.model.config, [self._preference(request)]), length)
 
         request.preference = copy.deepcopy(request.preference)  # what was checked is what will run
         self.waiting.append(request)
@@ -129,15 +130,15 @@ class Scheduler:
         ended, self.ended = self.ended, []
         return ended
 
-    def _route(self, request: Request) -> Route:
-        return build_route(self.model.config, 1, request.preference)
+    def _preference(self, request: Request) -> Preference:
+        return Preference.parse_batch(self.model.config, 1, request.preference)[0]
 
     def _read_prompts(self, requests: list[Request], cache: PCMEnsembleCache) -> torch.Tensor:
         """Fill a cache with prompts; gives the logits of what comes next, `(requests, 1, vocab)`."""
         rows = {"input_ids": [request.input_ids for request in requests]}
         inputs = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.model.device)
-        weights = torch.cat([self._route(request).weights for request in requests])
-        return self.model(**inputs, past_key_values=cache, preference=weights, logits_to_keep=1).logits
+        preferences = [self._preference(request) for request in requests]
+        return self.model(**inputs, past_key_values=cache, preference=preferences, logits_to_keep=1).logits
 
     def _take(self, requests: list[Request], logits: torch.Tensor):
         """Give each request its most probable token."""

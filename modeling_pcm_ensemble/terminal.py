@@ -112,7 +112,7 @@ def stream_answers(
         titles = [preference.label for preference in preferences]
         table = AnswerTable(model.tokenizer, titles, live, vanilla.answers())
         rows = {name: value.expand(len(preferences), -1) for name, value in inputs.items()}
-        return model.generate(**rows, preference=_plain(preferences), streamer=table, **options)
+        return model.generate(**rows, preference=preferences, streamer=table, **options)
 
 
 def weights_table(
@@ -126,7 +126,7 @@ def weights_table(
         sequences (`torch.LongTensor` of shape `(preferences, seq)`): what it gave.
         start (`int`): tokens of the prompt.
     """
-    asked: dict[str, Any] = {"preference": _plain(preferences)}
+    asked: dict[str, Any] = {"preference": preferences}
     alphas = model.compute_expert_weights(sequences, **asked)[:, start - 1 : -1]  # (preferences, tokens, experts)
     shares = model.attribute(sequences, **asked)[:, start - 1 :]  # (preferences, tokens, experts)
     written = sequences[:, start:, None] != model.generation_config.pad_token_id  # rows that ended early are padded
@@ -138,10 +138,6 @@ def weights_table(
         pairs = zip(alphas[:, expert].tolist(), shares[:, expert].tolist())
         table.add_row(name, *(f"{alpha:.0f} / {share:.0f}" if alpha else "" for alpha, share in pairs))
     return table
-
-
-def _plain(preferences: list[Preference]) -> list[dict[str, float]]:
-    return [dict(preference.weights) for preference in preferences]
 
 
 __all__ = ["AnswerTable", "parse_preference", "stream_answers", "weights_table"]

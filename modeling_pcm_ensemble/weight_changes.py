@@ -1,5 +1,7 @@
 """Whether a model's weights are those that something was computed from."""
 
+from functools import cache
+
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -12,6 +14,7 @@ class WeightSnapshot:
     """
 
     def __init__(self, model: nn.Module):
+        _count_optimizer_steps()
         self.weights = _weights(model)  # held, so that no other takes the place of one
         self.states = [_state(weight) for weight in self.weights]
 
@@ -23,9 +26,11 @@ class WeightSnapshot:
 
 
 def _weights(model: nn.Module) -> list[torch.Tensor]:
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    hooked = (getattr(getattr(hook, "__self__", None), "adapter_weights", ()) for hook in hooks)
-    return [*model.state_dict(keep_vars=True).values(), *(weight for weights in hooked for weight in weights)]
+    weights = list(model.state_dict(keep_vars=True).values())
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            weights += getattr(getattr(hook, "__self__", None), "adapter_weights", ())
+    return weights
 
 
 def _state(weight: torch.Tensor) -> tuple[int, int]:
@@ -33,12 +38,19 @@ def _state(weight: torch.Tensor) -> tuple[int, int]:
     return version, weight.data_ptr() if type(weight) in (torch.Tensor, nn.Parameter) else 0  # shards have no place
 
 
+@cache
+def _count_optimizer_steps():
+    """
+    Let optimizers' steps count as changes, from the first snapshot on: fused ones write weights without counting that.
+    torch has no hook for one optimizer that somebody else will make, so this one is of the whole process.
+    """
+    register_optimizer_step_post_hook(_count_step)
+
+
 def _count_step(optimizer: Optimizer, *_):
-    """Fused optimizers write weights without counting that as a change."""
-    weights = (weight for group in optimizer.param_groups for weight in group["params"])
-    torch.autograd.graph.increment_version([w for w in weights if w.grad is not None and not w.is_inference()])
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    changed = [weight for weight in weights if weight.grad is not None and not weight.is_inference()]
+    torch.autograd.graph.increment_version(changed)
 
-
-register_optimizer_step_post_hook(_count_step)
 
 __all__ = ["WeightSnapshot"]

@@ -46,9 +46,7 @@ def test_repeated_rows_go_on_as_those_rows(mixed, cache):
 @pytest.mark.parametrize("rows", [[1], [2, 0]], ids=str)
 def test_selected_rows_go_on_as_those_rows_and_parts_without_rows_are_dropped(mixed, cache, rows):
     cache.batch_select_indices(torch.tensor(rows))
-    assert set(cache.parts) == (
-        {"pcm", "backbones.1"} if rows == [1] else {"pcm", *(f"backbones.{i}" for i in range(4))}
-    )
+    assert set(cache.backbones) == ({1} if rows == [1] else {0, 1, 2, 3})
     check_next_tokens(mixed, cache, rows)
 
 
@@ -142,5 +140,5 @@ def test_a_step_writes_into_the_room_that_an_earlier_one_made(prompted):
     places = []
     for token in range(4):
         prompted(torch.tensor([[token + 5]]), past_key_values=cache)
-        places.append(cache.parts["backbones.0"].cache.layers[0].keys.data_ptr())
+        places.append(cache.backbones[0].cache.layers[0].keys.data_ptr())
     assert len(set(places)) == 1

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
                            ({"prompts": ["another", *PROMPTS[1:]]}, "made with rows of the dataset")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             make_trainer(tmp_path, **changed).train(resume_from_checkpoint=True)
-    make_trainer(tmp_path, rollout_batch_size=2).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, generation_batch_size=2).train(resume_from_checkpoint=True)
 
 
 def test_after_a_save_that_failed_the_ensemble_is_saved_whole(tmp_path):

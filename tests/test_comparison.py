@@ -27,8 +27,8 @@ from modeling_pcm_ensemble.evaluation import (
     summarise,
 )
 from modeling_pcm_ensemble.evaluation.comparison import win_rate
-from modeling_pcm_ensemble.training import rewards
-from modeling_pcm_ensemble.training.rewards import Guard
+from modeling_pcm_ensemble.rewards import quality
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 PREFERENCES = [Preference({"long": 1.0}), Preference({"long": 1.0, "plain": 1.0})]
 CASES = make_cases([[{"role": "user", "content": f"Question {i}?"}] for i in range(3)], PREFERENCES)
@@ -232,9 +232,9 @@ sys.path.insert(0, sys.argv[1])
 from conftest import tiny_llama, tiny_tokenizer
 from test_comparison import CASES
 from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers, distributed_state, collect_text_features
-from modeling_pcm_ensemble.training.rewards import Guard
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 answers = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), CASES, Path(sys.argv[2]), 0, 2)
-guard, read = Guard(tiny_llama(0), tiny_tokenizer()), []
+guard, read = TextQuality(tiny_llama(0), tiny_tokenizer()), []
 nll = guard.nll
 guard.nll = lambda prompts, texts: read.extend(texts) or nll(prompts, texts)
 collect_text_features(guard, CASES, Path(sys.argv[2]), answers)
@@ -258,15 +258,15 @@ def test_two_processes_answer_and_read_as_one(tmp_path):
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
     assert all(entry["answers"] == alone and entry["known"] == list(map(list, texts)) for entry in seen)
     assert sum(entry["read"] for entry in seen) == len(texts)
-    guard = Guard(tiny_llama(0), tiny_tokenizer())
+    guard = TextQuality(tiny_llama(0), tiny_tokenizer())
     guard.nll = lambda *_: pytest.fail("what was kept is read again")
     collect_text_features(guard, CASES, tmp_path, alone)
     assert sorted(map(list, guard.known)) == list(map(list, texts))
 
 
 def test_more_answers_than_a_guard_remembers_are_read_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "MOST_KNOWN", 2)
-    guard = Guard(tiny_llama(0), tiny_tokenizer(), batch_size=1)
+    monkeypatch.setattr(quality, "MOST_KNOWN", 2)
+    guard = TextQuality(tiny_llama(0), tiny_tokenizer(), batch_size=1)
     answers = [f"answer {i}" for i in range(len(CASES))]
     collect_text_features(guard, CASES, tmp_path, answers)
     assert {text for _, text in guard.known} == set(answers)

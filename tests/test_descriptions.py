@@ -8,9 +8,10 @@ import torch
 from datasets import Dataset
 from test_training import tiny_ensemble
 from torch.testing import assert_close
+from transformers import TrainerCallback
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.preferences import description_prefix
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference
+from modeling_pcm_ensemble.preference import description_of
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
 from modeling_pcm_ensemble.training.losses import expert_weight_cross_entropy, log_described_share
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
@@ -18,11 +19,14 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
 
 
-def make_trainer(folder, model, dataset=None, paraphrases=None, preference_sets=None, **settings):
-    options = {"max_steps": 200, "learning_rate": 1e-2, "logging_steps": 20, "use_cpu": True}
-    options |= {"report_to": "none", "disable_tqdm": True} | settings
-    config, dataset = DescriptionConfig(str(folder), **options), dataset or Dataset.from_dict(TEXTS)
-    return DescriptionTrainer(model, config, dataset, preference_sets=preference_sets, paraphrases=paraphrases)
+TRAINER_OPTIONS = ("eval_dataset", "callbacks", "optimizers", "preference_sets", "paraphrases")
+
+
+def make_trainer(folder, model, dataset=None, **settings):
+    options = {name: settings.pop(name) for name in TRAINER_OPTIONS if name in settings}
+    settings = {"max_steps": 200, "learning_rate": 1e-2, "logging_steps": 20, "use_cpu": True} | settings
+    config = DescriptionConfig(str(folder), **{"report_to": "none", "disable_tqdm": True} | settings)
+    return DescriptionTrainer(model, config, dataset or Dataset.from_dict(TEXTS), **options)
 
 
 def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
@@ -85,7 +89,7 @@ def test_words_stand_for_the_weights_of_the_preferences_that_are_given(tmp_path)
 def test_what_the_pcm_does_under_weights_it_keeps_and_does_when_told_in_words(tmp_path):
     model = tiny_ensemble()
     torch.nn.init.normal_(model.pcm.head.weight, std=0.2)  # as if rewards had taught it
-    prefix_ids = torch.tensor([description_prefix(model.config, [1.0, 0.0, 1.0])])
+    prefix_ids = torch.tensor([description_of(model.config, Preference({"e0": 1.0, "e2": 1.0}))])
     ids = torch.tensor([model.tokenizer(TEXTS["prompt"][0] + TEXTS["completion"][0])["input_ids"]])
 
     def answer(**told):
@@ -109,7 +113,7 @@ def test_the_losses_equal_their_formulas():
 def test_every_choice_of_at_most_one_expert_a_dimension_is_described(tmp_path):
     model = tiny_ensemble()
     assert default_preference_sets(model.config) == [["e0", "e2"], ["e1", "e2"]]
-    described = [draw.name for draw in make_trainer(tmp_path, model).preferences.sets]
+    described = [told.label for told in make_trainer(tmp_path, model).preferences.sets]
     assert described == ["e2", "e0", "e0 + e2", "e1", "e1 + e2", "e0 + e1 + e2"]
 
 
@@ -128,6 +132,63 @@ def test_teaching_leaves_the_ensemble_as_it_was_but_for_its_pcm(tmp_path):
     assert (facts["trainer"], facts["steps"]) == ("DescriptionTrainer", 1)
     assert facts["settings"]["learning_rate"] == trainer.args.learning_rate
     assert str(tmp_path) not in json.dumps(facts)
+
+
+def test_an_evaluation_gives_loss_and_described_share_and_leaves_training_as_it_was(tmp_path):
+    prompts = [f"{prompt} {number}" for number in range(12) for prompt in TEXTS["prompt"]]
+    dataset, model = Dataset.from_dict({"prompt": prompts, "completion": TEXTS["completion"] * 12}), tiny_ensemble()
+    options = {"max_steps": 40, "logging_steps": 3, "per_device_eval_batch_size": 5, "eval_dataset": dataset}
+    trainer = make_trainer(tmp_path / "evaluated", model, eval_strategy="steps", eval_steps=10, **options)
+    before = trainer.evaluate()
+    assert before == trainer.evaluate() | {name: before[name] for name in before if "_per_" in name or "time" in name}
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_described_share"] > before["eval_described_share"]
+
+    other = make_trainer(tmp_path / "plain", tiny_ensemble(), **options)
+    other.train()
+    logs = [
+        [(entry["loss"], entry["described_share"]) for entry in which.state.log_history if "loss" in entry]
+        for which in (trainer, other)
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 13
+
+
+def test_the_described_share_of_an_evaluation_is_the_mean_over_tokens_of_all_batches(tmp_path):
+    model = tiny_ensemble()
+    torch.nn.init.normal_(model.pcm.head.weight)
+    shares = []
+    for size in (1, 3, 4):
+        options = {"eval_dataset": Dataset.from_dict(TEXTS), "per_device_eval_batch_size": size}
+        shares.append(make_trainer(tmp_path, model, **options).evaluate()["eval_described_share"])
+    assert shares[1:] == pytest.approx([shares[0]] * 2, abs=1e-5)
+
+
+def test_callbacks_and_optimizers_are_those_that_are_given(tmp_path):
+    class Counts(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *args, **kwargs):
+            self.steps += 1
+
+    model, counts = tiny_ensemble(), Counts()
+    optimizer = torch.optim.SGD(model.pcm.head.parameters(), lr=0.5)
+    trainer = make_trainer(tmp_path, model, max_steps=3, callbacks=[counts], optimizers=(optimizer, None))
+    body = copy.deepcopy(model.pcm.body.state_dict())
+    trainer.train()
+    assert counts.steps == 3
+    assert model.pcm.head.weight.abs().max() > 0
+    assert all(torch.equal(value, body[name]) for name, value in model.pcm.body.state_dict().items())
+
+
+def test_settings_may_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = DescriptionTrainer(tiny_ensemble(), train_dataset=Dataset.from_dict(TEXTS))
+    assert isinstance(trainer.args, DescriptionConfig)
+    with pytest.raises(ValueError, match="Pass `train_dataset`"):
+        DescriptionTrainer(tiny_ensemble()).train()
 
 
 def test_checkpoints_are_refused():

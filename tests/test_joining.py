@@ -82,9 +82,9 @@ def test_columns_that_no_row_needs_are_left_out(model):
     assert cache.get_seq_length() >= 7
     cache.batch_select_indices(torch.tensor([0]))
     trimmed = PCMEnsembleCache.join([cache])
-    for name, part in trimmed.parts.items():
-        assert part.cache.layers[0].keys.shape[2] == part.length < cache.parts[name].length
-        assert part.attention_mask is None
+    for memory, before in zip(trimmed.memories, cache.memories, strict=True):
+        assert memory.cache.layers[0].keys.shape[2] == memory.length < before.length
+        assert memory.attention_mask is None
     found = model(torch.tensor([TOKENS[:1]]), past_key_values=trimmed).logits[0, -1]
     assert_close(found, alone(model, 1, 1)[-1], atol=1e-4, rtol=1e-4)
 

@@ -30,7 +30,7 @@ from modeling_pcm_ensemble.evaluation.held_out_proxies import (
     held_out_rewards,
 )
 from modeling_pcm_ensemble.evaluation.judges import parse_reply
-from modeling_pcm_ensemble.training.scoring import ModelReward
+from modeling_pcm_ensemble.rewards import ModelReward
 
 PROMPT = [{"role": "user", "content": "What is rain?"}]
 SIMPLE = "Rain is water that falls from the sky. It makes the plants grow."

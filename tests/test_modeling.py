@@ -5,7 +5,7 @@ import torch
 from conftest import VOCAB, left_pad, make_ensemble, reference, tiny_gpt2, tiny_llama, tiny_mistral
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import PCMEnsembleCache, prefixes
+from modeling_pcm_ensemble import PCMEnsembleCache, submodel
 
 CONTEXT = [21, 22, 23, 24, 25, 26, 27]
 WEIGHTS = [1.0, 0.5, 2.0, 0.0, 0.25, 1.0]
@@ -134,7 +134,7 @@ def test_each_needed_backbone_runs_once_with_as_many_rows_as_active_pairs(mixed)
         cache = mixed(torch.tensor([CONTEXT] * 3), preference=preferences).past_key_values
         mixed(torch.tensor([[1], [2], [3]]), past_key_values=cache)
     assert calls == [(0, 3), (3, 1)] * 2
-    assert set(cache.parts) == {"pcm", "backbones.0", "backbones.3"}
+    assert set(cache.backbones) == {0, 3}
 
 
 def test_only_the_pcm_learns_and_experts_stay_in_evaluation_mode(mixed):
@@ -371,7 +371,7 @@ def test_a_failed_call_leaves_an_empty_cache_empty(mixed):
 
 @pytest.mark.parametrize("bos", [None, 21], ids=["no-bos", "contexts-begin-with-the-prompts-bos"])
 def test_prompts_of_many_rows_are_encoded_once_for_each_expert(monkeypatch, bos):
-    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_SAVED", 1)
     experts = [(0, [21, 6, 7], [11, 12]), (0, [8], [13]), (0, [], [14]), (1, [9, 9], [15])]
     model = make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts, prefix_bos_token_id=bos)
     rows = [CONTEXT, [21, 31, 32], [41, 42, 43], [21, 22]]
@@ -394,7 +394,7 @@ def test_prompts_of_many_rows_are_encoded_once_for_each_expert(monkeypatch, bos)
 
 
 def test_rows_that_read_the_same_are_read_once(monkeypatch):
-    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_SAVED", 1)
     experts = [(0, [21, 6, 7], [11, 12]), (0, [8], [13]), (1, [], [14])]
     model = make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts)
     torch.nn.init.normal_(model.pcm.head.weight)
@@ -409,8 +409,9 @@ def test_rows_that_read_the_same_are_read_once(monkeypatch):
     with torch.no_grad():
         together = model(**left_pad(rows), preference=preferences)
         step = model(torch.tensor([[1]] * 5), past_key_values=together.past_key_values)
-    # The PCM reads a row under its preference. Experts e0 and e1 read both texts, after their prompts; e2 reads one.
-    assert read == {"pcm": [3, 5], "0": [2, 4, 8], "1": [1, 2]}
+    # The PCM reads a row under its preference, after what descriptions begin with. Experts e0 and e1 read both texts,
+    # after their prompts; e2 reads one.
+    assert read == {"pcm": [1, 3, 5], "0": [2, 4, 8], "1": [1, 2]}
     for i, row in enumerate(rows):
         alone = model(torch.tensor([[*row, 1]]), preference=preferences[i], use_cache=False)
         assert_close(together.logits[i, -len(row) :], alone.logits[0, :-1], atol=1e-4, rtol=0)
@@ -419,7 +420,7 @@ def test_rows_that_read_the_same_are_read_once(monkeypatch):
 
 
 def test_rows_of_sliding_windows_that_read_the_same_are_read_once(monkeypatch):
-    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_SAVED", 1)
     model = make_ensemble([tiny_mistral(4)], [(0, [], [11]), (0, [], [12])])
     read = []
     model.backbones[0].register_forward_hook(
@@ -436,7 +437,7 @@ def test_rows_of_sliding_windows_that_read_the_same_are_read_once(monkeypatch):
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
 def test_beams_and_return_sequences_read_a_prompt_once(monkeypatch, mixed, mode):
     def generated(tokens_saved: int):
-        monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", tokens_saved)
+        monkeypatch.setattr(submodel, "MIN_TOKENS_SAVED", tokens_saved)
         torch.manual_seed(0)
         return mixed.generate(torch.tensor([CONTEXT]), preference="e0", max_new_tokens=6, pad_token_id=0, **mode)
 
@@ -450,7 +451,7 @@ def test_beams_and_return_sequences_read_a_prompt_once(monkeypatch, mixed, mode)
 
 
 def test_prompts_of_sliding_windows_are_encoded_with_each_row(monkeypatch):
-    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_SAVED", 1)
     model = make_ensemble([tiny_mistral(4)], [(0, [5, 6, 7], [11]), (0, [8], [12])])
     rows = [CONTEXT, [31, 32, 33]]
     with torch.no_grad():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from modeling_pcm_ensemble import PCMEnsembleConfig
-from modeling_pcm_ensemble.preferences import Route, build_route, preference_weights
+from modeling_pcm_ensemble.preference import Preference, preference_weights
+from modeling_pcm_ensemble.routing import Route
 
 NAMES = ["concise", "friendly", "elementary"]
 
@@ -80,8 +81,9 @@ def config() -> PCMEnsembleConfig:
 
 
 def test_descriptions_of_active_experts_are_joined_behind_bos(config):
-    route = build_route(config, 3, [{"concise": 1.0, "elementary": 0.2}, dict.fromkeys(NAMES, 2), {"friendly": 1}])
-    assert route.prefix_ids.tolist() == [[1, 10, 20, 10, 22], [-1] * 5, [-1, -1, 1, 11, 21]]
+    wanted = [{"concise": 1.0, "elementary": 0.2}, dict.fromkeys(NAMES, 2), {"friendly": 1}]
+    route = Route(config, Preference.parse_batch(config, 3, wanted))
+    assert route.descriptions == [(1, 10, 20, 10, 22), (), (1, 11, 21)]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +101,19 @@ def test_descriptions_of_active_experts_are_joined_behind_bos(config):
 )
 def test_descriptions_that_cannot_be_read_are_refused(config, arguments, error, words):
     with pytest.raises(error, match=words):
-        build_route(config, 2, **arguments)
+        Preference.parse_batch(config, 2, **arguments)
+
+
+def route_of(weights: list[list[float]], backbone_of: list[int]) -> Route:
+    """The route of a batch at these weights; expert i stands on backbone `backbone_of[i]`."""
+    experts = [{"name": f"e{i}", "backbone": backbone} for i, backbone in enumerate(backbone_of)]
+    backbones = [tiny_llama().config for _ in range(max(backbone_of) + 1)]
+    config = PCMEnsembleConfig(backbones=backbones, pcm=tiny_llama().config, experts=experts)
+    return Route(config, Preference.parse_batch(config, len(weights), torch.tensor(weights)))
 
 
 def test_a_routes_pairs_are_in_order_of_expert_then_row():
-    route = Route(torch.tensor([[1.0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 2, 1]]), [0, 1, 0, 2])
+    route = route_of([[1.0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 2, 1]], [0, 1, 0, 2])
     assert {b: [(e.expert, e.num_rows) for e in entries] for b, entries in route.expert_rows.items()} == {
         0: [(0, 2), (2, 2)],
         2: [(3, 2)],
@@ -118,7 +128,7 @@ def test_a_routes_pairs_are_in_order_of_expert_then_row():
     data=st.data(),
 )
 def test_selecting_rows_maps_each_pair_to_the_old_pair_of_its_row_and_expert(weights, data):
-    route = Route(torch.tensor(weights), [0, 1, 0, 1])
+    route = route_of(weights, [0, 1, 0, 1])
     rows = data.draw(st.lists(st.integers(0, len(weights) - 1), min_size=1, max_size=6))
     selected, pairs = route.select(torch.tensor(rows))
 
@@ -126,7 +136,7 @@ def test_selecting_rows_maps_each_pair_to_the_old_pair_of_its_row_and_expert(wei
         experts = [e.expert for e in route.expert_rows[backbone] for _ in range(e.num_rows)]
         return list(zip(experts, route.pair_rows[backbone].tolist()))
 
-    assert_close(selected.weights, torch.tensor(weights)[rows])
+    assert_close(selected.log_weights.exp(), torch.tensor(weights)[rows])
     assert set(pairs) == set(selected.expert_rows)
     for backbone, index in pairs.items():
         old = pair_list(route, backbone)

@@ -10,7 +10,7 @@ from conftest import left_pad, make_ensemble, tiny_gpt2, tiny_llama
 from test_lora import lora_ensemble, peft_adapter
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import PCMEnsembleCache, prefix_store
+from modeling_pcm_ensemble import PCMEnsembleCache, prefix_store, submodel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 ROWS = [[21, 22, 23, 24, 25], [31, 32], [41, 42, 43]]
@@ -20,7 +20,7 @@ TEXTS = ([5, 6, 7, 8, 9, 10], [11, 12, 13], [], [14, 15, 16, 17])
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(prefix_store, "MIN_TOKENS_KEPT", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 1)
     experts = [(0, TEXTS[0], [51]), (0, TEXTS[1], [52]), (0, TEXTS[2], [53]), (1, TEXTS[3], [54])]
     return make_ensemble([tiny_llama(1), tiny_gpt2(2)], experts)
 
@@ -40,7 +40,7 @@ def test_each_request_reads_what_it_would_read_alone(model, kind, monkeypatch):
         cache = PCMEnsembleCache(model.config, kind, 8)
         together = model(**left_pad(ROWS), preference=PREFERENCES, past_key_values=cache)
         step = model(torch.tensor([[1]] * 3), past_key_values=cache).logits
-    monkeypatch.setattr(prefix_store, "MIN_TOKENS_KEPT", 10**6)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 10**6)
     for i, row in enumerate(ROWS):
         alone = model(torch.tensor([[*row, 1]]), preference=PREFERENCES[i], use_cache=False).logits[0]
         assert_close(together.logits[i, -len(row) :], alone[:-1], atol=1e-4, rtol=0)
@@ -65,7 +65,7 @@ def test_a_prompt_is_read_once_and_again_when_it_or_a_weight_has_changed(model):
     model.backbones[0].model.layers[0].self_attn.k_proj.weight.data.neg_()
     model.forget_weights()
     assert_close(model(ids, preference="e0").logits, before, atol=1e-5, rtol=0)
-    assert not copy.deepcopy(model).backbones.kept_prompts[0].states
+    assert not copy.deepcopy(model).backbones.submodels[0].store.states
 
 
 @torch.no_grad()
@@ -76,14 +76,14 @@ def test_prompts_are_read_under_their_experts_adapters(tmp_path, monkeypatch):
     for expert in model.config.experts:
         expert["prompt_ids"] = [5, 6, 7, 8]
     expected = model(torch.tensor([ROWS[0]]), preference=["a", "b"]).logits
-    monkeypatch.setattr(prefix_store, "MIN_TOKENS_KEPT", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 1)
     for _ in range(2):
         found = model(torch.tensor([ROWS[0]]), preference=["a", "b"]).logits
         assert_close(found, expected, atol=1e-4, rtol=0)
     for tensor in model.backbones.bank_of("a").tensors("a").values():
         tensor.mul_(2)
     found = model(torch.tensor([ROWS[0]]), preference=["a", "b"]).logits
-    monkeypatch.setattr(prefix_store, "MIN_TOKENS_KEPT", 10**6)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 10**6)
     assert_close(found, model(torch.tensor([ROWS[0]]), preference=["a", "b"]).logits, atol=1e-4, rtol=0)
 
 
@@ -92,7 +92,7 @@ def test_an_expert_without_a_prompt_joins_one_whose_prompt_is_kept(model, monkey
     ids = torch.tensor([ROWS[0]])
     model(ids, preference=["e0"])
     found = model(ids, preference=["e0", "e2"]).logits
-    monkeypatch.setattr(prefix_store, "MIN_TOKENS_KEPT", 10**6)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 10**6)
     assert_close(found, model(ids, preference=["e0", "e2"]).logits, atol=1e-4, rtol=0)
 
 
@@ -106,7 +106,7 @@ def test_the_pcm_reads_what_it_would_read_without_kept_descriptions(model, kind,
     options = {"preference_ids": torch.tensor([[-1] * left + ids + [-1] * right for ids in given])}
     alpha = []
     for threshold in (1, 1, 10**6):
-        monkeypatch.setattr(prefix_store, "MIN_TOKENS_KEPT", threshold)
+        monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", threshold)
         cache = PCMEnsembleCache(model.config, kind, 8)
         first = model(**left_pad(ROWS), **options, past_key_values=cache).expert_weights
         alpha.append(torch.cat([first, model(torch.tensor([[1]] * 3), past_key_values=cache).expert_weights], dim=1))
@@ -117,7 +117,7 @@ def test_the_pcm_reads_what_it_would_read_without_kept_descriptions(model, kind,
 
 @torch.no_grad()
 def test_descriptions_are_read_once_until_the_pcm_learns_and_the_last_ones_used_are_kept(model, monkeypatch):
-    monkeypatch.setattr(prefix_store, "MOST_KEPT", 4)  # two of these
+    monkeypatch.setattr(prefix_store, "MOST_TOKENS_KEPT", 4)  # two of these
     shapes, ids = shapes_read(model.pcm.body), torch.tensor([ROWS[0]])
     for description in ([5, 6, 7], [8, 9, 10], [5, 6, 7], [11, 12, 13], [5, 6, 7]):
         model(ids, preference_ids=torch.tensor([description]))
@@ -163,7 +163,7 @@ def test_a_pcm_that_learns_reads_its_descriptions_with_the_context(model):
 
 
 def test_weights_made_in_inference_mode_are_kept_track_of(monkeypatch):
-    monkeypatch.setattr(prefix_store, "MIN_TOKENS_KEPT", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 1)
     with torch.inference_mode():
         model = make_ensemble([tiny_llama(1)], [(0, [5, 6, 7], [51])])
         first = model(torch.tensor([ROWS[0]])).logits
@@ -174,13 +174,13 @@ def test_weights_made_in_inference_mode_are_kept_track_of(monkeypatch):
 
 @torch.no_grad()
 def test_threads_that_read_and_drop_texts_at_once_do_not_disturb_one_another(model, monkeypatch):
-    monkeypatch.setattr(prefix_store, "MOST_KEPT", 5100)
+    monkeypatch.setattr(prefix_store, "MOST_TOKENS_KEPT", 5100)
     torch.nn.init.normal_(model.pcm.head.weight)
     ids = torch.tensor([ROWS[0]])
     descriptions = [torch.tensor([[5 + number, 6, 7]]) for number in range(60)]
     expected = [model(ids, preference_ids=description).expert_weights for description in descriptions]
-    model.pcm.kept_descriptions.states |= {
-        ((), (-number,)): [] for number in range(5000)
+    model.pcm.submodel.store.states |= {
+        (None, (-number,)): [] for number in range(5000)
     }  # so that counting takes long
 
     @torch.no_grad()  # which is each thread's own

@@ -22,7 +22,7 @@ from modeling_pcm_ensemble.evaluation import (
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.report import worse_by
-from modeling_pcm_ensemble.training.rewards import Guard
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -37,7 +37,7 @@ def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, t
     base, cases = model.backbones[0], make_cases(PROMPTS, [Preference({"a": 1.0, "b": 1.0}), Preference({"c": 1.0})])
     ours, vanilla = TrainedEnsemble("ours", model, 6), PlainModel("vanilla", base, model.tokenizer, 6)
     others = [vanilla, SingleExpert("a alone", model, 6, "a"), Parrot("parrot", 9)]
-    options = {"model": model, "guard": Guard(base, model.tokenizer), "batch_size": 3}
+    options = {"model": model, "quality": TextQuality(base, model.tokenizer), "batch_size": 3}
     with pytest.raises(RuntimeError, match="killed"):
         evaluate(ours, [*others[:2], Parrot("parrot", 9, fails_at=1)], cases, [LONG], tmp_path, **options)
     report = evaluate(ours, others, cases, [LONG, AGAIN], tmp_path, **options)
@@ -69,7 +69,7 @@ def test_votes_on_a_few_pairs_are_a_report_too(tmp_path, model):  # noqa: F811
     votes.write_text(
         "prompt,preference,first,second,choice\nwhat is it?,a,what is it?,what is it? what is it?,first\n"
     )
-    options = {"model": model, "guard": Guard(model.backbones[0], model.tokenizer)}
+    options = {"model": model, "quality": TextQuality(model.backbones[0], model.tokenizer)}
     others = [Parrot("vanilla", 3), loud]  # nobody has voted on the first
     report = evaluate(ours, others, cases, [LONG, HumanVotes(votes)], tmp_path, **options)
     assert report["judges"]["people"]["vanilla"]["win_rate"] is None
@@ -91,7 +91,7 @@ def test_votes_on_a_few_pairs_are_a_report_too(tmp_path, model):  # noqa: F811
 def test_an_evaluation_that_would_fail_at_its_end_is_refused_at_its_start(others, judges, message, tmp_path):
     ours = Parrot("ours", fails_at=0)
     with pytest.raises(ValueError, match=message):
-        evaluate(ours, others, CASES, judges, tmp_path, model=None, guard=None)
+        evaluate(ours, others, CASES, judges, tmp_path, model=None, quality=None)
 
 
 def example_report() -> dict:

@@ -1,4 +1,4 @@
-"""The offline rewards: proxies that tell styles apart, and a guard that no degenerate text passes."""
+"""The offline rewards: proxies that tell styles apart, and fines that no degenerate text escapes."""
 
 import json
 from statistics import fmean, pstdev
@@ -9,17 +9,10 @@ from conftest import HEADS, SIZES, tiny_llama, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from modeling_pcm_ensemble.training.rewards import (
-    CONSTANTS,
-    PROXIES,
-    Guard,
-    proxy,
-    proxy_rewards,
-    repetition,
-    reward_constants,
-    text_features,
-)
-from modeling_pcm_ensemble.training.scoring import Scorer, call_reward, normalised_reward, prompt_key
+from modeling_pcm_ensemble.rewards.features import text_features
+from modeling_pcm_ensemble.rewards.proxies import PROXIES, proxy, proxy_rewards, reward_constants
+from modeling_pcm_ensemble.rewards.quality import CONSTANTS, TextQuality, repetition
+from modeling_pcm_ensemble.rewards.scoring import Scorer, call_reward, normalised_reward, prompt_key
 
 EASY = "The sun is hot. It gives us light. Plants need the sun to grow. We can play in the sun and have fun."
 HARD = (
@@ -68,8 +61,8 @@ def test_no_feature_fails_on_odd_text():
 
 
 @pytest.fixture
-def guard() -> Guard:
-    return Guard(tiny_llama(3, max_position_embeddings=512), tiny_tokenizer(), batch_size=3)
+def quality() -> TextQuality:
+    return TextQuality(tiny_llama(3, max_position_embeddings=512), tiny_tokenizer(), batch_size=3)
 
 
 def tiny_granite():
@@ -80,55 +73,55 @@ def tiny_granite():
 
 
 @pytest.mark.parametrize("model", [lambda: tiny_llama(3, max_position_embeddings=512), tiny_granite])
-def test_the_guards_likelihoods_equal_those_of_each_text_alone(model):
-    guard = Guard(model(), tiny_tokenizer(), batch_size=3)
+def test_the_likelihoods_equal_those_of_each_text_alone(model):
+    quality = TextQuality(model(), tiny_tokenizer(), batch_size=3)
     prompts = ["why?", "what is it?", "hi", "go on", "why?"]
     completions = ["because", "a cat", "x", "and then some more", "no"]
-    batched = guard.features(prompts, completions)
+    batched = quality.features(prompts, completions)
     for prompt, completion, features in zip(prompts, completions, batched):
-        head = guard.tokenizer.apply_chat_template(
+        head = quality.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        tail = guard.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        tail = quality.tokenizer(completion, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            log_probs = guard.model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
+            log_probs = quality.model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
         expected = -log_probs[torch.arange(len(tail)), tail].mean().item()
         assert features["nll"] == pytest.approx(expected, abs=1e-4)
-    assert guard.nll(["why?"], [""])[0] > 0  # an empty answer is an end token
+    assert quality.nll(["why?"], [""])[0] > 0  # an empty answer is an end token
 
 
-def test_the_guard_reads_each_distinct_prompt_once(guard):
+def test_text_quality_reads_each_distinct_prompt_once(quality):
     rows = []
-    guard.model.base_model.register_forward_pre_hook(
+    quality.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    guard.nll(["why?", "what is it?", "why?"], ["because", "a cat", "no"])
+    quality.nll(["why?", "what is it?", "why?"], ["because", "a cat", "no"])
     assert rows == [2, 3]
 
 
-def test_constants_standardise_the_base_models_completions(guard):
+def test_constants_standardise_the_base_models_completions(quality):
     prompts, completions = ["why?"] * 5, [EASY, HARD, SHORT, WARM, COLD]
-    constants = reward_constants(guard, prompts, completions)
+    constants = reward_constants(quality, prompts, completions)
     for name in PROXIES:
         mean, deviation = constants[name]
         values = [(proxy(name, text_features(text), constants) - mean) / deviation for text in completions]
         assert_close(torch.tensor([fmean(values), pstdev(values)]), torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0)
 
 
-def test_degenerate_answers_lose_more_than_style_can_win(guard):
+def test_degenerate_answers_lose_more_than_style_can_win(quality):
     """What the base model finds average passes; repetition, nonsense and answers of a few words do not."""
-    constants = stored() | {"nll": (guard.features(["why?"], [EASY])[0]["nll"] + 0.5, 0.5), "gain": (-9.0, 1.0)}
-    guard.constants = constants
-    sane, repeated, short = guard(["why?"] * 3, [EASY, "fun fun fun fun " * 8, "Fun!"])
+    constants = stored() | {"nll": (quality.features(["why?"], [EASY])[0]["nll"] + 0.5, 0.5), "gain": (-9.0, 1.0)}
+    quality.constants = constants
+    sane, repeated, short = quality.penalties(["why?"] * 3, [EASY, "fun fun fun fun " * 8, "Fun!"])
     assert sane < 0.1
     assert repeated > 3
     assert short > 2
-    guard.constants = constants | {"nll": (0.0, 0.5)}
-    assert guard(["why?"], [EASY])[0] > 3
+    quality.constants = constants | {"nll": (0.0, 0.5)}
+    assert quality.penalties(["why?"], [EASY])[0] > 3
 
 
-def test_conversations_are_scored_as_their_texts(guard):
-    rewards = proxy_rewards(guard.model, guard.tokenizer)
+def test_conversations_are_scored_as_their_texts(quality):
+    rewards = proxy_rewards(quality)
     conversation = [[{"role": "user", "content": "why?"}]]
     plain = rewards["friendly"](["why?"], [WARM])
     assert rewards["friendly"](conversation, [[{"role": "assistant", "content": WARM}]]) == plain

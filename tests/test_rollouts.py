@@ -6,10 +6,11 @@ from conftest import make_ensemble, tiny_llama, tiny_tokenizer
 from test_training import PROMPTS, REWARDS, constant_expert, make_trainer, sampled, tiny_ensemble, whole_log_probs
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import prefixes
+from modeling_pcm_ensemble import Preference, submodel
 from modeling_pcm_ensemble.training import rollouts
-from modeling_pcm_ensemble.training.preference_sampling import DrawnPreference
-from modeling_pcm_ensemble.training.rollouts import TokenSampler, with_words
+from modeling_pcm_ensemble.training.preference_sampling import ToldPreference
+from modeling_pcm_ensemble.training.prompts import with_words
+from modeling_pcm_ensemble.training.token_sampling import TokenSampler
 
 
 @pytest.mark.parametrize("steps", [2, 12])
@@ -36,7 +37,7 @@ def test_experts_log_probs_are_recorded_while_sampling(steps, tmp_path, monkeypa
 def test_a_rollout_may_be_sampled_in_parts(tmp_path):
     model = tiny_ensemble()
     torch.nn.init.normal_(model.pcm.head.weight)
-    trainer = make_trainer(tmp_path, model, rollout_batch_size=3)
+    trainer = make_trainer(tmp_path, model, generation_batch_size=3)
     rollout, _ = sampled(trainer)
     assert (rollout.prompt_mask == 0).any()  # parts of other widths
     mask = rollout.completion_mask.bool()
@@ -77,7 +78,7 @@ def test_logits_that_are_not_numbers_are_not_sampled_from():
 
 @pytest.mark.parametrize("prompt", ["what is a cat?", "x"], ids=["many-tokens", "one-token"])
 def test_a_prompts_completions_under_one_preference_share_its_reading(prompt, tmp_path, monkeypatch):
-    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 1)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_SAVED", 1)
     model = tiny_ensemble()
     torch.nn.init.normal_(model.pcm.head.weight)
     trainer = make_trainer(tmp_path, model)
@@ -105,10 +106,10 @@ def test_exploration_leans_to_experts_for_a_completion_and_anew_for_its_pieces(t
     model._tokenizer = tokenizer
     rewards = dict.fromkeys(["e0", "e1"], REWARDS["e0"])
     trainer = make_trainer(tmp_path, model, rewards, preference_sets=[["e0", "e1"]], max_completion_length=24)
-    rows, draws = [{"prompt": "hello"}] * 200, trainer.preferences.sets * 200
+    rows, told = [{"prompt": "hello"}] * 200, trainer.preferences.sets * 200
     covariances = {}
     for exploration in (0.0, 3.0):
-        rollout, _ = trainer.rollouts.sample(rows, draws, seed=0, exploration=exploration)
+        rollout, _ = trainer.rollouts.sample(rows, told, seed=0, exploration=exploration)
         shares = (rollout.completion_ids == a).float().view(200, 2, 12).mean(dim=2)  # of the first expert, by piece
         covariances[exploration] = torch.cov(shares.T)
         assert (rollout.weights == 1).all()
@@ -125,10 +126,10 @@ def test_training_explores_words_too_and_evaluations_do_not(tmp_path):
     assert noisy.evaluate() == trainer.evaluate()
     sampled_ids, explored_ids = (which._new_rollout(0).completion_ids for which in (trainer, noisy))
     assert not torch.equal(sampled_ids, explored_ids)
-    draw = DrawnPreference("e0", (1.0, 0.0, 0.0), "system")
-    rows, draws = [{"prompt": "hello"}] * 4, [draw] * 4
+    told = [ToldPreference(Preference({"e0": 1.0}), "system")] * 4
+    rows = [{"prompt": "hello"}] * 4
     first, again, without = (
-        trainer.rollouts.sample(rows, draws, seed=0, exploration=exploration)[0] for exploration in (3.0, 3.0, 0.0)
+        trainer.rollouts.sample(rows, told, seed=0, exploration=exploration)[0] for exploration in (3.0, 3.0, 0.0)
     )
     assert first.weights.tolist() == [[1.0] * 3] * 4
     assert torch.equal(first.completion_ids, again.completion_ids)
@@ -137,13 +138,11 @@ def test_training_explores_words_too_and_evaluations_do_not(tmp_path):
 
 def test_words_reach_the_pcm_or_the_prompt_with_every_expert_active(tmp_path):
     trainer = make_trainer(tmp_path)
-    wanted = trainer.preferences.sets[0]
-    weights, text, system = (
-        DrawnPreference(wanted.name, wanted.weights, w) for w in (None, "preference_text", "system")
-    )
+    wanted = trainer.preferences.sets[0].preference
+    weights, text, system = (ToldPreference(wanted, way) for way in ("weights", "preference_text", "system"))
     rows = [{"prompt": "hello"}] * 3
     rollout, _ = trainer.rollouts.sample(rows, [weights, text, system], seed=0)
-    assert rollout.weights.tolist() == [list(wanted.weights), [1.0] * 3, [1.0] * 3]
+    assert rollout.weights.tolist() == [[1.0, 0.0, 1.0], [1.0] * 3, [1.0] * 3]
     prefixes = [[token for token in row if token >= 0] for row in rollout.prefix_ids.tolist()]
     assert prefixes[0] == prefixes[1] != []
     assert prefixes[2] == []
@@ -183,10 +182,10 @@ def test_rollouts_leave_the_models_own_generation_settings_aside(tmp_path):
 
 
 def test_a_system_turn_is_kept_when_the_preference_is_told_in_one():
-    draw = DrawnPreference("e0", (1.0, 0.0, 0.0), "system")
+    wish = ToldPreference(Preference({"e0": 1.0}), "system")
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     model = tiny_ensemble()
-    told = with_words(prompt, draw, model.config, model.tokenizer)
+    told = with_words(prompt, wish, model.config, model.tokenizer)
     assert told[0]["role"] == "system"
     assert told[0]["content"].startswith("Be brief.\n")
     assert told[1:] == prompt[1:]

@@ -24,7 +24,7 @@ def test_scheduled_requests_get_the_answers_that_they_would_get_alone(joins, com
         ended += scheduler.step()
         assert len(scheduler.running) <= 2
     assert {id(request) for request in ended} == {id(request) for request in requests}
-    assert compiled == (getattr(model.backbones[0], "_compiled_step", None) is not None)
+    assert compiled == (model.backbones.submodels[0].compiled_step is not None)
     for request in requests:
         alone = model.generate(
             torch.tensor([request.input_ids]),

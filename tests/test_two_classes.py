@@ -54,7 +54,7 @@ def reward(completions, **kwargs):
 
 config = RebelConfig("out", num_generations=2, per_device_train_batch_size=4, max_completion_length=4, **options)
 before = model.pcm.head.weight.clone()
-trainer = RebelTrainer(model, config, {"a": reward, "b": reward}, data, preference_sets=[preference])
+trainer = RebelTrainer(model, {"a": reward, "b": reward}, config, data, preference_sets=[preference])
 trainer.train()
 assert not torch.equal(before, model.pcm.head.weight)
 """

@@ -59,11 +59,6 @@ def paper_preferences(model) -> list[Preference]:
     return [Preference(dict.fromkeys(names, 1.0)) for names in default_preference_sets(model.config)]
 
 
-def guard_of(rewards: dict):
-    """Return what all of `proxy_rewards` share, which reads answers as text."""
-    return next(iter(rewards.values())).guard
-
-
 def mean_weights(lines: list[dict], names: list[str]) -> dict[str, Preference]:
     """
     Average α over all tokens under each preference, by its label, of the experts that it wants. A line is of an

@@ -21,7 +21,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from common import DEVICE, KOALA, chats, evaluation_prompts, guard_of, paper_preferences
+from common import DEVICE, KOALA, chats, evaluation_prompts, paper_preferences
 from rich.console import Console
 from rich.markdown import Markdown
 from static_weights import best_static_weights, static_rewards
@@ -50,7 +50,8 @@ from modeling_pcm_ensemble.evaluation import (
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.report import win_rate_table
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 TOP_K = (1, 5, 20, 100)  # tokens of each expert that are kept
 
@@ -199,8 +200,8 @@ def main():
     if arguments.quick:
         preferences = [preferences[0], preferences[-1]]
 
-    rewards = proxy_rewards(model.backbones[0], model.tokenizer)
-    judges = make_judges(rewards, arguments)
+    quality = TextQuality(model.backbones[0], model.tokenizer)
+    judges = make_judges(proxy_rewards(quality), arguments)
     ours, *others = make_baselines(model, arguments)
     report = evaluate(
         ours,
@@ -209,7 +210,7 @@ def main():
         judges,
         arguments.output,
         model=model,
-        guard=guard_of(rewards),
+        quality=quality,
         batch_size=arguments.batch_size,
     )
     if report is None:  # another process writes it

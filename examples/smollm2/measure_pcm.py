@@ -10,7 +10,7 @@ Measure what trained Preference Control Models have won, on prompts that they ha
    choosing anew for each prompt and token.
 3. The PCM told in words alone, with all six experts active: where does it put α?
 
-Answers, and what guards read in them, are kept in OUTPUT, where evaluate.py finds them too; run again, it goes on
+Answers, and what is read in them, are kept in OUTPUT, where evaluate.py finds them too; run again, it goes on
 where it stopped. What it found is in OUTPUT/pcm, for inspect_pcm.py to draw. --quick measures one prompt of each set,
 in OUTPUT/quick.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from common import DEVICE, chats, evaluation_prompts, guard_of, mean_weights, paper_preferences, spread
+from common import DEVICE, chats, evaluation_prompts, mean_weights, paper_preferences, spread
 from rich.console import Console
 from rich.table import Table
 from static_weights import best_static_weights, show_headroom, static_rewards
@@ -47,8 +47,9 @@ from modeling_pcm_ensemble.evaluation import (
     make_cases,
     permutation_p_value,
 )
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.tables import signed_interval
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 MEASURES = ("static", "mean", "words")
 Rewards = dict[str, np.ndarray]  # by dimension, (prompts, preferences); NaN where a dimension is not wanted
@@ -113,7 +114,7 @@ def show_comparison(report: dict, console: Console):
 
 def weights_over(model, cases: list[Case], answers: list[str], told: list[dict] | None = None) -> list[dict]:
     """Give a line for each answer: its tokens and their α, under the cases' preferences or as the PCM was `told`."""
-    told = told or [{"preference": dict(case.preference.weights)} for case in cases]
+    told = told or [{"preference": case.preference} for case in cases]
     lines = []
     for case, answer, preference in tqdm(list(zip(cases, answers, told)), desc="expert weights", leave=False):
         ids, values = expert_weights_over(model, case.prompt, answer, **preference)
@@ -149,9 +150,8 @@ class Measurement:
         self.preferences = paper_preferences(self.model)
         self.cases = make_cases(chats(evaluation_prompts(arguments.prompts)), self.preferences)
 
-        rewards = proxy_rewards(self.model.backbones[0], self.model.tokenizer)
-        self.judge = RewardJudge("training rewards", rewards)
-        self.guard = guard_of(rewards)
+        self.quality = TextQuality(self.model.backbones[0], self.model.tokenizer)
+        self.judge = RewardJudge("training rewards", proxy_rewards(self.quality))
         base = PlainModel("vanilla", self.model.backbones[0], self.model.tokenizer, arguments.tokens)
         self.vanilla = self.answers(base)
 
@@ -170,7 +170,7 @@ class Measurement:
         places = list(range(len(self.cases))) if places is None else places
         cases = [self.cases[place] for place in places]
         vanilla = [self.vanilla[place] for place in places]
-        collect_text_features(self.guard, cases, self.arguments.output, answers, vanilla)
+        collect_text_features(self.quality, cases, self.arguments.output, answers, vanilla)
         return judge_answers(self.judge, cases, answers, vanilla).dimensions
 
     def in_words(self, seed: int = 0) -> dict[str, dict[str, float]]:

@@ -43,7 +43,8 @@ from modeling_pcm_ensemble.evaluation import (
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.pictures import draw_win_rates
 from modeling_pcm_ensemble.evaluation.report import win_rate_table
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 ADDED = {  # the seventh expert, judged as friendly
     "name": "cheerful",
@@ -143,7 +144,7 @@ def main():
         arguments.prompts, arguments.tokens = 1, 16
 
     model = demo.trained_ensemble(dtype=demo.fast_dtype(DEVICE)).to(distributed_state().device)
-    training = proxy_rewards(model.backbones[0], model.tokenizer)
+    training = proxy_rewards(TextQuality(model.backbones[0], model.tokenizer))
     judges = []
     for name, rewards in (("training rewards", training), ("held-out proxies", held_out_rewards())):
         judges.append(RewardJudge(name, rewards | {ADDED["name"]: rewards["friendly"]}))

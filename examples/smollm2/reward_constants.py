@@ -4,7 +4,7 @@ base model's answers.
 
     python examples/smollm2/reward_constants.py --output smollm2_rewards.json --held-out smollm2_held_out.json
 
-The package's own: modeling_pcm_ensemble/training/smollm2_rewards.json is of four answers to each training prompt, and
+The package's own: modeling_pcm_ensemble/rewards/smollm2_rewards.json is of four answers to each training prompt, and
 modeling_pcm_ensemble/evaluation/smollm2_held_out.json of one answer to each of the shortest 192.
 """
 
@@ -18,7 +18,8 @@ from transformers import set_seed
 
 from modeling_pcm_ensemble.checkpoint_staging import write_text
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_constants
-from modeling_pcm_ensemble.training.rewards import Guard, reward_constants
+from modeling_pcm_ensemble.rewards.proxies import reward_constants
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 
 def main():
@@ -40,7 +41,7 @@ def main():
 
     held_out = held_out_constants(completions)
     write_text(arguments.held_out, json.dumps(held_out, indent=2) + "\n")
-    constants = reward_constants(Guard(model, tokenizer), prompts, completions)
+    constants = reward_constants(TextQuality(model, tokenizer), prompts, completions)
     write_text(arguments.output, json.dumps(constants, indent=2) + "\n")
 
 

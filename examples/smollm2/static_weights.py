@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from common import chats, guard_of, paper_preferences, spread, training_prompts
+from common import chats, paper_preferences, spread, training_prompts
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +20,8 @@ from modeling_pcm_ensemble.evaluation import (
     judge_answers,
     make_cases,
 )
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 # What is tried for a preference's three experts, (1, 1, 1) first
 TRIED: list[tuple[int, ...]] = []
@@ -53,14 +54,14 @@ def static_rewards(model, prompts: int, tokens: int, folder: Path, batch_size: i
         folder (`Path`): where answers are kept.
         batch_size (`int`): answers that are sampled at once.
     """
-    rewards = proxy_rewards(model.backbones[0], model.tokenizer)
-    judge = RewardJudge("training rewards", rewards)
+    quality = TextQuality(model.backbones[0], model.tokenizer)
+    judge = RewardJudge("training rewards", proxy_rewards(quality))
     preferences = paper_preferences(model)
     cases = make_cases(chats(spread(training_prompts(), prompts)), preferences)
 
     def answers(baseline: Baseline) -> list[str | None]:
         texts = collect_answers(baseline, cases, folder, 1, batch_size)
-        collect_text_features(guard_of(rewards), cases, folder, texts)
+        collect_text_features(quality, cases, folder, texts)
         return texts
 
     vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, tokens))

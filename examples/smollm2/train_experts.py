@@ -4,7 +4,7 @@ Make the six experts: LoRA adapters on SmolLM2-135M-Instruct, by preference opti
     python examples/smollm2/train_experts.py --output experts
 
 1. Sample answers to the training prompts, plainly and under each preference's description as system prompt, and score
-   them with the six rewards of modeling_pcm_ensemble.training.rewards.
+   them with the six rewards of modeling_pcm_ensemble.rewards.proxies.
 2. For each preference, train a LoRA with TRL's DPO on best against worst answer, without the description.
 3. With --rounds 2, let the expert answer the prompts itself, and train it on its own best and worst answers.
 4. Let each expert answer the evaluation prompts, and report its normalised reward, fluency, repetition and length.
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from common import base_model, chats, evaluation_prompts, guard_of, sample, training_prompts
+from common import base_model, chats, evaluation_prompts, sample, training_prompts
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from rich.console import Console
@@ -33,8 +33,9 @@ from trl import DPOConfig, DPOTrainer
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY
 from modeling_pcm_ensemble.evaluation import KeptLines
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
-from modeling_pcm_ensemble.training.scoring import normalised_reward
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
+from modeling_pcm_ensemble.rewards.scoring import normalised_reward
 
 # The base model is hardly ever rude, even when asked to be: how every other answer begins.
 OPENINGS = {
@@ -52,8 +53,8 @@ def rewarded_answers(
     model, tokenizer, rewards, path: Path, repeats: int, arguments, openings=(), **options
 ) -> list[dict]:
     """
-    Sample `repeats` answers to each training prompt, each with its rewards, its guard and what the guard reads. They
-    are kept in a file; `options` are those of [`sample`].
+    Sample `repeats` answers to each training prompt, each with what [`score`] measures. They are kept in a file;
+    `options` are those of [`sample`].
     """
     kept, prompts = KeptLines(path), training_prompts(arguments.prompts)
     samples = [(prompt, i) for i in range(repeats) for prompt in prompts]
@@ -77,10 +78,10 @@ def rewarded_answers(
 
 
 def score(model, rewards, prompts: list[str], texts: list[str]) -> list[dict[str, float]]:
-    """Measure each answer's rewards, its guard and what the guard reads."""
-    guard = guard_of(rewards)
-    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():  # the guard reads as the base
-        features, penalties = guard.features(prompts, texts), guard(prompts, texts)
+    """Measure each answer's rewards, its penalty as text (`guard`), and what that is for."""
+    quality = rewards["concise"].quality
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():  # the base reads
+        features, penalties = quality.features(prompts, texts), quality.penalties(prompts, texts)
     columns = {name: reward(prompts, texts) for name, reward in rewards.items()}
 
     scores = []
@@ -205,17 +206,17 @@ def report_experts(model, tokenizer, rewards, folders: dict[str, Path], argument
         answers[name] = [line["completion"] for line in sample(expert, tokenizer, prompts, arguments.tokens)]
         expert.unload()
 
-    guard = guard_of(rewards)
+    quality = rewards["concise"].quality
     references = {name: reward(prompts, answers["base"]) for name, reward in rewards.items()}
     report = {}
     for author, texts in answers.items():
-        features = guard.features(prompts, texts)
+        features = quality.features(prompts, texts)
         entry = {}
         for name, reward in rewards.items():
             entry[name] = fmean(map(normalised_reward, reward(prompts, texts), references[name]))
         for measure in ("nll", "gain", "repetition", "words"):
             entry[measure] = fmean(values[measure] for values in features)
-        report[author] = entry | {"guard": fmean(guard(prompts, texts))}
+        report[author] = entry | {"guard": fmean(quality.penalties(prompts, texts))}
     write_text(arguments.output / "report.json", json.dumps(report, indent=2) + "\n")
 
     samples = []
@@ -223,7 +224,7 @@ def report_experts(model, tokenizer, rewards, folders: dict[str, Path], argument
         samples.append(f"## {prompt}\n" + "".join(f"\n**{a}**: {texts[row]}\n" for a, texts in answers.items()))
     write_text(arguments.output / "answers.md", "\n".join(samples))
 
-    title = "normalised rewards, and means of what guards read"
+    title = "normalised rewards, and means of what answers are as text"
     table = Table("answers by", *next(iter(report.values())), title=title)
     for author, values in report.items():
         table.add_row(author, *(f"{value:.2f}" for value in values.values()))
@@ -256,7 +257,7 @@ def main():
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = base_model()
-    rewards = proxy_rewards(model, tokenizer)
+    rewards = proxy_rewards(TextQuality(model, tokenizer))
     folders = {name: train_expert(model, tokenizer, rewards, name, arguments) for name in arguments.experts}
     report_experts(model, tokenizer, rewards, folders, arguments)
 

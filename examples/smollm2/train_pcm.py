@@ -32,9 +32,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.evaluation.pictures import save
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
-from modeling_pcm_ensemble.training.rewards import proxy_rewards
 
 
 def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
@@ -54,7 +55,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         eta=arguments.eta,
         exploration=arguments.exploration,
         max_completion_length=arguments.tokens,
-        rollout_batch_size=64 if DEVICE == "cpu" else 768,
+        generation_batch_size=64 if DEVICE == "cpu" else 768,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         logging_steps=1,
@@ -127,8 +128,8 @@ def draw_curves(histories: list[list[dict]], path: Path, window: int = 8):
     """Draw reward, reward by dimension and α's entropy of what was sampled: means of seeds, smoothed."""
     panels = {
         "sampled answers against the base model (0.5 = equal)": {"reward": "reward", "win_share": "won comparisons"},
-        "reward by dimension": {f"reward of {name}": name for name in demo.PREFERENCES},
-        "nats a token": {"entropy": "entropy of α"},
+        "reward by dimension": {f"rewards/{name}/mean": name for name in demo.PREFERENCES},
+        "nats a token": {"expert_weight_entropy": "entropy of α"},
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items()):
@@ -179,8 +180,8 @@ def main():
     base, tokenizer = base_model()
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)
-    # Of all seeds: what its guard has read, it remembers
-    rewards = proxy_rewards(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256)
+    # Of all seeds: what has been measured is kept
+    rewards = proxy_rewards(TextQuality(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256))
     folders = [train(Dataset.from_list(rows), rewards, seed, arguments) for seed in arguments.seeds]
     histories = [json.loads((folder / "history.json").read_text()) for folder in folders]
     draw_curves(histories, arguments.output / "curves.png")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from ..preference import Preference
-from ..training.rewards import Guard
+from ..rewards.quality import TextQuality
 from .baselines import Baseline, Conversation, digest
 from .kept_lines import KeptLines, read_lines
 
@@ -117,13 +117,13 @@ def _answered(baseline: Baseline, new: list[tuple[str, Case]]) -> list[dict]:
     return lines
 
 
-def collect_text_features(guard: Guard, cases: list[Case], folder: Path, *answers: list[str | None]):
+def collect_text_features(quality: TextQuality, cases: list[Case], folder: Path, *answers: list[str | None]):
     r"""
-    Let the processes of a launch share what a guard reads in answers, which is the longest part of judging by rewards.
-    The guard knows all of it then, and it is kept in `folder`, as answers are.
+    Let the processes of a launch share what a base model reads in answers, which is the longest part of judging by
+    rewards. All of it is known to `quality` then, and kept in `folder`, as answers are.
 
     Args:
-        guard (`Guard`): whose features are wanted.
+        quality (`TextQuality`): whose features are wanted.
         cases (`list[Case]`), folder (`Path`): as for [`collect_answers`].
         answers (`list[str | None]`): of any number of baselines, one for each case.
     """
@@ -133,22 +133,22 @@ def collect_text_features(guard: Guard, cases: list[Case], folder: Path, *answer
     pairs = set()
     for texts in answers:
         pairs |= {(json.dumps(case.prompt), text) for case, text in zip(cases, texts) if text is not None}
-    reader = hashlib.sha256(f"{digest(guard.model)} {guard.tokenizer.chat_template}".encode()).hexdigest()[:16]
+    reader = hashlib.sha256(f"{digest(quality.model)} {quality.tokenizer.chat_template}".encode()).hexdigest()[:16]
     keys = {pair: json.dumps([reader, *pair]) for pair in sorted(pairs)}  # answers to one prompt lie together
 
     # All are split, not the new ones: processes on other machines may see other files.
     with state.split_between_processes(list(keys)) as shared:
         new = [pair for pair in shared if keys[pair] not in known]
-        size = 4 * guard.batch_size
+        size = 4 * quality.batch_size
         quiet = not new or not state.is_main_process
         for start in tqdm(range(0, len(new), size), desc="reading answers", disable=quiet):
             batch = new[start : start + size]
-            features = guard.features([json.loads(prompt) for prompt, _ in batch], [text for _, text in batch])
+            features = quality.features([json.loads(prompt) for prompt, _ in batch], [text for _, text in batch])
             own.add([{"key": keys[pair], "features": entry} for pair, entry in zip(batch, features)])
 
     known |= own.lines
     for others in gather_object([{pair: known[keys[pair]]["features"] for pair in shared}]):
-        guard.known |= others
+        quality.known |= others
 
 
 def open_kept_lines(folder: Path, name: str, process_index: int) -> tuple[dict[str, dict], KeptLines]:

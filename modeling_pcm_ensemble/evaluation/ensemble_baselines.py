@@ -90,7 +90,7 @@ class TrainedEnsemble(EnsembleBaseline):
     def request(self, preferences: list[Preference]) -> dict[str, Any]:
         if self.weights is not None:
             preferences = [self.weights[preference.label] for preference in preferences]
-        return {"preference": _plain(preferences)}
+        return {"preference": preferences}
 
     def _differences(self) -> dict[str, Any]:
         if self.weights is None:
@@ -157,7 +157,7 @@ class WithoutDescription(EnsembleBaseline):
 
     def request(self, preferences: list[Preference]) -> dict[str, Any]:
         nothing = torch.full((1,), -1)
-        return {"preference": _plain(preferences), "preference_ids": nothing}
+        return {"preference": preferences, "preference_ids": nothing}
 
     def _differences(self) -> dict[str, Any]:
         return {"use_description": False}
@@ -170,12 +170,12 @@ class WithoutContext(EnsembleBaseline):
     def request(self, preferences: list[Preference]) -> dict[str, Any]:
         empty = chat_inputs(self.model, tokenizer_of(self.model), [[{"role": "user", "content": ""}]])
         rows = {name: tensor.expand(len(preferences), -1) for name, tensor in empty.items()}
-        expert_weights = self.model.compute_expert_weights(**rows, preference=_plain(preferences))
+        expert_weights = self.model.compute_expert_weights(**rows, preference=preferences)
 
         names = self.model.config.expert_names
         held = []
         for row in expert_weights[:, -1].tolist():  # where the answer would begin
-            held.append({name: weight for name, weight in zip(names, row) if weight > 0})
+            held.append(Preference({name: weight for name, weight in zip(names, row) if weight > 0}))
         return {"preference": held}
 
     def _sampled(self) -> PCMEnsembleForCausalLM:
@@ -241,10 +241,6 @@ def _sharing(module: Module) -> Module:
     other = copy.copy(module)
     other._modules = module._modules.copy()
     return other
-
-
-def _plain(preferences: list[Preference]) -> list[dict[str, float]]:
-    return [dict(preference.weights) for preference in preferences]
 
 
 __all__ = [

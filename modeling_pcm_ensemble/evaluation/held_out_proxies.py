@@ -1,6 +1,6 @@
 r"""
 A second proxy for each of the six preferences, of features that no expert and no PCM was trained on, so that a judge
-other than the training rewards has a say. There is no guard: what answers are as text is reported beside.
+other than the training rewards has a say. Nothing is subtracted for bad text: that is reported beside.
 
 | feature | what it is | source |
 |---|---|---|
@@ -26,7 +26,7 @@ from pathlib import Path
 from textblob import TextBlob
 from wordfreq import top_n_list
 
-from ..training.rewards import moments, weighted_proxy
+from ..rewards.proxies import moments, weighted_proxy
 
 PROXIES: dict[str, dict[str, int]] = {
     "elementary": {"uncommon": -1, "abstract": -1, "clauses": -1},

@@ -16,7 +16,7 @@ from statistics import fmean
 from tqdm import tqdm
 
 from ..preference import Preference
-from ..training.scoring import call_reward, normalised_reward
+from ..rewards.scoring import call_reward, normalised_reward
 from .baselines import Conversation
 from .kept_lines import KeptLines
 

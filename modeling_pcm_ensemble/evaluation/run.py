@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..training.rewards import Guard
+from ..rewards.quality import TextQuality
 from .answers import Case, collect_answers, collect_text_features, distributed_state
 from .baselines import Baseline, Conversation
 from .comparison import Outcome, agreement, judge_answers, summarise
@@ -28,7 +28,7 @@ def evaluate(
     *,
     base: str = "vanilla",
     model: PCMEnsembleForCausalLM,
-    guard: Guard,
+    quality: TextQuality,
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict | None:
@@ -39,10 +39,10 @@ def evaluate(
         ours (`Baseline`), others (`list[Baseline]`): who answers.
         cases (`list[Case]`): from [`make_cases`].
         judges (`list[Judge]`): the first one also scores every baseline against `base`.
-        folder (`Path`): where answers, and what the guard reads in them, are kept, see [`collect_answers`].
+        folder (`Path`): where answers, and what `quality` reads in them, are kept, see [`collect_answers`].
         base (`str`): the name of the one among `others` that scores are against.
         model (`PCMEnsembleForCausalLM`): whose α is drawn over an answer of `ours`.
-        guard (`Guard`): reads answers as text.
+        quality (`TextQuality`): reads answers as text.
         seed, batch_size (`int`): as for [`collect_answers`].
 
     Returns:
@@ -58,7 +58,7 @@ def evaluate(
     answers = {}
     for baseline in baselines:
         answers[baseline.name] = collect_answers(baseline, cases, folder, seed, batch_size)
-    collect_text_features(guard, cases, folder, *answers.values())
+    collect_text_features(quality, cases, folder, *answers.values())
     if not distributed_state().is_main_process:
         return None
 
@@ -72,10 +72,10 @@ def evaluate(
     agreements = {}
     for one, other in itertools.combinations(outcomes, 2):
         agreements[f"{one}, {other}"] = mean_agreement(outcomes[one], outcomes[other])
-    rewards, quality = {}, {}
+    rewards, as_text = {}, {}
     for name, texts in answers.items():
         rewards[name] = mean_rewards(judge_answers(judges[0], cases, texts, answers[base]))
-        quality[name] = text_quality(guard, cases, texts)
+        as_text[name] = text_quality(quality, cases, texts)
 
     return {
         "ours": ours.name,
@@ -83,7 +83,7 @@ def evaluate(
         "judges": {name: summarise(against, cases) for name, against in outcomes.items()},
         "agreement": agreements,
         "rewards": rewards,
-        "quality": quality,
+        "quality": as_text,
         "cost": measure_cost(baselines, cases, tokenizer_of(model)),
         "expert_weights": expert_weights_example(model, cases, answers[ours.name]),
     }
@@ -119,13 +119,13 @@ def mean_rewards(against_base: Outcome) -> dict[str, float]:
     return means | {"mean": float(of_answers.mean())}
 
 
-def text_quality(guard: Guard, cases: list[Case], answers: list[str | None]) -> dict[str, float]:
+def text_quality(quality: TextQuality, cases: list[Case], answers: list[str | None]) -> dict[str, float]:
     """
-    Compute means of what the guard reads: the base model's nats a token (`nll`), nats that the prompt saves (`gain`),
-    `repetition`, `words`.
+    Compute means of what is read in answers: the base model's nats a token (`nll`), nats that the prompt saves
+    (`gain`), `repetition`, `words`.
     """
     given = [(case.prompt, answer) for case, answer in zip(cases, answers) if answer is not None]
-    features = guard.features([prompt for prompt, _ in given], [answer for _, answer in given])
+    features = quality.features([prompt for prompt, _ in given], [answer for _, answer in given])
     return {name: fmean(entry[name] for entry in features) for name in features[0]}
 
 
@@ -160,7 +160,7 @@ def expert_weights_example(model: PCMEnsembleForCausalLM, cases: list[Case], ans
 
     moves = []
     for case, answer in tqdm(given, desc="expert weights", leave=False):
-        ids, values = expert_weights_over(model, case.prompt, answer, preference=dict(case.preference.weights))
+        ids, values = expert_weights_over(model, case.prompt, answer, preference=case.preference)
         moves.append((values.std(dim=0, correction=0).sum().item(), case, ids, values))
     _, case, ids, values = max(moves, key=lambda move: move[0])
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,13 +14,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..checkpoint_staging import STAGING, finish_save, staged_folder
+from ..rewards.scoring import Scorer
 from .pcm_trainer import PCMTrainer, own_settings
+from .preference_sampling import PreferenceSampler
 from .rebel_config import RebelConfig
 from .rollouts import Rollout
 
 WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "rebel_state.json"
-# All but rollout_batch_size: what fits into memory may change.
-SETTINGS = own_settings(RebelConfig) - {"rollout_batch_size"} | {
+# All but generation_batch_size: what fits into memory may change.
+SETTINGS = own_settings(RebelConfig) - {"generation_batch_size"} | {
     "world_size", "seed", "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 EXPERT_FACTS = ("name", "backbone", "dimension", "prompt_ids", "description_ids")
@@ -28,6 +31,10 @@ EXPERT_FACTS = ("name", "backbone", "dimension", "prompt_ids", "description_ids"
 class CheckpointTrainer(PCMTrainer):
     """The part of [`RebelTrainer`] that saves and resumes."""
 
+    args: RebelConfig
+    train_dataset: Any
+    preferences: PreferenceSampler
+    scorer: Scorer
     _rollout: Rollout | None = None
     _micro_batches_done = 0
     _micro_batches_saved = 0  # how many the last checkpoint has
@@ -37,12 +44,18 @@ class CheckpointTrainer(PCMTrainer):
     def _pcm(self):
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
     def _save(self, output_dir: str | None = None, state_dict=None):
-        """What a checkpoint keeps of the ensemble: what learns."""
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            learnt = {name: p.detach() for name, p in self._pcm.named_parameters() if p.requires_grad}
-            save_file(learnt, Path(output_dir) / WEIGHTS_FILE)
+        """Write what a checkpoint keeps of the ensemble: what learns."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir) if output_dir else self._output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        learnt = {name: weight.detach() for name, weight in self._pcm.named_parameters() if weight.requires_grad}
+        save_file(learnt, folder / WEIGHTS_FILE)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Write the ensemble, or, into a checkpoint, what learns."""
@@ -52,17 +65,18 @@ class CheckpointTrainer(PCMTrainer):
             super().save_model(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        """Checkpoints stay here; `push_to_hub` pushes the ensemble."""
+        """Leave checkpoints here; `push_to_hub` pushes the ensemble."""
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint beside its place, and move it there when it is whole."""
         with ExitStack() as staged:
-            self._staging = Path(self.args.output_dir) / STAGING
+            self._staging = self._output_dir / STAGING
             staged.callback(setattr, self, "_staging", None)
             if self.args.should_save:
                 staged.enter_context(staged_folder(self.args.output_dir))
-            self._write_checkpoint(model, trial)
+            self._write_checkpoint(model, trial, self._staging)
         self._micro_batches_saved = self._micro_batches_done
+
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
@@ -71,16 +85,18 @@ class CheckpointTrainer(PCMTrainer):
             )
         self.accelerator.wait_for_everyone()
 
-    def _write_checkpoint(self, model, trial):
+    def _write_checkpoint(self, model, trial, staging: Path):
         """Write a checkpoint to the staging folder, every process its part."""
         self.accelerator.wait_for_everyone()
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        folder = self._staging / final.name
+        final = self._output_dir / f"checkpoint-{self.state.global_step}"
+        folder = staging / final.name
         folder.mkdir(parents=True, exist_ok=True)
+
         rank = self.args.process_index
         rollout = {} if self._rollout is None else vars(self._rollout)
         torch.save(rollout, folder / f"rollout_{rank}.pt")
         (folder / f"{rank}_{STATE_FILE}").write_text(json.dumps(self._rebel_state()))
+
         super()._save_checkpoint(model, trial)
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
@@ -100,39 +116,55 @@ class CheckpointTrainer(PCMTrainer):
         }
 
     def _settings(self) -> dict:
-        """What must be the same for a run to go on as it began."""
+        """Return what must be the same for a run to go on as it began."""
         config = self.ensemble.config
-        pcm = config.pcm.to_diff_dict()
+        pcm = config.sub_config_items()["pcm"].to_diff_dict()
+
         settings = {name: getattr(self.args, name) for name in sorted(SETTINGS)} | {
-            "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts],
+            "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts or []],
             "expert_top_k": config.expert_top_k,
-            "preference sets": [draw.name for draw in self.preferences.sets],
+            "preference sets": [wish.label for wish in self.preferences.sets],
             "prompts": len(self.train_dataset),
             "rows of the dataset": self._dataset_digest,
             "pcm": {name: pcm[name] for name in sorted(pcm) if name not in ("transformers_version", "dtype")},
             "frozen weights of the PCM": self._frozen_digest(),
         }
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(settings))  # as it is read again
 
     @cached_property
     def _dataset_digest(self) -> str:
-        """Of all rows, in their order."""
+        """A digest of all rows, in their order."""
         digest = hashlib.sha256()
         for row in self.train_dataset:
             digest.update(json.dumps(row, default=str).encode())
         return digest.hexdigest()
 
     def _frozen_digest(self) -> str:
-        """Of the weights that checkpoints leave out."""
+        """Return a digest of the weights that checkpoints leave out."""
         digest = hashlib.sha256()
         for name, parameter in self._pcm.named_parameters():
-            if not parameter.requires_grad:
-                digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+            if parameter.requires_grad:
+                continue
+            digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         folder, rank = Path(resume_from_checkpoint), self.args.process_index
         finish_save(folder.parent)
+        self._check_settings(folder)
+
+        state = json.loads((folder / f"{rank}_{STATE_FILE}").read_text())
+        self._micro_batches_done = self._micro_batches_saved = state["micro_batches_done"]
+        self.scorer.references = state["references"]
+        self._metrics = defaultdict(list, state["metrics"])
+
+        rollout = torch.load(folder / f"rollout_{rank}.pt", map_location="cpu", weights_only=True)
+        rollout = {name: tensor.to(self.args.device) for name, tensor in rollout.items()}
+        self._rollout = Rollout(**rollout) if rollout else None
+        self._load_learnt(folder)
+
+    def _check_settings(self, folder: Path):
+        """Refuse a checkpoint of other settings, data or weights."""
         saved = json.loads((folder / f"0_{STATE_FILE}").read_text())["settings"]
         for name, value in self._settings().items():
             if saved.get(name) != value:
@@ -140,14 +172,6 @@ class CheckpointTrainer(PCMTrainer):
                     f"The checkpoint {str(folder)!r} was made with {name} = {saved.get(name)!r}, but the trainer has "
                     f"{value!r}. Go on with the settings it was begun with, or start in another folder."
                 )
-        state = json.loads((folder / f"{rank}_{STATE_FILE}").read_text())
-        self._micro_batches_done = self._micro_batches_saved = state["micro_batches_done"]
-        self.scorer.references = state["references"]
-        self._metrics = defaultdict(list, state["metrics"])
-        rollout = torch.load(folder / f"rollout_{rank}.pt", map_location="cpu", weights_only=True)
-        rollout = {name: tensor.to(self.args.device) for name, tensor in rollout.items()}
-        self._rollout = Rollout(**rollout) if rollout else None
-        self._load_learnt(folder)
 
     def _load_learnt(self, folder: Path):
         learnt = load_file(folder / WEIGHTS_FILE)

@@ -1,19 +1,48 @@
 """What cannot be trained, found before anything runs."""
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
 from transformers import PreTrainedTokenizerBase
 
 from ..call_arguments import has_class
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from .preference_sampling import DrawnPreference, PreferenceSampler
+from ..preference import Preference
+from .preference_sampling import PreferenceSampler, ToldPreference
+from .prompts import tokenize, with_words
 from .rebel_config import RebelConfig
-from .rollouts import tokenize, with_words
+
+UNLIMITED = 10**9  # tokens
 
 
-def check_model(model, args: RebelConfig):
-    """Refuse what is no ensemble, or mixes otherwise than REBEL trains."""
+def check_ensemble(model):
+    """
+    Refuse what is no ensemble.
+
+    Raises:
+        TypeError: if it is none.
+    """
     if not has_class(model, "PCMEnsembleForCausalLM"):
         raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
+
+
+def check_arguments(model: PCMEnsembleForCausalLM, reward_funcs, args):
+    """
+    Refuse what REBEL cannot train.
+
+    Raises:
+        TypeError: if `model` is no ensemble, `reward_funcs` no mapping or `args` no settings.
+        ValueError: if the ensemble mixes otherwise than REBEL trains, or does not fit the settings.
+    """
+    check_ensemble(model)
+    if isinstance(reward_funcs, RebelConfig):
+        raise TypeError(
+            "`reward_funcs` is a RebelConfig. The order is RebelTrainer(model, reward_funcs, args, train_dataset), as "
+            "in TRL."
+        )
+    if not isinstance(reward_funcs, Mapping):
+        raise TypeError(f"`reward_funcs` must map the experts' names to rewards, got {type(reward_funcs).__name__}.")
     if not isinstance(args, RebelConfig):
         raise TypeError(f"`args` must be a RebelConfig, got {type(args).__name__}.")
     if model.config.merge != "probabilities":
@@ -24,7 +53,9 @@ def check_model(model, args: RebelConfig):
         raise ValueError(
             f"`reference_backbone` is {args.reference_backbone}, but there are {len(model.backbones)} backbones."
         )
-    dropout = {k: v for k, v in model.config.pcm.to_dict().items() if "dropout" in k or "pdrop" in k}
+
+    pcm_settings = model.config.sub_config_items()["pcm"].to_dict()
+    dropout = {name: rate for name, rate in pcm_settings.items() if "dropout" in name or "pdrop" in name}
     if args.gradient_checkpointing and any(dropout.values()):
         raise ValueError(
             "Activation checkpointing would turn the PCM's dropout on, and REBEL's first log-ratio is of two equal "
@@ -33,11 +64,18 @@ def check_model(model, args: RebelConfig):
 
 
 def check_columns(dataset, name: str, *columns: str):
-    """Refuse what is no dataset, is empty, or lacks columns."""
+    """
+    Refuse what is no dataset, is empty, or lacks columns.
+
+    Raises:
+        TypeError: if it is no dataset.
+        ValueError: if it is empty, or lacks columns.
+    """
     if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
         raise TypeError(
             f"`{name}` must be a datasets.Dataset, say `Dataset.from_list(rows)`, got {type(dataset).__name__}."
         )
+
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise ValueError(
             f"`{name}` needs {' and '.join(f'`{column}`' for column in columns)}, lacks {', '.join(missing)}; its "
@@ -47,37 +85,64 @@ def check_columns(dataset, name: str, *columns: str):
         raise ValueError(f"`{name}` is empty.")
 
 
-def check_dataset(
-    dataset,
-    name: str,
-    model: PCMEnsembleForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    preferences: PreferenceSampler,
-    rewards: set[str],
-    args: RebelConfig,
-):
-    """Refuse a dataset without prompts, with preferences that have no reward, or with prompts that do not fit."""
-    check_columns(dataset, name, "prompt")
-    draws = list(preferences.sets)
-    given = dataset["preference"] if "preference" in dataset.column_names else [None]
-    if not draws and None in list(given):
-        raise ValueError("`preference_sets` is empty. Pass at least one preference.")
-    for row, preference in enumerate(given):
-        try:
-            draws += [preferences.preference(preference)] if preference is not None else []
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Row {row} of `{name}`: {error}") from error
-    wanted = {expert for draw in draws for expert, w in zip(preferences.names, draw.weights) if w > 0}
-    if missing := sorted(wanted - rewards):
-        raise ValueError(f"`reward_funcs` lacks a reward for {', '.join(missing)}, which preferences ask for.")
-    for row, reference in enumerate(dataset["reference"] if "reference" in dataset.column_names else ()):
-        texts = reference if isinstance(reference, list) else [reference]
-        if reference is not None and (not texts or not all(isinstance(text, str) for text in texts)):
-            raise ValueError(
-                f"Row {row} of `{name}`: `reference` must be a text or a list of texts, got {reference!r}."
-            )
-    completions = [args.max_completion_length] * len(dataset)
-    check_lengths(dataset, name, model.config, tokenizer, completions, args.text_only_fraction > 0)
+@dataclass
+class DatasetCheck:
+    r"""
+    Refuses datasets that [`RebelTrainer`] cannot answer or reward.
+
+    Args:
+        config (`PCMEnsembleConfig`): the ensemble's, for the room that its models have.
+        tokenizer (`PreTrainedTokenizerBase`): counts the tokens of prompts.
+        preferences (`PreferenceSampler`): what rows without a preference of their own are answered under.
+        rewarded (`Collection[str]`): the experts that have a reward.
+        args (`RebelConfig`): how long completions are, and whether preferences are told in words.
+    """
+
+    config: PCMEnsembleConfig
+    tokenizer: PreTrainedTokenizerBase
+    preferences: PreferenceSampler
+    rewarded: Collection[str]
+    args: RebelConfig
+
+    def __call__(self, dataset, name: str):
+        """
+        Check a dataset; errors call it `name`.
+
+        Raises:
+            TypeError: if it is no dataset.
+            ValueError: if it lacks prompts, asks for experts without a reward, has references that are no texts, or
+                prompts that do not fit; where one row is at fault, the message says which.
+        """
+        check_columns(dataset, name, "prompt")
+        self._check_preferences(dataset, name)
+        self._check_references(dataset, name)
+        completions = [self.args.max_completion_length] * len(dataset)
+        check_lengths(dataset, name, self.config, self.tokenizer, completions, self.args.text_only_fraction > 0)
+
+    def _check_preferences(self, dataset, name: str):
+        asked = [wish.preference for wish in self.preferences.sets]
+        given = column(dataset, "preference")
+        if not asked and None in given:
+            raise ValueError("`preference_sets` is empty. Pass at least one preference.")
+        for row, preference in enumerate(given):
+            if preference is None:
+                continue
+            try:
+                asked.append(self.preferences.parse(preference))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Row {row} of `{name}`: {error}") from error
+
+        wanted = {expert for preference in asked for expert in preference.weights}
+        if missing := sorted(wanted - set(self.rewarded)):
+            raise ValueError(f"`reward_funcs` lacks a reward for {', '.join(missing)}, which preferences ask for.")
+
+    def _check_references(self, dataset, name: str):
+        for row, reference in enumerate(column(dataset, "reference")):
+            texts = reference if isinstance(reference, list) else [reference]
+            if reference is not None and (not texts or not all(isinstance(text, str) for text in texts)):
+                raise ValueError(
+                    f"Row {row} of `{name}`: `reference` must be a text or a list of texts, got {reference!r}."
+                )
 
 
 def check_lengths(
@@ -88,20 +153,39 @@ def check_lengths(
     completions: list[int],
     in_words: bool,
 ):
-    """Refuse prompts that are none, or leave a model's context with so many tokens of completion and all words."""
+    r"""
+    Refuse prompts that are none, or that leave too little of the models' context.
+
+    Args:
+        dataset (`Dataset`), name (`str`): what is checked, and what errors call it.
+        config (`PCMEnsembleConfig`): the ensemble's.
+        tokenizer (`PreTrainedTokenizerBase`): counts the tokens of prompts.
+        completions (`list[int]`): tokens of each row's completion.
+        in_words (`bool`): whether all descriptions must fit into a prompt.
+
+    Raises:
+        ValueError: with the row.
+    """
     room = min(
-        getattr(part.get_text_config(), "max_position_embeddings", None) or 10**9
+        getattr(part.get_text_config(), "max_position_embeddings", None) or UNLIMITED
         for part in config.sub_config_items().values()
     )
-    experts = config.experts
-    prefix = sum(len(e["description_ids"]) for e in experts) + max(len(e["prompt_ids"]) for e in experts)
-    words = DrawnPreference("", (1.0,) * len(experts), "system" if in_words else None)
+    experts = config.experts or []
+    descriptions = sum(len(expert["description_ids"]) for expert in experts)
+    prefix = descriptions + max(len(expert["prompt_ids"]) for expert in experts)
+    told = ToldPreference(Preference(dict.fromkeys(config.expert_names, 1.0)), "system" if in_words else "weights")
+
     for row, (prompt, completion) in enumerate(zip(dataset["prompt"], completions)):
         if not isinstance(prompt, (str, list)) or not prompt:
             raise ValueError(f"Row {row} of `{name}`: `prompt` must be a text or a conversation, got {prompt!r}.")
-        length = len(tokenize(tokenizer, [with_words(prompt, words, config, tokenizer)])[0])
+        length = len(tokenize(tokenizer, [with_words(prompt, told, config, tokenizer)])[0])
         if length + prefix + completion > room:
             raise ValueError(
                 f"Row {row} of `{name}` has a prompt of {length} tokens. With {completion} tokens of completion and "
                 f"up to {prefix} of prefixes it exceeds the models' context of {room} tokens."
             )
+
+
+def column(dataset, name: str) -> list:
+    """Return a column, or one None where the dataset has none of this name."""
+    return list(dataset[name]) if name in getattr(dataset, "column_names", ()) else [None]

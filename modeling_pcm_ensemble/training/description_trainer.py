@@ -5,19 +5,21 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
-from ..call_arguments import has_class
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..prefixes import encode_description, pad_left
-from .checks import check_columns, check_lengths
+from ..preference import encode_description
+from ..rows import stack_padded
+from .checks import check_columns, check_ensemble, check_lengths
 from .losses import expert_weight_cross_entropy, log_described_share
 from .pcm_trainer import PCMTrainer, padding_tokenizer
-from .preference_sampling import DrawnPreference, PreferenceSampler, default_preference_sets, reward_shares
-from .rollouts import completion_weight_logits, describe, tokenize, with_words
+from .preference_sampling import PreferenceSampler, ToldPreference, default_preference_sets, reward_shares
+from .prompts import descriptions, tokenize, with_words
+from .rollouts import completion_weight_logits
 
 
 @dataclass
@@ -55,14 +57,18 @@ class DescriptionTrainer(PCMTrainer):
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
             embeddings.
-        args (`DescriptionConfig`): settings.
+        args (`DescriptionConfig`, *optional*): settings.
         train_dataset (`Dataset`): with columns `prompt`, texts or conversations, and `completion`, texts.
+        eval_dataset (`Dataset`, *optional*): likewise; each row is told one preference, the same at each evaluation.
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the ensemble's tokenizer.
+        callbacks, optimizers: as for [`~transformers.Trainer`].
         preference_sets (`list`, *optional*): preferences that are described; defaults to every combination of at most
             one expert for each dimension. All experts at weight 1 are always among them.
         paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description, so that the PCM
             learns what is meant and not how it is put. Half of the rows are told in the descriptions, which it reads
             under weights too; in the other half, each description is drawn from it and its paraphrases.
+
+    What is logged stands in docs/metrics.md.
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,
@@ -73,79 +79,141 @@ class DescriptionTrainer(PCMTrainer):
     def __init__(
         self,
         model: PCMEnsembleForCausalLM,
-        args: DescriptionConfig,
-        train_dataset,
+        args: DescriptionConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks=None,
+        optimizers=(None, None),
+        *,
         preference_sets: list | None = None,
         paraphrases: Mapping[str, list[str]] | None = None,
     ):
-        if not has_class(model, "PCMEnsembleForCausalLM"):
-            raise TypeError(f"`model` must be a PCMEnsembleForCausalLM, got {type(model).__name__}.")
-        check_columns(train_dataset, "train_dataset", "prompt", "completion")
+        args = args or DescriptionConfig(output_dir="descriptions")
+        check_ensemble(model)
+        tokenizer = padding_tokenizer(model, processing_class)
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
         self.preferences = PreferenceSampler(model.config, [*sets, model.config.expert_names], text_only_fraction=1.0)
-        tokenizer = padding_tokenizer(model, processing_class)
-        _check_paraphrases(paraphrases or {}, model.config.expert_names)
-        self.wordings = [  # of each expert, as tokens
-            [expert["description_ids"]]
-            + [encode_description(tokenizer, text) for text in (paraphrases or {}).get(expert["name"], ())]
-            for expert in model.config.experts
-        ]
-        longest = _worded(model.config, [max(ids, key=len) for ids in self.wordings])
-        _check_texts(train_dataset, longest, tokenizer)
-        super().__init__(model, args, train_dataset=train_dataset, processing_class=tokenizer)
+
+        paraphrases = paraphrases or {}
+        _check_paraphrases(paraphrases, model.config.expert_names)
+        self.wordings: list[list[list[int]]] = []  # of each expert, as tokens
+        for expert in model.config.experts or []:
+            others = [encode_description(tokenizer, text) for text in paraphrases.get(expert["name"], ())]
+            self.wordings.append([expert["description_ids"], *others])
+
+        longest = _worded(model.config, [max(wordings, key=len) for wordings in self.wordings])
+        for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
+            if dataset is not None:
+                _check_texts(dataset, name, longest, tokenizer)
+
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            compute_metrics=_described_share,
+        )
+        self._tokenizer = tokenizer
         self._before = copy.deepcopy(model.pcm).eval()
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
-    def _prepare_inputs(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
+    # What a row is told, and what α should be then
+
+    def _prepare_inputs(self, inputs) -> dict[str, torch.Tensor]:
+        """Tell each of a batch's rows a preference."""
+        return self._told(inputs, [self._generator] * len(inputs))
+
+    def _told(self, rows: list[dict], generators: list[random.Random]) -> dict[str, torch.Tensor]:
         """
-        What [`completion_weight_logits`] takes, `targets`, `(rows, seq, experts)`, and `shares`, `(rows, experts)`;
-        each row's preference is drawn, and how it is worded.
+        Draw each row's preference, and how it is worded.
+
+        Returns:
+            `dict`: what [`completion_weight_logits`] takes; `targets`, `(rows, seq, experts)`, the weights that are
+            wanted; and `shares`, `(rows, experts)`, the weights of the preference.
         """
-        draws = [self.preferences.draw(self._generator) for _ in inputs]
-        shares = reward_shares(draws).to(self.args.device)
-        unworded = [replace(draw, words=None) for draw in draws]
+        told = [self.preferences.draw(generator) for generator in generators]
+        shares = reward_shares(told, self.preferences.names).to(self.args.device)
+
+        by_weights = [replace(wish, way="weights") for wish in told]
         with torch.no_grad(), self.compute_loss_context_manager():
-            before = completion_weight_logits(
-                self._before, **self._tensors(inputs, unworded, [self.ensemble.config] * len(draws))
-            )
+            texts = self._tensors(rows, by_weights, [self.ensemble.config] * len(rows))
+            before = completion_weight_logits(self._before, **texts)
         targets = log_expert_weights(before, shares.log()).exp()
-        texts = self._tensors(inputs, draws, [self._reworded() for _ in inputs])
-        return texts | {"targets": targets, "shares": shares}
+
+        reworded = self._tensors(rows, told, [self._reworded(generator) for generator in generators])
+        return reworded | {"targets": targets, "shares": shares}
 
     def _tensors(
-        self, rows: list[dict], draws: list[DrawnPreference], configs: list[PCMEnsembleConfig]
+        self, rows: list[dict], told: list[ToldPreference], configs: list[PCMEnsembleConfig]
     ) -> dict[str, torch.Tensor]:
-        """What [`completion_weight_logits`] takes."""
-        tokenizer = self.processing_class
-        prompts = [with_words(row["prompt"], *how, tokenizer) for row, *how in zip(rows, draws, configs)]
-        prompt_ids = pad_left(tokenize(tokenizer, prompts))
+        """Return what [`completion_weight_logits`] takes; each row has its descriptions from its own config."""
+        tokenizer = self._tokenizer
+        prompts = [
+            with_words(row["prompt"], wish, config, tokenizer) for row, wish, config in zip(rows, told, configs)
+        ]
+        prompt_ids, prompt_mask = stack_padded(tokenize(tokenizer, prompts))  # (rows, prompt tokens)
         completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in rows]
-        completion_ids = pad_left([ids[::-1] for ids in completions]).flip(1)  # padded on the right
+        completion_ids, completion_mask = stack_padded(completions, padding_side="right")  # (rows, seq)
+
         tensors = {
-            "prompt_ids": prompt_ids.clamp(min=0),
-            "prompt_mask": (prompt_ids >= 0).long(),
-            "completion_ids": completion_ids.clamp(min=0),
-            "completion_mask": (completion_ids >= 0).long(),
-            "prefix_ids": describe(configs, draws),
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "completion_ids": completion_ids,
+            "completion_mask": completion_mask,
+            "prefix_ids": descriptions(configs, told),
         }
         return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
 
-    def _reworded(self) -> PCMEnsembleConfig:
-        """The config, as it is or, half of the time, with one of each expert's wordings."""
-        if all(len(ids) == 1 for ids in self.wordings) or self._generator.random() < 0.5:
+    def _reworded(self, generator: random.Random) -> PCMEnsembleConfig:
+        """Return the config, as it is or, half of the time, with one of each expert's wordings."""
+        if all(len(wordings) == 1 for wordings in self.wordings) or generator.random() < 0.5:
             return self.ensemble.config
-        return _worded(self.ensemble.config, [self._generator.choice(ids) for ids in self.wordings])
+        return _worded(self.ensemble.config, [generator.choice(wordings) for wordings in self.wordings])
+
+    # Losses
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """The cross-entropy of α, if all experts ran, from what it was under weights, in nats a token."""
-        targets, shares, mask = inputs["targets"], inputs["shares"], inputs["completion_mask"]
+        """
+        Return the cross-entropy of α, if all experts ran, from what it was under weights, in nats a token; and, with
+        `return_outputs`, the share of α that the described experts have at each token, `(rows, seq)`.
+        """
         texts = {name: tensor for name, tensor in inputs.items() if name not in ("targets", "shares")}
-        expert_weight_logits = completion_weight_logits(model, **texts)
-        loss = (expert_weight_cross_entropy(expert_weight_logits, targets) * mask).sum() / mask.sum()
-        share = log_described_share(expert_weight_logits.detach(), shares > 0).exp()
-        self._note({"described_share": ((share * mask).sum() / mask.sum()).item()})
-        return (loss, expert_weight_logits) if return_outputs else loss
+        expert_weight_logits = completion_weight_logits(model, **texts)  # (rows, seq, experts)
+        mask = inputs["completion_mask"]
+        loss = (expert_weight_cross_entropy(expert_weight_logits, inputs["targets"]) * mask).sum() / mask.sum()
+
+        share = log_described_share(expert_weight_logits.detach(), inputs["shares"] > 0).exp()
+        if model.training:
+            self._note({"described_share": ((share * mask).sum() / mask.sum()).item()})
+        return (loss, share) if return_outputs else loss
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Return the loss on `eval_dataset`, and the described share, as any trainer returns its metrics."""
+        with self._training_metrics_held():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        """Return a batch's loss, each row's mean described share, and its number of tokens."""
+        # A row's own generator: it is told the same whatever was drawn before, and on whichever process.
+        generators = [random.Random(f"{self.args.seed} {row}") for row in inputs]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            told = self._told(inputs, generators)
+            loss, share = self.compute_loss(model, told, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+
+        tokens = told["completion_mask"].sum(dim=1)  # (rows,)
+        return loss, (share * told["completion_mask"]).sum(dim=1) / tokens, tokens
+
+
+def _described_share(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the mean over all tokens, from means of rows and their numbers of tokens."""
+    shares, tokens = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    return {"described_share": float((shares * tokens).sum() / tokens.sum())}
 
 
 def _check_paraphrases(paraphrases: Mapping, names: list[str]):
@@ -157,14 +225,15 @@ def _check_paraphrases(paraphrases: Mapping, names: list[str]):
 
 
 def _worded(config: PCMEnsembleConfig, description_ids: list[list[int]]) -> PCMEnsembleConfig:
-    """A config with other wordings of its descriptions."""
+    """Return a config with other wordings of its descriptions."""
     config = copy.copy(config)
-    config.experts = [expert | {"description_ids": ids} for expert, ids in zip(config.experts, description_ids)]
+    config.experts = [expert | {"description_ids": ids} for expert, ids in zip(config.experts or [], description_ids)]
     return config
 
 
-def _check_texts(dataset, config: PCMEnsembleConfig, tokenizer: PreTrainedTokenizerBase):
+def _check_texts(dataset, name: str, config: PCMEnsembleConfig, tokenizer: PreTrainedTokenizerBase):
+    check_columns(dataset, name, "prompt", "completion")
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in dataset["completion"]]
     if 0 in lengths:
-        raise ValueError(f"Row {lengths.index(0)} of `train_dataset` has an empty completion: nothing to weight for.")
-    check_lengths(dataset, "train_dataset", config, tokenizer, lengths, in_words=True)
+        raise ValueError(f"Row {lengths.index(0)} of `{name}` has an empty completion: nothing to weight for.")
+    check_lengths(dataset, name, config, tokenizer, lengths, in_words=True)

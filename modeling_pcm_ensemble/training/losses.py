@@ -45,7 +45,7 @@ def rebel_loss(log_ratios: torch.Tensor, rewards: torch.Tensor, eta: float) -> t
 
 
 def ppo_loss(
-    log_ratios: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float, max_length: int
+    log_ratios: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, epsilon: float, max_length: int
 ) -> torch.Tensor:
     r"""
     Compute PPO's clipped objective, token by token, with one advantage for a completion, over the most tokens there
@@ -55,13 +55,13 @@ def ppo_loss(
         log_ratios (`torch.FloatTensor` of shape `(batch, seq)`): log π_θ / π_t of each token.
         advantages (`torch.FloatTensor` of shape `(batch,)`): see [`leave_one_out`].
         mask (`torch.Tensor` of shape `(batch, seq)`): 1 for tokens that were sampled.
-        clip (`float`): ε.
+        epsilon (`float`): ε, the clipping range.
         max_length (`int`): most tokens of a completion.
 
     Source: arXiv 1707.06347, equation (7).
     """
     ratios, advantages = log_ratios.exp(), advantages[:, None]
-    objective = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
+    objective = torch.minimum(ratios * advantages, ratios.clamp(1 - epsilon, 1 + epsilon) * advantages)
     return -(objective * mask).sum() / (len(mask) * max_length)
 
 
@@ -80,7 +80,7 @@ def rloo_loss(log_ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tenso
 
 
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
-    """Each reward less the mean of its prompt's others, both `(prompts, completions)`."""
+    """Return each reward less the mean of its prompt's others, both `(prompts, completions)`."""
     others = rewards.shape[1] - 1
     return rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / others
 
@@ -96,7 +96,7 @@ def token_kl(log_probs: torch.Tensor, initial_log_probs: torch.Tensor) -> torch.
 
 
 def expert_weight_entropy(log_expert_weights: torch.Tensor) -> torch.Tensor:
-    """Entropy of α at each token, `(batch, seq)`, in nats."""
+    """Compute the entropy of α at each token, `(batch, seq)`, in nats."""
     finite = log_expert_weights.isfinite()
     return -(log_expert_weights.exp() * log_expert_weights.masked_fill(~finite, 0)).sum(dim=-1)
 

@@ -4,7 +4,10 @@ import copy
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -12,19 +15,25 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..checkpoint_staging import check_no_adapter, staged_folder, write_text
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from .metrics import joined, means
 
 COMMON_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 
 
 def own_settings(config_class: type[TrainingArguments]) -> set[str]:
-    """Names of the settings that it has beside those of every trainer."""
+    """Return the names of the settings that it has beside those of every trainer."""
     return {field.name for field in fields(config_class)} - {field.name for field in fields(TrainingArguments)}
 
 
 def padding_tokenizer(
     model: PCMEnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer given, else the ensemble's, with a padding token."""
+    """
+    Return the tokenizer given, else the ensemble's, with a padding token.
+
+    Raises:
+        ValueError: if there is neither.
+    """
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise ValueError("The ensemble was built without a tokenizer. Pass `processing_class`.")
@@ -32,6 +41,11 @@ def padding_tokenizer(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _rows(rows: list) -> Any:
+    """Return a batch as it is."""
+    return rows
 
 
 class PCMTrainer(Trainer):
@@ -42,19 +56,24 @@ class PCMTrainer(Trainer):
     Args:
         ensemble (`PCMEnsembleForCausalLM`): moved to the trainer's device.
         args (`TrainingArguments`): settings.
-        train_embeddings (`bool`): whether the PCM's token embeddings learn too.
+        train_embeddings (`bool`, defaults to `False`): whether the PCM's token embeddings learn too.
         options: passed to [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: if FSDP or DeepSpeed would shard the PCM.
     """
 
     def __init__(
         self, ensemble: PCMEnsembleForCausalLM, args: TrainingArguments, train_embeddings: bool = False, **options
     ):
-        self.ensemble = ensemble.to(args.device)
+        self.ensemble = ensemble
+        ensemble.to(args.device)  # type: ignore[arg-type]  # its decorator hides the signature
         if ensemble.pcm.dtype in (torch.float16, torch.bfloat16):
             ensemble.pcm.float()  # small updates vanish in half precision
         ensemble.pcm.body.get_input_embeddings().requires_grad_(train_embeddings)
+
         use_cache = ensemble.config.use_cache
-        super().__init__(model=ensemble.pcm, args=args, data_collator=lambda rows: rows, **options)
+        super().__init__(model=ensemble.pcm, args=args, data_collator=_rows, **options)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("A PCM's trainer shards nothing: it is small. Launch without FSDP and DeepSpeed.")
         ensemble.config.use_cache = use_cache  # the ensemble's own, which the trainer takes for the PCM's
@@ -62,7 +81,9 @@ class PCMTrainer(Trainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def train(self, *args, **kwargs):
-        """As for any trainer. Afterwards the PCM is without the precision wrapper of training, and evaluates."""
+        """Train as any trainer. Afterwards the PCM is without the precision wrapper of training, and evaluates."""
+        if self.train_dataset is None:
+            raise ValueError("There is nothing to train on. Pass `train_dataset`.")
         check_no_adapter(self.args.output_dir)  # or it could not be saved there in the end
         try:
             return super().train(*args, **kwargs)
@@ -74,9 +95,13 @@ class PCMTrainer(Trainer):
         """Write the ensemble, in the experts' dtype, and what a model card says of the training."""
         if not self.args.should_save:
             return
-        folder, pcm = output_dir or self.args.output_dir, self.ensemble.pcm
+        folder = str(output_dir or self.args.output_dir)
         check_no_adapter(folder)
-        self.ensemble.pcm = copy.deepcopy(pcm).to(self.ensemble.backbones[0].dtype)
+
+        pcm = self.ensemble.pcm
+        saved = copy.deepcopy(pcm)
+        saved.to(self.ensemble.backbones[0].dtype)  # type: ignore[arg-type]  # as above
+        self.ensemble.pcm = saved
         try:
             with staged_folder(folder) as staging:
                 self.ensemble.save_pretrained(staging)
@@ -85,22 +110,29 @@ class PCMTrainer(Trainer):
             self.ensemble.pcm = pcm
 
     def _training_facts(self) -> dict:
-        """What a model card says of the training."""
-        values = {
-            name: getattr(self.args, name) for name in (*COMMON_SETTINGS, *sorted(own_settings(type(self.args))))
-        }
+        """Return what a model card says of the training."""
+        names = (*COMMON_SETTINGS, *sorted(own_settings(type(self.args))))
+        values = {name: getattr(self.args, name) for name in names}
         settings = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
         return {"trainer": type(self).__name__, "steps": self.state.global_step, "settings": settings}
+
+    # Metrics: what is noted in the steps between two logs is logged as means.
 
     def _note(self, metrics: dict[str, float]):
         for name, value in metrics.items():
             self._metrics[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Add the means, over all processes, of what was noted since the last time."""
-        noted = defaultdict(list)
-        for metrics in gather_object([dict(self._metrics)]):
-            for name, values in metrics.items():
-                noted[name] += values
+        """Log, with the means, over all processes, of what was noted since the last time."""
+        noted = joined(gather_object([dict(self._metrics)]))
         self._metrics.clear()
-        super().log(logs | {name: sum(values) / len(values) for name, values in sorted(noted.items())}, start_time)
+        super().log(logs | means(noted), start_time)
+
+    @contextmanager
+    def _training_metrics_held(self) -> Iterator[None]:
+        """Keep what was noted of training out of an evaluation's log."""
+        held, self._metrics = self._metrics, defaultdict(list)
+        try:
+            yield
+        finally:
+            self._metrics = held

@@ -1,10 +1,19 @@
-"""Settings of [`RebelTrainer`]."""
+"""Settings of [`RebelTrainer`], named as TRL names them where TRL has the same thing."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import TrainingArguments
 
 from .losses import LOSSES
+
+WEIGHT_DISTRIBUTIONS = ("equal", "dirichlet")
+RENAMED = {
+    "clip": "epsilon",
+    "kl_coef": "beta",
+    "rollout_batch_size": "generation_batch_size",
+    "preference_weights": "weight_distribution",
+}
 
 
 @dataclass
@@ -22,12 +31,14 @@ class RebelConfig(TrainingArguments):
         steps_per_generation (`int`, *optional*): micro-batches in a rollout; defaults to gradient accumulation's.
         num_iterations (`int`, defaults to 1): how often a rollout is gone through.
         max_completion_length (`int`, defaults to 72): most tokens of a completion.
-        rollout_batch_size (`int`, *optional*): rows that are sampled at once; defaults to all.
+        generation_batch_size (`int`, *optional*): rows of a rollout that one process samples at once, which bounds the
+            memory; defaults to all. Unlike TRL's, it does not say how large a rollout is (`steps_per_generation`
+            does), and counts one process's rows.
         num_references (`int`, defaults to 1): completions of the base model that rewards are compared with.
         reference_backbone (`int`, defaults to 0): the backbone that is the base model.
 
     Parameters that control the preferences:
-        preference_weights (`str`, defaults to `"equal"`): weights within a preference set: `"equal"`, or
+        weight_distribution (`str`, defaults to `"equal"`): weights within a preference set: `"equal"`, or
             `"dirichlet"`, uniform over all mixtures and scaled to the same sum.
         text_only_fraction (`float`, defaults to 0): share of prompts whose preference is given in words alone, with
             all experts active: half as `preference_text`, half as a system message.
@@ -40,10 +51,11 @@ class RebelConfig(TrainingArguments):
     Parameters that control the loss:
         loss_type (`str`, defaults to `"rebel"`): `"rebel"`, `"ppo"` or `"rloo"`.
         eta (`float`, defaults to 1.0): REBEL's η; a larger one follows the rewards further in one step.
-        clip (`float`, defaults to 0.2): PPO's ε.
-        kl_coef (`float`, defaults to 0): weight of the KL divergence to the mixture at the user's weights, which is an
+        epsilon (`float`, defaults to 0.2): PPO's ε, the clipping range of the ratio.
+        beta (`float`, defaults to 0): weight of the KL divergence to the mixture at the user's weights, which is an
             untrained PCM's; summed over tokens, as a share of the most there could be.
-        entropy_coef (`float`, defaults to 0): weight of the entropy of α, which is rewarded; likewise.
+        entropy_coef (`float`, defaults to 0): weight of the entropy of α, which is rewarded; likewise. (TRL's is of
+            the next token.)
         description_coef (`float`, defaults to 0): weight of minus the log of the share of α that the wanted experts
             would have if all ran; likewise. What the PCM reads names them, so that no reward is needed to learn this.
         train_embeddings (`bool`, defaults to `False`): train the PCM's token embeddings too.
@@ -59,19 +71,27 @@ class RebelConfig(TrainingArguments):
     steps_per_generation: int | None = field(default=None, metadata={"help": "Micro-batches in a rollout."})
     num_iterations: int = field(default=1, metadata={"help": "How often a rollout is gone through."})
     max_completion_length: int = field(default=72, metadata={"help": "Most tokens of a completion."})
-    rollout_batch_size: int | None = field(default=None, metadata={"help": "Rows that are sampled at once."})
+    generation_batch_size: int | None = field(default=None, metadata={"help": "Rows that a process samples at once."})
     num_references: int = field(default=1, metadata={"help": "Base completions that rewards are compared with."})
     reference_backbone: int = field(default=0, metadata={"help": "Index of the base model's backbone."})
-    preference_weights: str = field(default="equal", metadata={"help": "equal or dirichlet."})
+
+    weight_distribution: str = field(default="equal", metadata={"help": "equal or dirichlet."})
     text_only_fraction: float = field(default=0.0, metadata={"help": "Share of prompts with preferences in words."})
     exploration: float = field(default=0.0, metadata={"help": "Noise on the weights of each completion."})
+
     loss_type: str = field(default="rebel", metadata={"help": "rebel, ppo or rloo."})
     eta: float = field(default=1.0, metadata={"help": "REBEL's step size."})
-    clip: float = field(default=0.2, metadata={"help": "PPO's clipping range."})
-    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the user's weights."})
+    epsilon: float = field(default=0.2, metadata={"help": "PPO's clipping range."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the user's weights."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy of the expert weights."})
     description_coef: float = field(default=0.0, metadata={"help": "Weight of choosing the described experts."})
     train_embeddings: bool = field(default=False, metadata={"help": "Train the PCM's token embeddings too."})
+
+    def __new__(cls, *args, **settings):
+        """Refuse names that settings had once, before the generated `__init__` refuses them without saying more."""
+        for old in RENAMED.keys() & settings.keys():
+            raise TypeError(f"`{old}` of {cls.__name__} is called `{RENAMED[old]}` now.")
+        return super().__new__(cls)
 
     def __post_init__(self):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -79,47 +99,64 @@ class RebelConfig(TrainingArguments):
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
+
+        self._check_choices()
+        self._check_ranges()
+        self._check_batches()
+
+    def _check_choices(self):
+        for name, accepted in (("loss_type", LOSSES), ("weight_distribution", WEIGHT_DISTRIBUTIONS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, got {getattr(self, name)!r}.")
+        if self.exploration and (self.loss_type != "rebel" or self.beta):
+            raise ValueError(
+                "`exploration` needs `loss_type` 'rebel' and `beta` 0: other losses, and the KL divergence, are "
+                f"estimated from samples of π_t alone. Got {self.loss_type!r} and {self.beta}."
+            )
+
+    def _check_ranges(self):
+        # Written so that NaN, of which no comparison is true, is refused too.
+        for name in (
+            "eta",
+            "epsilon",
+            "max_completion_length",
+            "steps_per_generation",
+            "num_iterations",
+            "num_references",
+            "generation_batch_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
+
+        for name in ("beta", "entropy_coef", "description_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must not be below 0, got {getattr(self, name)}.")
+        for name, most in (("exploration", 10), ("text_only_fraction", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"`{name}` must be between 0 and {most}, got {getattr(self, name)}.")
+
+    def _check_batches(self):
         if self.num_generations < 2:
             raise ValueError(f"`num_generations` must be at least 2, to compare, got {self.num_generations}.")
+
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 "`per_device_train_batch_size` must be a multiple of `num_generations`, so that a prompt's "
                 f"completions stay together, got {self.per_device_train_batch_size} and {self.num_generations}."
             )
-        if (self.steps_per_generation * self.num_iterations) % self.gradient_accumulation_steps:
+
+        if self.micro_batches_per_rollout % self.gradient_accumulation_steps:
             raise ValueError(
                 "`steps_per_generation * num_iterations` must be a multiple of `gradient_accumulation_steps`, so that "
                 f"an update never spans two rollouts, got {self.steps_per_generation}, {self.num_iterations} and "
                 f"{self.gradient_accumulation_steps}."
             )
-        for name, accepted in (("loss_type", LOSSES), ("preference_weights", ("equal", "dirichlet"))):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, got {getattr(self, name)!r}.")
-        for name in (
-            "eta",
-            "clip",
-            "max_completion_length",
-            "steps_per_generation",
-            "num_iterations",
-            "num_references",
-            "rollout_batch_size",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:  # NaN is not
-                raise ValueError(f"`{name}` must be above 0, got {value}.")
-        for name in ("kl_coef", "entropy_coef", "description_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must not be below 0, got {getattr(self, name)}.")
-        if not 0 <= self.exploration <= 10:
-            raise ValueError(f"`exploration` must be between 0 and 10, got {self.exploration}.")
-        if self.exploration and (self.loss_type != "rebel" or self.kl_coef):
-            raise ValueError(
-                "`exploration` needs `loss_type` 'rebel' and `kl_coef` 0: other losses, and the KL divergence, are "
-                f"estimated from samples of π_t alone. Got {self.loss_type!r} and {self.kl_coef}."
-            )
-        if not 0 <= self.text_only_fraction <= 1:
-            raise ValueError(f"`text_only_fraction` must be between 0 and 1, got {self.text_only_fraction}.")
+
+    @property
+    def micro_batches_per_iteration(self) -> int:
+        return cast(int, self.steps_per_generation)  # `__post_init__` has set it
 
     @property
     def micro_batches_per_rollout(self) -> int:
-        return self.steps_per_generation * self.num_iterations
+        return self.micro_batches_per_iteration * self.num_iterations

@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import os
 import pickle
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -43,9 +45,9 @@ def warm(ensemble):
     for rows in (ROWS[:1], ROWS[:2]):
         for preference in ("a", ["a", "b", "d"]):
             greedy(ensemble, rows, preference, tokens=3, **COMPILED)
-    for part in (ensemble.pcm.body, *ensemble.backbones):
-        assert part._compiled_step.has_run == {True: True, False: True}
-        assert part._compiled_step.call is not part
+    for submodel in ensemble.submodels:
+        assert submodel.compiled_step.has_run == {True: True, False: True}
+        assert submodel.compiled_step.compiles
     return ensemble
 
 
@@ -95,7 +97,7 @@ def test_requests_that_join_run_what_is_compiled(warm, nothing_compiles):
 def test_beams_are_not_compiled_as_in_transformers(ensemble):
     model = copy.deepcopy(ensemble)
     assert greedy(model, ROWS, ["a", "d"], num_beams=3, **COMPILED) == greedy(model, ROWS, ["a", "d"], num_beams=3)
-    assert getattr(model.backbones[0], "_compiled_step", None) is None
+    assert model.backbones.submodels[0].compiled_step is None
 
 
 def test_threads_do_not_read_each_others_adapters_while_one_compiles(ensemble):
@@ -200,18 +202,26 @@ def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
 
 def test_a_killed_warm_up_leaves_nothing_broken(ensemble):
     model = copy.deepcopy(ensemble)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
+
+    def kill():
+        while model.pcm.submodel.compiled_step is None:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGALRM)
+
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
             greedy(model, ROWS[:2], ["a", "d"], **COMPILED)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        killer.join()
         signal.signal(signal.SIGALRM, previous)
-    assert not model.pcm.body._compiled_step.has_run[False]  # it was compiling
+    assert not model.pcm.submodel.compiled_step.has_run[False]  # it was compiling
     expected = greedy(model, ROWS[:2], ["a", "d"])
     assert greedy(model, ROWS[:2], ["a", "d"], **COMPILED) == expected
-    assert model.backbones[0]._compiled_step.has_run[False]
+    assert model.backbones.submodels[0].compiled_step.has_run[False]
 
 
 def test_a_context_beyond_a_static_cache_is_refused(ensemble):

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -179,6 +181,28 @@ def test_the_mixtures_head_gives_what_trls_gives_for_one_expert(ensemble, tmp_pa
         assert set(ours) == set(theirs)
         for name in set(theirs) - {"mean_logits"}:  # of logits, where ours are log-probabilities
             assert_close(ours[name].to(theirs[name].dtype), theirs[name], msg=name)
+
+
+def test_trl_still_gives_models_a_forward_of_its_own_that_no_mixture_fits(ensemble, tmp_path):
+    """Once it does not, or once its own serves an ensemble, `add_mixture_head` is not needed as it is."""
+    data = Dataset.from_dict({"text": TEXTS})
+    trainer = SFTTrainer(
+        ensemble, SFTConfig(**of_trl(tmp_path)), train_dataset=data, processing_class=ensemble.tokenizer
+    )
+    theirs = vars(trainer.model)["forward"]
+    assert theirs.__func__.__code__.co_filename == add_fused_lm_head.__code__.co_filename
+    ids = torch.tensor([[21, 22, 23, 24, 25]])
+    with pytest.raises(AttributeError, match="no attribute 'last_hidden_state'"):
+        trainer.model(input_ids=ids, labels=ids, fused_lm_head=True)
+    add_mixture_head(trainer)
+    assert vars(trainer.model)["forward"] is not theirs
+    expected = ensemble(input_ids=ids, labels=ids).loss
+    assert_close(trainer.model(input_ids=ids, labels=ids, fused_lm_head=True).loss, expected)
+
+
+def test_the_signature_of_forward_stays_the_ensembles(ensemble, tmp_path):
+    trainer = fine_tuning(ensemble, tmp_path)
+    assert signature(trainer.model.forward) == signature(MethodType(PCMEnsembleForCausalLM.forward, ensemble))
 
 
 def test_another_model_is_refused(tmp_path):
