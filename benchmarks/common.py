@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 
 DTYPE = torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXAMPLES = Path(__file__).parents[1] / "examples"
 RANK = 16
 PCM_LAYERS = 4
 EXPERTS, CONTEXT = 3, 64
@@ -85,14 +84,9 @@ def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length
 ENSEMBLES = {"prompted": prompted_ensemble, "lora": random_lora_ensemble}
 
 
-def shipped_ensemble(dtype: torch.dtype) -> PCMEnsembleForCausalLM:
-    """Build the six trained experts and the trained PCM that the repository holds."""
-    return demo.trained_ensemble(EXAMPLES / "artifacts", dtype=dtype)
-
-
 def koala_chats(number: int | None = None) -> list[list[dict[str, str]]]:
-    """Return chats of one user turn each, 50 or the first few of them."""
-    prompts = json.loads((EXAMPLES / "data/evaluation_only/koala_eval_50.json").read_text())
+    """Return chats of one user turn each, the 50 evaluation prompts or the first few of them."""
+    prompts = json.loads((demo.ARTIFACTS.parent / "data/evaluation_only/koala_eval_50.json").read_text())
     return [[{"role": "user", "content": entry["prompt"]}] for entry in prompts[:number]]
 
 

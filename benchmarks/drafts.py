@@ -11,17 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
-from .common import (
-    DTYPE,
-    EXAMPLES,
-    grouped_bars,
-    interleaved,
-    koala_chats,
-    load_backbone,
-    shipped_ensemble,
-    summary,
-    write_results,
-)
+from modeling_pcm_ensemble import demo
+
+from .common import DTYPE, grouped_bars, interleaved, koala_chats, load_backbone, summary, write_results
 
 PREFERENCES = (["friendly"], ["knowledgeable", "informative"], ["elementary", "concise", "friendly"])
 PLAIN, COMPILED, LOOKUP, BASE, EXPERT, PCM = (
@@ -46,7 +38,7 @@ def run(arguments):
     if arguments.layers is not None:
         raise SystemExit("drafts: random weights accept no drafts; leave --layers out.")
 
-    backbone, model = load_backbone(arguments), shipped_ensemble(DTYPE)
+    backbone, model = load_backbone(arguments), demo.trained_ensemble(dtype=DTYPE)
     contexts = [
         model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         for chat in koala_chats(arguments.prompts)
@@ -93,7 +85,7 @@ def run(arguments):
 
 def expert_drafter(name: str, arguments) -> PreTrainedModel:
     """Make a model of its own with an expert's adapter merged into its weights."""
-    return PeftModel.from_pretrained(load_backbone(arguments), EXAMPLES / "artifacts" / name).merge_and_unload().eval()
+    return PeftModel.from_pretrained(load_backbone(arguments), demo.ARTIFACTS / name).merge_and_unload().eval()
 
 
 def pcm_drafter(model) -> PreTrainedModel:

@@ -5,7 +5,9 @@ import time
 import torch
 from transformers import CompileConfig
 
-from .common import koala_chats, shipped_ensemble, write_results
+from modeling_pcm_ensemble import demo
+
+from .common import koala_chats, write_results
 
 PREFERENCES = (["elementary", "concise", "friendly"], ["knowledgeable", "informative"], ["friendly"])
 FAST = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=True)}
@@ -32,7 +34,7 @@ def compare(dtype: torch.dtype, chats: list, arguments) -> dict:
 
     A margin is by how much, in nats, eager steps preferred their token where compiled ones chose another first.
     """
-    model = shipped_ensemble(dtype)
+    model = demo.trained_ensemble(dtype=dtype)
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     equal, margins, seconds = 0, [], {"eager": [], "compiled": []}

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -322,6 +323,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 f"`new_num_tokens` {num_tokens} is too small: experts' prompts and descriptions have tokens up to "
                 f"{highest}. Use at least {highest + 1}, or build the ensemble with a smaller vocabulary."
             )
+
+    def load_pcm(self, path: str | os.PathLike):
+        """
+        Load the PCM's weights from a safetensors file. Weights that it leaves out, such as embeddings that were frozen
+        while the PCM was trained, stay as they are.
+
+        Raises:
+            RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
+        """
+        self.pcm.load_state_dict(self.pcm.state_dict() | load_file(path))
 
 
 class _SavedFolder(PushToHubMixin):

@@ -17,7 +17,6 @@ import torch
 from huggingface_hub import cached_assets_path, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
@@ -57,6 +56,7 @@ PREFERENCES = {
     ),
 }
 
+ARTIFACTS = Path(__file__).parents[1] / "examples" / "smollm2" / "artifacts"  # where the package lies in a clone
 EXPERT_TOP_K = 20  # of the trained experts: what a small model writes from its tail breaks a sentence off
 
 # Other words for the same, our own: the PCM learns from `PARAPHRASES`, and is judged by `UNSEEN_PARAPHRASES` too.
@@ -158,23 +158,41 @@ def smollm2_ensemble(**kwargs) -> PCMEnsembleForCausalLM:
     return PCMEnsembleForCausalLM.from_experts(smollm2_experts(model), **options)
 
 
-def lora_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
-    """Six LoRA experts on one SmolLM2, from `artifacts/<name>`, and a PCM of its first four layers, untrained."""
+def adapter_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsembleForCausalLM:
+    """
+    Build six LoRA experts on one SmolLM2, from `artifacts`/<name>, and a PCM of its first four layers, untrained.
+    `kwargs` are `from_experts`'s.
+
+    Raises:
+        FileNotFoundError: if an expert is missing; an installation has none, a clone of the repository has all.
+    """
+    artifacts = Path(artifacts)
+    missing = [name for name in PREFERENCES if not (artifacts / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"{artifacts} has no expert {', '.join(missing)}. Trained experts are in the repository, and not in the "
+            "installed package: clone it, and pass the path of its folder examples/smollm2/artifacts."
+        )
+
     model = fetch_smollm2()
-    experts = {
-        name: {"model": model, "adapter": str(artifacts / name), "description": description, "dimension": dimension}
-        for name, (dimension, description) in PREFERENCES.items()
-    }
-    options: dict[str, Any] = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()} | kwargs
-    return PCMEnsembleForCausalLM.from_experts(experts, **options)
+    experts = {}
+    for name, (dimension, description) in PREFERENCES.items():
+        adapter = {"model": model, "adapter": str(artifacts / name)}
+        experts[name] = adapter | {"description": description, "dimension": dimension}
+    options: dict[str, Any] = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()}
+    return PCMEnsembleForCausalLM.from_experts(experts, **options | kwargs)
 
 
-def trained_ensemble(artifacts: Path, **kwargs) -> PCMEnsembleForCausalLM:
-    """[`lora_ensemble`] with the trained PCM of `artifacts/pcm.safetensors` and the `expert_top_k` of its training."""
-    probabilities = kwargs.get("merge", "probabilities") == "probabilities"
-    of_training = {"expert_top_k": EXPERT_TOP_K} if probabilities else {}  # which other merges do not take
-    model = lora_ensemble(artifacts, **of_training | kwargs)
-    model.pcm.load_state_dict(model.pcm.state_dict() | load_file(artifacts / "pcm.safetensors"))
+def trained_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsembleForCausalLM:
+    """
+    Build [`adapter_ensemble`] with its trained PCM, `artifacts`/pcm.safetensors, and the `expert_top_k` of the
+    training.
+    """
+    of_training = {}
+    if kwargs.get("merge", "probabilities") == "probabilities":  # other merges do not take it
+        of_training["expert_top_k"] = EXPERT_TOP_K
+    model = adapter_ensemble(artifacts, **of_training | kwargs)
+    model.load_pcm(Path(artifacts) / "pcm.safetensors")
     return model
 
 

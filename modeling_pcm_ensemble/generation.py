@@ -59,8 +59,8 @@ class Lengths:
     of_input: int = 0
 
 
-# `type: ignore[misc]`: transformers annotates `self` with a protocol that is for another type checker. `[override]`: it
-# calls these methods by keywords, of which they take the ones that they read.
+# `type: ignore[misc]`: transformers annotates `self` with a protocol that is meant for another type checker.
+# `type: ignore[override]`: it calls these methods by keywords, of which they name those that they read.
 class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
     """`generate` under a preference; all modes are the library's own."""
 

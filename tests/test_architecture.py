@@ -64,7 +64,7 @@ def test_rows_and_memories_know_neither_adapters_nor_the_compiler(name):
 def test_the_core_imports_what_is_uploaded_with_it_or_installed_with_transformers():
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "filelock", "regex", "jinja2"}
     for path in PACKAGE.glob("*.py"):
-        if path.stem in ("__init__", "demo"):
+        if path.stem in ("__init__", "demo", "terminal"):  # not uploaded
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

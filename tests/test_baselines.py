@@ -1,5 +1,7 @@
 """Baselines: each is what its name says, and leaves the model as it was."""
 
+import json
+
 import pytest
 import torch
 from conftest import tiny_llama, tiny_tokenizer
@@ -7,15 +9,28 @@ from huggingface_hub.errors import StrictDataclassError
 from test_lora import peft_adapter
 from transformers import set_seed
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.evaluation import Mixture, PlainModel, WeightAverage
-from modeling_pcm_ensemble.evaluation.baselines import chat_inputs, sample_answers
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference
+from modeling_pcm_ensemble.evaluation import (
+    PlainModel,
+    PromptedModel,
+    SingleExpert,
+    StaticWeights,
+    ToldInWords,
+    TrainedEnsemble,
+    WeightAverage,
+    WithoutContext,
+    WithoutDescription,
+    with_settings,
+    without_pcm,
+)
+from modeling_pcm_ensemble.evaluation.baselines import chat_inputs, digest, sample_answers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # PEFT's call
 PROMPTS = [[{"role": "user", "content": text}] for text in ("what is it?", "a")]
-PREFERENCES = [{"a": 1.0, "b": 3.0}, {"c": 1.0}]
+WANTED = [{"a": 1.0, "b": 3.0}, {"c": 1.0}]
+PREFERENCES = [Preference(weights) for weights in WANTED]
 TOKENS = 16
 
 
@@ -51,63 +66,65 @@ def sampled(model, **options) -> list[str]:
 
 
 def test_the_trained_mixture_is_the_model_itself(model):
-    assert answers(Mixture("m", model, TOKENS)) == sampled(model, preference=PREFERENCES)
+    assert answers(TrainedEnsemble("m", model, TOKENS)) == sampled(model, preference=WANTED)
 
 
 def test_parts_can_be_changed_and_are_put_back(model):
-    whole, head = sampled(model, preference=PREFERENCES), model.pcm.head.weight.clone()
+    whole, head = sampled(model, preference=WANTED), model.pcm.head.weight.clone()
     variants = {
-        "no PCM": Mixture("m", model, TOKENS, use_pcm=False),
-        "logits": Mixture("m", model, TOKENS, use_pcm=False, merge="logits"),
-        "soup": Mixture("m", model, TOKENS, use_pcm=False, merge="adapters"),
-        "top 1": Mixture("m", model, TOKENS, expert_top_k=1),
-        "no description": Mixture("m", model, TOKENS, use_description=False),
-        "no context": Mixture("m", model, TOKENS, use_context=False),
+        "no PCM": StaticWeights("m", model, TOKENS),
+        "logits": StaticWeights("m", with_settings(model, merge="logits"), TOKENS),
+        "soup": StaticWeights("m", with_settings(model, merge="adapters"), TOKENS),
+        "top 1": TrainedEnsemble("m", with_settings(model, expert_top_k=1), TOKENS),
+        "no description": WithoutDescription("m", model, TOKENS),
+        "no context": WithoutContext("m", model, TOKENS),
     }
     written = {name: answers(variant) for name, variant in variants.items()}
     assert len({tuple(texts) for texts in written.values()}) == len(written), written
     assert torch.equal(model.pcm.head.weight, head)
-    assert sampled(model, preference=PREFERENCES) == whole
-    assert sampled(model, preference=PREFERENCES, top_k=1) == answers(Mixture("m", model, TOKENS, top_k=1)) != whole
+    assert sampled(model, preference=WANTED) == whole
+    assert sampled(model, preference=WANTED, top_k=1) == answers(TrainedEnsemble("m", model, TOKENS, top_k=1)) != whole
     model.config.expert_top_k = 1  # of the ensemble itself: kept, but for whoever asks for all, or merges otherwise
-    assert answers(Mixture("m", model, TOKENS)) == written["top 1"]
-    assert answers(Mixture("m", model, TOKENS, expert_top_k=0)) == whole
-    assert answers(Mixture("m", model, TOKENS, use_pcm=False, merge="logits")) == written["logits"]
+    assert answers(TrainedEnsemble("m", model, TOKENS)) == written["top 1"]
+    assert answers(TrainedEnsemble("m", with_settings(model, expert_top_k=None), TOKENS)) == whole
+    logits = with_settings(model, merge="logits", expert_top_k=None)
+    assert answers(StaticWeights("m", logits, TOKENS)) == written["logits"]
     assert model.config.expert_top_k == 1
     model.config.expert_top_k = None
     torch.nn.init.zeros_(model.pcm.head.weight)
-    assert written["no PCM"] == sampled(model, preference=PREFERENCES)
+    assert written["no PCM"] == sampled(model, preference=WANTED)
     model.config.merge = "adapters"
-    assert written["soup"] == sampled(model, preference=PREFERENCES)
+    assert written["soup"] == sampled(model, preference=WANTED)
 
 
 def test_without_context_alpha_is_what_the_description_alone_gives(model):
     inputs = chat_inputs(model, model.tokenizer, [[{"role": "user", "content": ""}]])
-    expert_weights = model.compute_expert_weights(**inputs, preference=PREFERENCES[0])[0, -1].tolist()
+    expert_weights = model.compute_expert_weights(**inputs, preference=WANTED[0])[0, -1].tolist()
     held = {name: weight for name, weight in zip("abc", expert_weights) if weight}
-    still = Mixture("m", model, TOKENS, use_context=False)
-    static = Mixture("m", model, TOKENS, use_pcm=False, weights={"a=1 + b=3": held, "c": {"c": 1.0}})
+    still = WithoutContext("m", model, TOKENS)
+    weights = {"a=1 + b=3": Preference(held), "c": Preference({"c": 1.0})}
+    static = StaticWeights("m", model, TOKENS, weights=weights)
     assert answers(still) == answers(static)
 
 
 def test_one_expert_alone_answers_only_where_it_is_wanted(model):
-    alone = Mixture("m", model, TOKENS, only="a")
-    assert (alone.applies({"a": 1.0, "b": 1.0}), alone.applies({"b": 1.0})) == (True, False)
+    alone = SingleExpert("m", model, TOKENS, "a")
+    assert (alone.applies(Preference({"a": 1.0, "b": 1.0})), alone.applies(Preference({"b": 1.0}))) == (True, False)
     assert answers(alone) == sampled(model, preference="a")
 
 
 def test_a_weight_average_of_one_adapter_is_that_expert(model, folders):
     average = WeightAverage("w", folders["base"], {n: folders[n] for n in "abc"}, tiny_tokenizer(), TOKENS)
-    one, settings = [{"a": 1.0}, {"a": 1.0}], average.settings()
+    one, settings = [Preference({"a": 1.0}), Preference({"a": 1.0})], average.settings()
     set_seed(0)
     assert average.generate(PROMPTS, one) == sampled(model, preference="a")
-    assert len(average.generate(PROMPTS, [{"a": 1.0, "b": 1.0}, {"c": 1.0}])) == 2
+    assert len(average.generate(PROMPTS, [Preference({"a": 1.0, "b": 1.0}), Preference({"c": 1.0})])) == 2
     assert average.settings() == settings  # what was averaged last does not matter
 
 
 def test_a_weight_average_adds_the_factors_of_its_adapters(folders):
     average = WeightAverage("w", folders["base"], {n: folders[n] for n in "ab"}, tiny_tokenizer(), TOKENS)
-    answers(average, [{"a": 1.0, "b": 3.0}] * 2)
+    answers(average, [Preference({"a": 1.0, "b": 3.0})] * 2)
     layer = average.model.base_model.model.model.layers[0].mlp.up_proj
     for factors in (layer.lora_A, layer.lora_B):  # alpha / r is 2 for both
         expected = sum((2 * share) ** 0.5 * factors[name].weight for name, share in (("a", 0.25), ("b", 0.75)))
@@ -117,7 +134,7 @@ def test_a_weight_average_adds_the_factors_of_its_adapters(folders):
 
 def test_prompting_says_what_is_wanted_in_the_system_turn(folders):
     base = tiny_llama(1, max_position_embeddings=256)
-    prompting = PlainModel("p", base, tiny_tokenizer(), TOKENS, {"a": "be a", "b": "be b", "c": "be c"})
+    prompting = PromptedModel("p", base, tiny_tokenizer(), TOKENS, {"a": "be a", "b": "be b", "c": "be c"})
     set_seed(0)
     told = [[{"role": "system", "content": text}, *p] for text, p in zip(("be a be b", "be c"), PROMPTS)]
     expected = sample_answers(base, tiny_tokenizer(), told, TOKENS)
@@ -125,47 +142,75 @@ def test_prompting_says_what_is_wanted_in_the_system_turn(folders):
 
 
 def test_answers_of_other_settings_are_told_apart(model, folders):
-    mixtures = [
-        {},
-        {"use_pcm": False},
-        {"use_description": False},
-        {"use_context": False},
-        {"merge": "logits"},
-        {"expert_top_k": 1},
-        {"top_k": 1},
-        {"weights": {"a": {"a": 2.0}}},
-        {"words": {"a": "be a"}},
-        {"only": "a"},
+    baselines = [
+        TrainedEnsemble("m", model, TOKENS),
+        StaticWeights("m", model, TOKENS),
+        WithoutDescription("m", model, TOKENS),
+        WithoutContext("m", model, TOKENS),
+        TrainedEnsemble("m", with_settings(model, merge="logits"), TOKENS),
+        TrainedEnsemble("m", with_settings(model, expert_top_k=1), TOKENS),
+        TrainedEnsemble("m", model, TOKENS, top_k=1),
+        TrainedEnsemble("m", model, TOKENS, weights={"a": Preference({"a": 2.0})}),
+        ToldInWords("m", model, TOKENS, {"a": "be a"}),
+        SingleExpert("m", model, TOKENS, "a"),
+        TrainedEnsemble("m", model, TOKENS + 1),
     ]
-    settings = [Mixture("m", model, TOKENS, **options).settings() for options in mixtures]
-    settings.append(Mixture("m", model, TOKENS + 1).settings())
-    without_pcm = Mixture("m", model, TOKENS, use_pcm=False).settings()
+    settings = [baseline.settings() for baseline in baselines]
+    without = StaticWeights("m", model, TOKENS).settings()
     torch.nn.init.ones_(model.pcm.head.weight)
-    settings.append(Mixture("m", model, TOKENS).settings())
+    settings.append(TrainedEnsemble("m", model, TOKENS).settings())
     model.config.expert_top_k = 3
-    settings.append(Mixture("m", model, TOKENS).settings())
+    settings.append(TrainedEnsemble("m", model, TOKENS).settings())
     model.config.expert_top_k = None
     assert len(set(settings)) == len(settings)
-    assert Mixture("m", model, TOKENS, use_pcm=False).settings() == without_pcm  # another PCM does not matter to it
+    assert StaticWeights("m", model, TOKENS).settings() == without  # another PCM does not matter to it
+
+
+def test_settings_are_written_as_ever_so_that_kept_answers_are_found(model):
+    options = {"name": "m", "max_new_tokens": 16, "use_pcm": False, "use_description": True, "use_context": True}
+    options |= {"merge": "probabilities", "expert_top_k": None, "top_k": 0}
+    options |= {"weights": {"a": {"a": 2.0}}, "words": None, "only": None}
+    experts = [["a", 0, []], ["b", 0, []], ["c", 0, []]]
+    static = StaticWeights("m", model, TOKENS, weights={"a": Preference({"a": 2.0})})
+    assert static.settings() == json.dumps([options, experts, digest(model.backbones)])
+
+    options = {"name": "m", "max_new_tokens": 16, "use_pcm": True, "use_description": False, "use_context": True}
+    options |= {"merge": "logits", "expert_top_k": None, "top_k": 2, "weights": None, "words": None, "only": None}
+    experts = [[e["name"], 0, [], e["description_ids"]] for e in model.config.experts]
+    ablation = WithoutDescription("m", with_settings(model, merge="logits"), TOKENS, top_k=2)
+    assert ablation.settings() == json.dumps([options, experts, digest(model)])
+
+
+def test_an_ensemble_of_other_settings_shares_its_weights(model):
+    other = with_settings(without_pcm(model), expert_top_k=2)
+    weights = dict(model.named_parameters())
+    for name, weight in other.named_parameters():
+        assert (weight is weights[name]) == (name != "pcm.head.weight"), name
+    assert not other.pcm.head.weight.any()
+    assert model.pcm.head.weight.any()
+    assert (model.config.expert_top_k, other.config.expert_top_k) == (None, 2)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "message"),
     [
-        ({"only": "a", "use_context": False}, "only and use_context, which exclude"),
-        ({"weights": {"a": {"a": 1.0}}, "words": {"a": "x"}}, "weights and words, which exclude"),
-        ({"merge": "logit"}, "`merge` must be one of"),
-        ({"merge": "logits", "expert_top_k": 1}, "`expert_top_k` cannot be used"),
+        (lambda m: SingleExpert("m", m, TOKENS, "a", weights={}), "unexpected keyword argument 'weights'"),
+        (lambda m: ToldInWords("m", m, TOKENS, {}, weights={}), "unexpected keyword argument 'weights'"),
+        (lambda m: TrainedEnsemble("m", with_settings(m, merge="logit"), TOKENS), "`merge` must be one of"),
+        (
+            lambda m: TrainedEnsemble("m", with_settings(m, merge="logits", expert_top_k=1), TOKENS),
+            "`expert_top_k` cannot be used",
+        ),
     ],
 )
-def test_what_excludes_each_other_is_refused(model, options, message):
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
-        answers(Mixture("m", model, TOKENS, **options))
+def test_what_excludes_each_other_is_refused(model, make, message):
+    with pytest.raises((TypeError, StrictDataclassError), match=message):
+        make(model)
     assert (model.config.merge, model.config.expert_top_k) == ("probabilities", None)
 
 
 def test_a_preference_told_in_words_leaves_the_choice_to_the_pcm(model):
-    told = Mixture("m", model, TOKENS, words={"a=1 + b=3": "be a", "c": "be c"})
+    told = ToldInWords("m", model, TOKENS, words={"a=1 + b=3": "be a", "c": "be c"})
     assert answers(told) == sampled(model, preference_text=["be a", "be c"])
     with pytest.raises(ValueError, match="no description of b"):
-        answers(PlainModel("p", model.backbones[0], tiny_tokenizer(), TOKENS, {"a": "be a", "c": "be c"}))
+        answers(PromptedModel("p", model.backbones[0], tiny_tokenizer(), TOKENS, {"a": "be a", "c": "be c"}))

@@ -55,5 +55,5 @@ def test_every_results_table_stands_in_a_document():
 @pytest.mark.parametrize("name", ["report.json", "ablations/report.json"])
 def test_the_committed_evaluation_is_of_the_pcm_that_ships(name):
     report = json.loads((ROOT / "docs/results" / name).read_text())
-    shipped = (ROOT / "examples/artifacts/pcm.safetensors").read_bytes()
+    shipped = (ROOT / "examples/smollm2/artifacts/pcm.safetensors").read_bytes()
     assert report["pcm sha256"] == hashlib.sha256(shipped).hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_llama, tiny_tokenizer
 
+from modeling_pcm_ensemble import Preference
 from modeling_pcm_ensemble.evaluation import (
     Baseline,
     Judge,
@@ -19,19 +20,18 @@ from modeling_pcm_ensemble.evaluation import (
     Verdict,
     agreement,
     collect_answers,
+    collect_text_features,
     judge_answers,
-    label,
-    make_jobs,
+    make_cases,
     measure_cost,
-    read_by_all,
     summarise,
 )
 from modeling_pcm_ensemble.evaluation.comparison import win_rate
 from modeling_pcm_ensemble.rewards import quality
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 
-PREFERENCES = [{"long": 1.0}, {"long": 1.0, "plain": 1.0}]
-JOBS = make_jobs([[{"role": "user", "content": f"Question {i}?"}] for i in range(3)], PREFERENCES)
+PREFERENCES = [Preference({"long": 1.0}), Preference({"long": 1.0, "plain": 1.0})]
+CASES = make_cases([[{"role": "user", "content": f"Question {i}?"}] for i in range(3)], PREFERENCES)
 
 
 class Parrot(Baseline):
@@ -47,7 +47,7 @@ class Parrot(Baseline):
         return [" ".join([prompt[-1]["content"]] * self.times) for prompt in prompts]
 
     def applies(self, preference):
-        return self.name != "picky" or "plain" in preference
+        return self.name != "picky" or "plain" in preference.weights
 
 
 class FirstIsBest(Judge):
@@ -56,7 +56,7 @@ class FirstIsBest(Judge):
     name = "first"
 
     def judge(self, comparisons):
-        return [Verdict(1.0, dict.fromkeys(comparison.preference, 1.0)) for comparison in comparisons]
+        return [Verdict(1.0, dict.fromkeys(comparison.preference.weights, 1.0)) for comparison in comparisons]
 
 
 LENGTH = RewardJudge(
@@ -68,76 +68,77 @@ LENGTH = RewardJudge(
 )
 
 
-def test_jobs_are_every_prompt_under_every_preference_once():
-    assert [(job.prompt[0]["content"], label(job.preference)) for job in JOBS[:3]] == [
+def test_cases_are_every_prompt_under_every_preference_once():
+    assert [(case.prompt[0]["content"], case.preference.label) for case in CASES[:3]] == [
         ("Question 0?", "long"),
         ("Question 0?", "long + plain"),
         ("Question 1?", "long"),
     ]
-    assert label({"a": 2.0, "b": 2.0}) == "a=2 + b=2"
+    assert Preference({"a": 2.0, "b": 2.0}).label == "a=2 + b=2"
 
 
 @pytest.mark.parametrize(
     ("prompts", "preferences", "message"),
     [
-        ([JOBS[0].prompt], [{"a": 1.0}, {"a": 1}], "twice"),
+        ([CASES[0].prompt], [Preference({"a": 1.0}), Preference({"a": 1})], "twice"),
         ([], PREFERENCES, "nothing to compare"),
-        ([JOBS[0].prompt], [{"a": 0.0}], "must be above 0"),
-        ([JOBS[0].prompt], [{"a": float("nan")}], "must be above 0"),
+        ([CASES[0].prompt], [Preference({"a": 0.0})], "must be above 0"),
+        ([CASES[0].prompt], [Preference({"a": float("nan")})], "must be above 0"),
         (["What?"], PREFERENCES, "must be conversations"),
+        ([CASES[0].prompt], [{"a": 1.0}], "must be of the type `Preference`, got dict"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(prompts, preferences, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        make_jobs(prompts, preferences)
+        make_cases(prompts, preferences)
 
 
 def test_an_interrupted_collection_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
-        collect_answers(Parrot("parrot", fails_at=2), JOBS, tmp_path, batch_size=2)
+        collect_answers(Parrot("parrot", fails_at=2), CASES, tmp_path, batch_size=2)
     again = Parrot("parrot")
-    answers = collect_answers(again, JOBS, tmp_path, batch_size=2)
+    answers = collect_answers(again, CASES, tmp_path, batch_size=2)
     assert again.calls == 1
-    assert answers == [job.prompt[0]["content"] for job in JOBS]
+    assert answers == [case.prompt[0]["content"] for case in CASES]
 
 
 def test_sampled_answers_do_not_depend_on_an_interruption(tmp_path):
     plain = PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5)
-    whole = collect_answers(plain, JOBS, tmp_path / "whole", batch_size=2)
-    collect_answers(plain, JOBS[:2], tmp_path / "parts", batch_size=2)
-    assert collect_answers(plain, JOBS, tmp_path / "parts", batch_size=2) == whole
+    whole = collect_answers(plain, CASES, tmp_path / "whole", batch_size=2)
+    collect_answers(plain, CASES[:2], tmp_path / "parts", batch_size=2)
+    assert collect_answers(plain, CASES, tmp_path / "parts", batch_size=2) == whole
     assert len(set(whole)) > 1
 
 
 def test_answers_are_kept_by_name_and_settings(tmp_path):
     def plain(seed: int, name: str = "plain", tokens: int = 5):
-        return collect_answers(PlainModel(name, tiny_llama(seed), tiny_tokenizer(), tokens), JOBS, tmp_path)
+        return collect_answers(PlainModel(name, tiny_llama(seed), tiny_tokenizer(), tokens), CASES, tmp_path)
 
     first = plain(0)
     assert plain(1) != first
     assert plain(0, tokens=6) != first
     calls = Parrot("plain")
-    assert collect_answers(calls, JOBS, tmp_path)[0] == "Question 0?"
+    assert collect_answers(calls, CASES, tmp_path)[0] == "Question 0?"
     assert calls.calls == 1
     assert plain(0) == first
-    assert [collect_answers(Parrot(name, times), JOBS, tmp_path)[0] for name, times in (("a", 1), ("a.1", 2))] == [
+    assert [collect_answers(Parrot(name, times), CASES, tmp_path)[0] for name, times in (("a", 1), ("a.1", 2))] == [
         "Question 0?",
         "Question 0? Question 0?",
     ]
 
 
 def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
-    collect_answers(Parrot("parrot"), JOBS, tmp_path)
+    collect_answers(Parrot("parrot"), CASES, tmp_path)
     theirs = tmp_path / "answers-1.jsonl"
     theirs.write_text('{"key": "half')
-    assert collect_answers(Parrot("parrot", fails_at=0), JOBS, tmp_path)[0] == "Question 0?"
+    assert collect_answers(Parrot("parrot", fails_at=0), CASES, tmp_path)[0] == "Question 0?"
     assert theirs.read_text() == '{"key": "half'
 
 
 def test_a_baseline_answers_only_where_it_applies(tmp_path):
-    answers = collect_answers(Parrot("picky"), JOBS, tmp_path)
+    answers = collect_answers(Parrot("picky"), CASES, tmp_path)
     assert [answer is None for answer in answers] == [True, False] * 3
-    outcome = judge_answers(LENGTH, JOBS, answers, ["x"] * 6)
+    outcome = judge_answers(LENGTH, CASES, answers, ["x"] * 6)
     assert np.isnan(outcome.wins[:, 0]).all()
     assert (outcome.wins[:, 1] == 1).all()
 
@@ -148,13 +149,13 @@ def test_answers_that_do_not_match_their_prompts_are_refused(tmp_path):
             return super().generate(prompts, preferences)[1:]
 
     with pytest.raises(ValueError, match=r"'short' gave 5 answers to 6 prompts"):
-        collect_answers(Short("short"), JOBS, tmp_path)
+        collect_answers(Short("short"), CASES, tmp_path)
     with pytest.raises(ValueError, match="1 and 6 answers to 6"):
-        judge_answers(LENGTH, JOBS, ["x"], ["x"] * 6)
+        judge_answers(LENGTH, CASES, ["x"], ["x"] * 6)
 
 
 def test_rewards_win_by_dimension_and_as_a_whole():
-    outcome = judge_answers(LENGTH, JOBS[:2], ["0123456789" * 2, "0123456789" * 2], ["0123456789", "0123456789" * 2])
+    outcome = judge_answers(LENGTH, CASES[:2], ["0123456789" * 2, "0123456789" * 2], ["0123456789", "0123456789" * 2])
     assert outcome.dimensions["long"][0] == pytest.approx([1 / (1 + np.exp(-1)), 0.5])
     assert outcome.dimensions["plain"][0, 1] == 0.5
     assert outcome.wins.tolist() == [[1.0, 0.5]]
@@ -162,23 +163,23 @@ def test_rewards_win_by_dimension_and_as_a_whole():
 
 
 def test_wins_stand_in_the_place_of_their_prompt_and_preference():
-    jobs = sorted(JOBS, key=lambda job: label(job.preference))
-    ours = ["longer" if label(job.preference) == "long" else "no" for job in jobs]
-    outcome = judge_answers(LENGTH, jobs, ours, ["short"] * 6)
+    cases = sorted(CASES, key=lambda case: case.preference.label)
+    ours = ["longer" if case.preference.label == "long" else "no" for case in cases]
+    outcome = judge_answers(LENGTH, cases, ours, ["short"] * 6)
     assert outcome.wins.tolist() == [[1.0, 0.0]] * 3
-    report = summarise({"other": outcome}, jobs)["other"]
+    report = summarise({"other": outcome}, cases)["other"]
     assert report["preferences"]["long"]["win_rate"][0] == 1.0
     assert report["preferences"]["long + plain"]["win_rate"][0] == 0.0
 
 
 def test_a_judge_with_a_favourite_place_decides_nothing():
-    outcome = judge_answers(FirstIsBest(), JOBS, ["a"] * 6, ["b"] * 6)
+    outcome = judge_answers(FirstIsBest(), CASES, ["a"] * 6, ["b"] * 6)
     assert (outcome.wins == 0.5).all()
     assert outcome.position_bias == 0.5
 
 
 def test_the_summary_counts_wins_and_adjusts_for_their_number():
-    twelve = make_jobs([[{"role": "user", "content": str(i)}] for i in range(12)], PREFERENCES)
+    twelve = make_cases([[{"role": "user", "content": str(i)}] for i in range(12)], PREFERENCES)
     always = judge_answers(LENGTH, twelve, ["longer"] * 24, ["short"] * 24)
     half = Outcome(np.tile([[1.0, 0.0]], (12, 1)), {"long": np.full((12, 2), 0.5)}, 0.0)
     report = summarise({"worse": always, "equal": half}, twelve)
@@ -218,7 +219,7 @@ def test_agreement_is_that_worked_out_by_hand():
 def test_cost_is_measured_for_every_baseline():
     plain = PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5)
     again = PlainModel("again", plain.model, tiny_tokenizer(), 5)
-    cost = measure_cost([plain, again, Parrot("parrot")], JOBS, tiny_tokenizer(), rounds=2)
+    cost = measure_cost([plain, again, Parrot("parrot")], CASES, tiny_tokenizer(), rounds=2)
     assert cost["plain"]["working_mb"] == pytest.approx(cost["again"]["working_mb"], abs=4)
     assert cost["plain"]["weights_mb"] == pytest.approx(sum(p.nbytes for p in plain.model.parameters()) / 2**20)
     assert cost["plain"]["seconds_per_token"] > cost["parrot"]["seconds_per_token"] > 0
@@ -229,17 +230,17 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_llama, tiny_tokenizer
-from test_comparison import JOBS
-from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers, processes, read_by_all
+from test_comparison import CASES
+from modeling_pcm_ensemble.evaluation import PlainModel, collect_answers, distributed_state, collect_text_features
 from modeling_pcm_ensemble.rewards.quality import TextQuality
-answers = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, Path(sys.argv[2]), 0, 2)
+answers = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), CASES, Path(sys.argv[2]), 0, 2)
 guard, read = TextQuality(tiny_llama(0), tiny_tokenizer()), []
 nll = guard.nll
 guard.nll = lambda prompts, texts: read.extend(texts) or nll(prompts, texts)
-read_by_all(guard, JOBS, Path(sys.argv[2]), answers)
+collect_text_features(guard, CASES, Path(sys.argv[2]), answers)
 seen = {"answers": answers, "read": len(read) // 2, "known": sorted(map(list, guard.known))}  # with prompt and without
 (Path(sys.argv[2]) / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(seen))
-processes().destroy_process_group()
+distributed_state().destroy_process_group()
 """
 
 
@@ -252,23 +253,23 @@ def test_two_processes_answer_and_read_as_one(tmp_path):
     assert run.returncode == 0, run.stderr
     written = [len(path.read_text().splitlines()) for path in sorted(tmp_path.glob("answers-*.jsonl"))]
     assert written == [4, 2]
-    alone = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), JOBS, tmp_path / "one", 0, 2)
-    texts = sorted({(json.dumps(job.prompt), text) for job, text in zip(JOBS, alone)})
+    alone = collect_answers(PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5), CASES, tmp_path / "one", 0, 2)
+    texts = sorted({(json.dumps(case.prompt), text) for case, text in zip(CASES, alone)})
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
     assert all(entry["answers"] == alone and entry["known"] == list(map(list, texts)) for entry in seen)
     assert sum(entry["read"] for entry in seen) == len(texts)
     guard = TextQuality(tiny_llama(0), tiny_tokenizer())
     guard.nll = lambda *_: pytest.fail("what was kept is read again")
-    read_by_all(guard, JOBS, tmp_path, alone)
+    collect_text_features(guard, CASES, tmp_path, alone)
     assert sorted(map(list, guard.known)) == list(map(list, texts))
 
 
 def test_more_answers_than_a_guard_remembers_are_read_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "MOST_KNOWN", 2)
     guard = TextQuality(tiny_llama(0), tiny_tokenizer(), batch_size=1)
-    answers = [f"answer {i}" for i in range(len(JOBS))]
-    read_by_all(guard, JOBS, tmp_path, answers)
+    answers = [f"answer {i}" for i in range(len(CASES))]
+    collect_text_features(guard, CASES, tmp_path, answers)
     assert {text for _, text in guard.known} == set(answers)
     monkeypatch.setattr(guard, "nll", lambda *_: pytest.fail("what is known is read again"))
-    assert len(guard.features([job.prompt for job in JOBS], answers)) == len(JOBS)
-    assert len((tmp_path / "read-0.jsonl").read_text().splitlines()) == len(JOBS)
+    assert len(guard.features([case.prompt for case in CASES], answers)) == len(CASES)
+    assert len((tmp_path / "read-0.jsonl").read_text().splitlines()) == len(CASES)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from modeling_pcm_ensemble.evaluation import bootstrap_interval, holm, omega_squared, permutation_p_value
+from modeling_pcm_ensemble.evaluation import adjust_p_values, bootstrap_interval, omega_squared, permutation_p_value
 
 
 def test_intervals_cover_the_true_difference_as_often_as_they_say():
@@ -36,10 +36,10 @@ def test_the_permutation_test_counts_sign_changes_and_seldom_cries_wolf():
     assert permutation_p_value(0.5 + rng.normal(size=(1, 60))) < 0.01
 
 
-def test_holm_adjusts_in_order():
+def test_p_values_are_adjusted_in_order():
     # 0.01 · 4, 0.02 · 3, then no less than before: 0.03 · 2; 0.5 · 1
-    assert holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
-    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert adjust_p_values([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
+    assert adjust_p_values([0.6, 0.9]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

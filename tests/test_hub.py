@@ -2,7 +2,6 @@
 
 import json
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -260,14 +259,13 @@ def test_a_faulty_pull_is_retried_or_says_so_and_can_be_run_again(hub, thin, tmp
 
 SMOLLM2 = """
 import torch
-from safetensors.torch import load_file
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 experts = {
     name: {"model": demo.REPOSITORY, "adapter": f"{ARTIFACTS}/{name}", "description": text, "dimension": dimension}
     for name, (dimension, text) in demo.PREFERENCES.items()
 }
 model = PCMEnsembleForCausalLM.from_experts(experts, pcm=demo.REPOSITORY, pcm_layers=4, dtype=torch.bfloat16)
-model.pcm.load_state_dict(model.pcm.state_dict() | load_file(f"{ARTIFACTS}/pcm.safetensors"))
+model.load_pcm(f"{ARTIFACTS}/pcm.safetensors")
 model.push_to_hub("owner/whole")
 model.push_to_hub("owner/thin", thin=True)
 """
@@ -290,8 +288,7 @@ print(torch.equal(*logits))
 @pytest.mark.real_model
 def test_six_adapters_and_the_trained_pcm_are_small_when_thin_and_the_same(hub, tmp_path):
     hub.add(demo.REPOSITORY, demo.fetch_smollm2())
-    artifacts = str(Path(__file__).parent.parent / "examples" / "artifacts")
-    author = run_client(SMOLLM2, hub, tmp_path / "author", ARTIFACTS=artifacts)
+    author = run_client(SMOLLM2, hub, tmp_path / "author", ARTIFACTS=str(demo.ARTIFACTS))
     assert author.returncode == 0, author.stderr
     sizes = {name: sum(map(len, hub.files(f"owner/{name}").values())) / 1e6 for name in ("whole", "thin")}
     assert sizes["thin"] < 64 < 256 < sizes["whole"]

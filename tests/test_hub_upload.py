@@ -18,7 +18,7 @@ from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 ROOT = Path(__file__).parent.parent
 RESULTS = {
     "title": "Win rates on ten prompts",
-    "command": "python examples/evaluate.py --quick",
+    "command": "python examples/smollm2/evaluate.py --quick",
     "dataset": "koala",
     "ours": "trained PCM",
     "judges": {"rewards": {"vanilla": {"win_rate": [0.75, 0.5, 0.9], "p": 0.01, "position_bias": 0.0}}},

@@ -335,7 +335,7 @@ def test_who_waits_for_another_writer_says_so_and_goes_on_when_that_one_is_kille
 @pytest.mark.real_model
 def test_the_real_ensemble_survives_sixty_kills_at_random_moments(tmp_path):
     torch.manual_seed(0)
-    old = demo.trained_ensemble(Path(__file__).parents[1] / "examples" / "artifacts", dtype=torch.bfloat16)
+    old = demo.trained_ensemble(dtype=torch.bfloat16)
     new = copy.deepcopy(old)
     torch.nn.init.ones_(new.pcm.head.weight)
     new.config.experts[0]["prompt"] = "Be old."

@@ -11,6 +11,7 @@ import pytest
 from conftest import HEADS, SIZES, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from modeling_pcm_ensemble import Preference
 from modeling_pcm_ensemble.evaluation import (
     ChatEndpoint,
     Comparison,
@@ -19,7 +20,7 @@ from modeling_pcm_ensemble.evaluation import (
     RewardJudge,
     Verdict,
     judge_answers,
-    make_jobs,
+    make_cases,
     write_ballot,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import (
@@ -77,7 +78,7 @@ def test_what_suits_one_dimension_more_than_it_hurts_another_wins():
         ],
     }
     judge = RewardJudge("rewards", rewards)
-    equal, other = judge.judge([Comparison(PROMPT, {"a": a, "b": 1.0}, "x", "y") for a in (1.0, 0.1)])
+    equal, other = judge.judge([Comparison(PROMPT, Preference({"a": a, "b": 1.0}), "x", "y") for a in (1.0, 0.1)])
     assert equal.dimensions == {"a": pytest.approx(0.9526, abs=1e-4), "b": pytest.approx(0.3775, abs=1e-4)}
     assert (equal.winner, other.winner) == (1.0, 0.0)
 
@@ -85,7 +86,7 @@ def test_what_suits_one_dimension_more_than_it_hurts_another_wins():
 def test_a_reward_model_judges():
     config = LlamaConfig(**SIZES | HEADS, num_labels=1)
     reward = ModelReward(LlamaForSequenceClassification(config), tiny_tokenizer())
-    (verdict,) = RewardJudge("model", {"a": reward}).judge([Comparison(PROMPT, {"a": 1.0}, "yes", "no")])
+    (verdict,) = RewardJudge("model", {"a": reward}).judge([Comparison(PROMPT, Preference({"a": 1.0}), "yes", "no")])
     one, other = reward([PROMPT] * 2, [[{"role": "assistant", "content": text}] for text in ("yes", "no")])
     assert verdict.winner == float(one > other)
 
@@ -149,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 DESCRIPTIONS = {"concise": "Be brief.", "friendly": "Be kind."}
-PAIR = Comparison(PROMPT, {"concise": 1.0, "friendly": 1.0}, SHORT, KIND)
+PAIR = Comparison(PROMPT, Preference({"concise": 1.0, "friendly": 1.0}), SHORT, KIND)
 
 
 def test_a_language_model_is_asked_once_about_each_dimension(tmp_path):
@@ -174,7 +175,9 @@ def test_a_server_that_fails_or_is_late_at_first_is_asked_again(tmp_path):
 
 def test_equal_answers_are_a_tie_and_nobody_is_asked(tmp_path):
     judge = LanguageModelJudge("lm", None, DESCRIPTIONS, tmp_path / "replies.jsonl")
-    assert judge.judge([Comparison(PROMPT, {"concise": 1.0}, "x", "x")]) == [Verdict(0.5, {"concise": 0.5})]
+    assert judge.judge([Comparison(PROMPT, Preference({"concise": 1.0}), "x", "x")]) == [
+        Verdict(0.5, {"concise": 0.5})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +215,8 @@ def test_votes_are_averaged_and_those_on_other_pairs_left_out(tmp_path):
         write_votes(tmp_path / "votes.csv", [*shown, "first"], [*shown, "tie"], [*shown, "first"], [*turned, "first"])
     )
     assert votes.judge([PAIR, PAIR.swapped()]) == [Verdict(pytest.approx(5 / 6), {}), Verdict(1.0, {})]
-    jobs = make_jobs([PROMPT], [PAIR.preference, {"concise": 1.0}])
-    outcome = judge_answers(votes, jobs, [SHORT] * 2, [KIND] * 2)
+    cases = make_cases([PROMPT], [PAIR.preference, Preference({"concise": 1.0})])
+    outcome = judge_answers(votes, cases, [SHORT] * 2, [KIND] * 2)
     assert outcome.wins[0, 0] == pytest.approx((5 / 6 + 0) / 2)
     assert outcome.wins[0, 1] != outcome.wins[0, 1]  # NaN: nobody voted
     assert outcome.position_bias == pytest.approx((5 / 6 + 1) / 2 - 0.5)
@@ -228,7 +231,7 @@ def test_votes_that_cannot_be_read_are_refused(tmp_path):
 
 
 def test_a_ballot_can_be_voted_on_and_read(tmp_path):
-    pairs = [Comparison(PROMPT, {"concise": 1.0}, f"ours, {i}", f"theirs {i}") for i in range(20)]
+    pairs = [Comparison(PROMPT, Preference({"concise": 1.0}), f"ours, {i}", f"theirs {i}") for i in range(20)]
     write_ballot(pairs, tmp_path / "ballot.csv")
     assert HumanVotes(tmp_path / "ballot.csv").judge(pairs) == [None] * 20  # nobody has voted yet
     with (tmp_path / "ballot.csv").open(newline="") as file:
@@ -238,13 +241,15 @@ def test_a_ballot_can_be_voted_on_and_read(tmp_path):
     for row in rows:
         row["choice"] = "first" if row["first"].startswith("ours") else "second"
     voted = HumanVotes(write_votes(tmp_path / "votes.csv", *[row.values() for row in rows]))
-    outcome = judge_answers(voted, make_jobs([PROMPT], [{"concise": 1.0}]), ["ours, 3"], ["theirs 3"])
+    outcome = judge_answers(voted, make_cases([PROMPT], [Preference({"concise": 1.0})]), ["ours, 3"], ["theirs 3"])
     assert outcome.wins.tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "＝", "'=", "'"])
 def test_no_cell_of_a_ballot_is_a_formula(tmp_path, start):
-    pair = Comparison([{"role": "user", "content": f"{start}1+1"}], {"concise": 1.0}, f"{start}2", f"{start}3")
+    pair = Comparison(
+        [{"role": "user", "content": f"{start}1+1"}], Preference({"concise": 1.0}), f"{start}2", f"{start}3"
+    )
     write_ballot([pair], tmp_path / "ballot.csv")
     with (tmp_path / "ballot.csv").open(newline="", encoding="utf-8") as file:
         *_, row = csv.reader(file)

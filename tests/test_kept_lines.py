@@ -7,7 +7,7 @@ import pytest
 from interruptions import stopped_at
 
 from modeling_pcm_ensemble.evaluation import KeptLines
-from modeling_pcm_ensemble.evaluation.comparison import kept_by_all
+from modeling_pcm_ensemble.evaluation.answers import open_kept_lines
 
 LINES = [{"key": "ä", "answer": "é"}, {"key": "愛", "answer": "🦊\u2028\x85 „so“"}, {"key": "c", "answer": ""}]
 ENCODED = [(json.dumps(line, ensure_ascii=False) + "\n").encode() for line in LINES]
@@ -18,7 +18,7 @@ def test_a_file_that_is_cut_anywhere_even_inside_a_character_is_gone_on_with(tmp
     path = tmp_path / "answers-0.jsonl"
     path.write_bytes(b"".join(ENCODED)[:length])
     whole = b"".join(ENCODED)[:length].count(b"\n")
-    known, mine = kept_by_all(tmp_path, "answers", 1)  # another process reads it, and leaves it as it is
+    known, mine = open_kept_lines(tmp_path, "answers", 1)  # another process reads it, and leaves it as it is
     assert (list(known.values()), mine.lines) == (LINES[:whole], {})
     assert path.stat().st_size == length
     KeptLines(path).add(LINES[whole:])
@@ -44,7 +44,7 @@ def test_a_damaged_line_is_named_and_the_file_left_as_it_is(tmp_path, damaged):
     path = tmp_path / "answers-0.jsonl"
     path.write_bytes(ENCODED[0] + damaged + b"\n" + ENCODED[1] + ENCODED[2][:-3])
     before = path.read_bytes()
-    for read in (KeptLines, lambda path: kept_by_all(path.parent, "answers", 0)):
+    for read in (KeptLines, lambda path: open_kept_lines(path.parent, "answers", 0)):
         with pytest.raises(ValueError, match=r"Line 2 of .*answers-0\.jsonl is damaged.* Remove that line"):
             read(path)
     assert path.read_bytes() == before

@@ -119,7 +119,7 @@ def test_a_lora_expert_gives_pefts_logits_on_real_weights(tmp_path):
 
 @pytest.mark.parametrize("wanted", [("elementary", "concise"), ("knowledgeable", "informative", "unfriendly")])
 def test_the_shipped_pcm_chooses_experts_from_their_descriptions_alone(wanted):
-    model = demo.trained_ensemble(ROOT / "examples" / "artifacts", dtype=torch.float32)
+    model = demo.trained_ensemble(dtype=torch.float32)
     words = " ".join(demo.PREFERENCES[name][1] for name in wanted)
     expert_weights = model.compute_expert_weights(**chat(model, QUESTIONS), preference_text=words)[:, -1]
     places = [model.config.expert_names.index(name) for name in wanted]
@@ -127,7 +127,7 @@ def test_the_shipped_pcm_chooses_experts_from_their_descriptions_alone(wanted):
 
 
 def test_the_shipped_pcm_follows_the_preference_and_the_context():
-    model = demo.trained_ensemble(ROOT / "examples" / "artifacts", dtype=torch.float32)
+    model = demo.trained_ensemble(dtype=torch.float32)
     inputs = chat(model, QUESTIONS[:1] * 2)
     ids = model.generate(
         **inputs, preference=["elementary", "concise", "friendly"], max_new_tokens=40, do_sample=False

@@ -5,17 +5,19 @@ import json
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from test_baselines import PROMPTS, folders, model  # noqa: F401
-from test_comparison import JOBS, LENGTH, Parrot
+from test_comparison import CASES, LENGTH, Parrot
 
+from modeling_pcm_ensemble import Preference
 from modeling_pcm_ensemble.evaluation import (
     HumanVotes,
-    Mixture,
     PlainModel,
     RewardJudge,
+    SingleExpert,
+    TrainedEnsemble,
     eval_results,
     evaluate,
     judge_answers,
-    make_jobs,
+    make_cases,
     summarise,
     write_report,
 )
@@ -32,13 +34,13 @@ AGAIN = RewardJudge("again", LONG.rewards)
 
 
 def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, tmp_path):  # noqa: F811
-    base, jobs = model.backbones[0], make_jobs(PROMPTS, [{"a": 1.0, "b": 1.0}, {"c": 1.0}])
-    ours, vanilla = Mixture("ours", model, 6), PlainModel("vanilla", base, model.tokenizer, 6)
-    others = [vanilla, Mixture("a alone", model, 6, only="a"), Parrot("parrot", 9)]
-    options = {"model": model, "guard": TextQuality(base, model.tokenizer), "batch_size": 3}
+    base, cases = model.backbones[0], make_cases(PROMPTS, [Preference({"a": 1.0, "b": 1.0}), Preference({"c": 1.0})])
+    ours, vanilla = TrainedEnsemble("ours", model, 6), PlainModel("vanilla", base, model.tokenizer, 6)
+    others = [vanilla, SingleExpert("a alone", model, 6, "a"), Parrot("parrot", 9)]
+    options = {"model": model, "quality": TextQuality(base, model.tokenizer), "batch_size": 3}
     with pytest.raises(RuntimeError, match="killed"):
-        evaluate(ours, [*others[:2], Parrot("parrot", 9, fails_at=1)], jobs, [LONG], tmp_path, **options)
-    report = evaluate(ours, others, jobs, [LONG, AGAIN], tmp_path, **options)
+        evaluate(ours, [*others[:2], Parrot("parrot", 9, fails_at=1)], cases, [LONG], tmp_path, **options)
+    report = evaluate(ours, others, cases, [LONG, AGAIN], tmp_path, **options)
     assert set(report["judges"]["long"]) == {"vanilla", "a alone", "parrot"}
     assert list(report["judges"]["long"]["a alone"]["preferences"]) == ["a + b"]
     assert report["judges"]["long"]["parrot"]["win_rate"][0] == 0.0
@@ -62,14 +64,14 @@ def test_how_much_worse_a_text_is_counts_against_whatever_should_be_low_or_high(
 
 
 def test_votes_on_a_few_pairs_are_a_report_too(tmp_path, model):  # noqa: F811
-    jobs, ours, loud = make_jobs(PROMPTS, [{"a": 1.0}]), Parrot("ours"), Parrot("loud", 2)
+    cases, ours, loud = make_cases(PROMPTS, [Preference({"a": 1.0})]), Parrot("ours"), Parrot("loud", 2)
     votes = tmp_path / "votes.csv"
     votes.write_text(
         "prompt,preference,first,second,choice\nwhat is it?,a,what is it?,what is it? what is it?,first\n"
     )
-    options = {"model": model, "guard": TextQuality(model.backbones[0], model.tokenizer)}
+    options = {"model": model, "quality": TextQuality(model.backbones[0], model.tokenizer)}
     others = [Parrot("vanilla", 3), loud]  # nobody has voted on the first
-    report = evaluate(ours, others, jobs, [LONG, HumanVotes(votes)], tmp_path, **options)
+    report = evaluate(ours, others, cases, [LONG, HumanVotes(votes)], tmp_path, **options)
     assert report["judges"]["people"]["vanilla"]["win_rate"] is None
     assert report["judges"]["people"]["loud"]["win_rate"][0] == 1.0
     assert report["agreement"] == {"long, people": [0.0, 0.0]}
@@ -82,23 +84,23 @@ def test_votes_on_a_few_pairs_are_a_report_too(tmp_path, model):  # noqa: F811
     [
         ([Parrot("vanilla"), Parrot("vanilla")], [LENGTH], "names of their own"),
         ([Parrot("other")], [LENGTH], "must be 'vanilla'"),
-        ([Parrot("vanilla"), Mixture("x alone", None, 6, only="x")], [LENGTH], "'x alone' applies under none"),
+        ([Parrot("vanilla"), SingleExpert("x alone", None, 6, "x")], [LENGTH], "'x alone' applies under none"),
         ([Parrot("vanilla")], [LENGTH, LONG], "'long' cannot judge long, plain"),
     ],
 )
 def test_an_evaluation_that_would_fail_at_its_end_is_refused_at_its_start(others, judges, message, tmp_path):
     ours = Parrot("ours", fails_at=0)
     with pytest.raises(ValueError, match=message):
-        evaluate(ours, others, JOBS, judges, tmp_path, model=None, guard=None)
+        evaluate(ours, others, CASES, judges, tmp_path, model=None, quality=None)
 
 
 def example_report() -> dict:
-    outcomes = {"other": judge_answers(LENGTH, JOBS, ["longer"] * 6, ["short"] * 6)}
+    outcomes = {"other": judge_answers(LENGTH, CASES, ["longer"] * 6, ["short"] * 6)}
     return {
         "title": "A title",
         "command": "python run.py",
         "ours": "ours",
-        "judges": {"length": summarise(outcomes, JOBS)},
+        "judges": {"length": summarise(outcomes, CASES)},
         "agreement": {"length, people": [0.75, 0.5]},
         "rewards": {name: {"long": 0.6, "plain": 0.5, "short": 0.4, "mean": 0.5} for name in ("ours", "other")},
         "base": "other",

@@ -17,7 +17,7 @@ from conftest import tiny_llama, tiny_tokenizer
 from huggingface_hub import RepoCard
 from playwright.sync_api import expect, sync_playwright
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
 from modeling_pcm_ensemble.evaluation import HumanVotes
 from modeling_pcm_ensemble.evaluation.judges import Comparison
 
@@ -31,7 +31,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 def space(tmp_path_factory):
     """Address of the running app, and its file of votes."""
     folder = tmp_path_factory.mktemp("space")
-    demo.trained_ensemble(ROOT / "examples" / "artifacts").save_pretrained(folder / "ensemble")
+    demo.trained_ensemble().save_pretrained(folder / "ensemble")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,7 +105,7 @@ def test_two_preferences_answer_side_by_side_and_are_voted_on(space, page, tmp_p
     votes = HumanVotes(space[1])
     ((prompt, preference, first, second),) = votes.votes
     assert (prompt, preference) == ("What is gravity?", "knowledgeable=1 + friendly=1.2")
-    wanted = {"knowledgeable": 1.0, "friendly": 1.2}
+    wanted = Preference({"knowledgeable": 1.0, "friendly": 1.2})
     (verdict,) = votes.judge([Comparison([{"role": "user", "content": prompt}], wanted, first, second)])
     assert verdict.winner == 1.0
 

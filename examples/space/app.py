@@ -14,6 +14,7 @@ import os
 import queue
 import sys
 import threading
+from functools import partial
 
 import gradio as gr
 import matplotlib
@@ -33,7 +34,8 @@ class TokenQueue(BaseStreamer):
     """Tokens of all rows as they come, `(batch,)` each; then None, or the exception that ended them."""
 
     def __init__(self):
-        self.steps, self.prompt_seen = queue.Queue(), False
+        self.steps = queue.Queue()
+        self.prompt_seen = False
 
     def put(self, value):
         if self.prompt_seen:
@@ -55,6 +57,7 @@ class Stopped(StoppingCriteria):
 
 
 def load_ensemble(source: str | None, revision: str | None = None):
+    """Load an ensemble and run its code: from a folder or a repository, on a GPU if there is one."""
     if not source:
         raise ValueError("Name an ensemble: as argument, or, in a Space, by the variable ENSEMBLE.")
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=True)
@@ -64,27 +67,33 @@ def load_ensemble(source: str | None, revision: str | None = None):
 
 
 def encode(model, question: str) -> torch.Tensor:
-    tokenizer = model.tokenizer
-    if tokenizer.chat_template is None:
-        return tokenizer(question, return_tensors="pt")["input_ids"].to(model.device)
-    chat = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ].to(model.device)
+    """Encode a question up to where the answer begins, `(1, tokens)`."""
+    if model.tokenizer.chat_template is None:
+        inputs = model.tokenizer(question, return_tensors="pt")
+    else:
+        chat = [{"role": "user", "content": question}]
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = model.tokenizer.apply_chat_template(chat, **options)
+    return inputs["input_ids"].to(model.device)
 
 
 def preferences_of(model, values: list) -> tuple[list[dict[str, float]], list[str | None]]:
-    """Weights and words of both sides from the controls' values; words alone may choose among all experts."""
+    """Read weights and words of both sides from the controls' values; words alone may choose among all experts."""
     names = model.config.expert_names
-    sides = [values[: len(names) + 1], values[len(names) + 1 :]]
-    words = [(side[-1] or "").strip() or None for side in sides]
-    weights = [{name: float(w) for name, w in zip(names, side) if w} for side in sides]
-    return [w or (dict.fromkeys(names, 1.0) if text else {}) for w, text in zip(weights, words)], words
+    middle = len(names) + 1  # behind a side's sliders stands its box for words
+    weights, words = [], []
+    for side in (values[:middle], values[middle:]):
+        text = (side[-1] or "").strip() or None
+        chosen = {name: float(weight) for name, weight in zip(names, side) if weight}
+        weights.append(chosen or (dict.fromkeys(names, 1.0) if text else {}))
+        words.append(text)
+    return weights, words
 
 
 def stream_tokens(model, input_ids, weights, words, max_new_tokens: int, temperature: float):
     """Yield the tokens of both answers so far, `(2, tokens)`, as generation goes on beside."""
-    streamer, gone = TokenQueue(), threading.Event()
+    streamer = TokenQueue()
+    gone = threading.Event()
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
     def generate():
@@ -114,34 +123,36 @@ def stream_tokens(model, input_ids, weights, words, max_new_tokens: int, tempera
 
 
 def cut_at_end(model, tokens: torch.Tensor) -> list[int]:
-    """An answer's tokens before the first that ends it."""
+    """Cut an answer's tokens before the first that ends it."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    ids = tokens.tolist()
-    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(itertools.takewhile(lambda token: token not in ends, tokens.tolist()))
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens comes with its last one."""
+    """Give the text that each token adds; a character of several tokens comes with its last one."""
     texts = [""] + [tokenizer.decode(ids[:end]).rstrip("�") for end in range(1, len(ids) + 1)]
     return [after[len(before) :] for before, after in itertools.pairwise(texts)]
 
 
 def explain(model, input_ids, answer: list[int], weights: dict[str, float], words: str | None):
-    """Tokens with the expert that contributed most to each, and α at each: `(tokens, experts)`."""
+    """Give tokens with the expert that contributed most to each, and α at each: `(tokens, experts)`."""
     ids = torch.cat([input_ids, torch.tensor([answer], device=input_ids.device)], dim=1)
     given = {"preference": weights, "preference_text": words}
     start = input_ids.shape[1] - 1
     with torch.no_grad():
         shares = model.attribute(ids, **given)[0, start:]
         alphas = model.compute_expert_weights(ids, **given)[0, start:-1].cpu()
+
     carriers = [model.config.expert_names[index] for index in shares.argmax(dim=-1).tolist()]
     return list(zip(pieces(model.tokenizer, answer), carriers)), alphas
 
 
 def draw(alphas: torch.Tensor, names: list[str], colors: dict[str, str]) -> Figure:
+    """Draw α over an answer, `(tokens, experts)`, as stacked areas."""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axis = figure.subplots()
+
     wanted = [index for index in range(len(names)) if alphas[:, index].any()]
     values = alphas[:, wanted].T.tolist()
     labels = [names[i] for i in wanted]
@@ -152,19 +163,19 @@ def draw(alphas: torch.Tensor, names: list[str], colors: dict[str, str]) -> Figu
 
 
 def label(weights: dict[str, float], words: str | None) -> str:
-    """A preference in the votes: `elementary=2 + concise=0.5`, as the evaluation writes it."""
+    """Write a preference in the votes: `elementary=2 + concise=0.5`, as the evaluation writes it."""
     equal = set(weights.values()) == {1.0}
     named = " + ".join(name if equal else f"{name}={weight:g}" for name, weight in weights.items())
     return named if words is None else f"{named}: {words}"
 
 
 def as_cell(text: str) -> str:
-    """A text that a spreadsheet shows and does not run, as `HumanVotes` of the evaluation reads it back."""
+    """Write a text so that a spreadsheet shows it and does not run it; `HumanVotes` of the evaluation reads it."""
     return f"'{text}" if text.lstrip("'").startswith(FORMULAS) else text
 
 
 def slider(lowest: float, highest: float, value: float, **options) -> gr.Slider:
-    """A slider that says so where the API sends what is no number."""
+    """Make a slider that says so where the API sends what is no number."""
     made = gr.Slider(lowest, highest, value, **options)
     read = made.preprocess
 
@@ -178,6 +189,7 @@ def slider(lowest: float, highest: float, value: float, **options) -> gr.Slider:
 
 
 def add_vote(path: str, row: tuple[str, ...]):
+    """Append a row to the file of votes, which begins with the columns' names."""
     with WRITING, open(path, "a", newline="", encoding="utf-8") as file:
         new = file.tell() == 0
         writer = csv.writer(file)
@@ -186,39 +198,70 @@ def add_vote(path: str, row: tuple[str, ...]):
         writer.writerow([as_cell(text) for text in row])
 
 
+def answer_both(model, colors: dict[str, str], question, max_new_tokens, temperature, *values):
+    """Yield both answers' text as it comes; at the end tokens by expert, α, and what a vote is about."""
+    weights, words = preferences_of(model, list(values))
+    if not (question or "").strip():
+        raise gr.Error("Ask something.")
+    if not all(weights):
+        raise gr.Error("Give each side an expert with a weight above 0, or words.")
+
+    input_ids = encode(model, question)
+    answers = [[], []]
+    try:
+        for tokens in stream_tokens(model, input_ids, weights, words, int(max_new_tokens), temperature):
+            answers = [cut_at_end(model, row) for row in tokens]
+            texts = [model.tokenizer.decode(ids) for ids in answers]
+            yield *([(text, None)] for text in texts), None, None, None
+    except ValueError as error:  # such as a question that is too long
+        raise gr.Error(str(error)) from error
+
+    pieces_of_sides, charts = [], []
+    for side in zip(answers, weights, words):
+        coloured, alphas = explain(model, input_ids, *side) if side[0] else ([], ())
+        pieces_of_sides.append(coloured)
+        charts.append(draw(alphas, model.config.expert_names, colors) if len(alphas) else None)
+    yield *pieces_of_sides, *charts, (question, label(weights[0], words[0]), *texts)
+
+
+def vote(votes: str, shown, button):
+    """Write down a vote on what is shown, which is forgotten then."""
+    if shown is None:
+        raise gr.Error("Let both sides answer first.")
+    add_vote(votes, (*shown, CHOICES[button]))
+    return None, "Thank you."
+
+
+def side_controls(model, side: str, wanted: int) -> list:
+    """Lay out a side's sliders, that of index `wanted` at 1, and its box for words."""
+    gr.Markdown(f"### {side.capitalize()}")
+    controls = []
+    for index, expert in enumerate(model.config.experts):
+        value, name = float(index == wanted), expert["name"]
+        options = {"label": name, "info": expert["description"], "elem_id": f"{side}-{name}"}
+        controls.append(slider(0, 2, value, step=0.1, **options))
+
+    words = "Words instead of the descriptions; with all sliders at 0 they choose among all experts"
+    return [*controls, gr.Textbox(label=words, elem_id=f"{side}-words")]
+
+
+def answer_box(side: str, colors: dict[str, str]) -> gr.HighlightedText:
+    return gr.HighlightedText(
+        label=f"Answer, {side}",
+        color_map=colors,
+        combine_adjacent=True,
+        show_legend=True,
+        show_inline_category=False,
+        elem_id=f"{side}-answer",
+    )
+
+
 def build_app(model, votes: str) -> gr.Blocks:
-    names = model.config.expert_names
+    """Lay out the page; votes go into the file `votes`."""
     palette = matplotlib.colormaps["tab10"].colors
-    colors = {name: matplotlib.colors.to_hex(palette[index % 10]) for index, name in enumerate(names)}
-
-    def answer(question, max_new_tokens, temperature, *values):
-        """Text as it comes; at the end tokens by expert, α, and what a vote is about."""
-        weights, words = preferences_of(model, list(values))
-        if not (question or "").strip():
-            raise gr.Error("Ask something.")
-        if not all(weights):
-            raise gr.Error("Give each side an expert with a weight above 0, or words.")
-        input_ids = encode(model, question)
-        answers = [[], []]
-        try:
-            for tokens in stream_tokens(model, input_ids, weights, words, int(max_new_tokens), temperature):
-                answers = [cut_at_end(model, row) for row in tokens]
-                texts = [model.tokenizer.decode(ids) for ids in answers]
-                yield *([(text, None)] for text in texts), None, None, None
-        except ValueError as error:  # such as a question that is too long
-            raise gr.Error(str(error)) from error
-        sides = zip(answers, weights, words)
-        parts = [
-            explain(model, input_ids, ids, w, t) if ids else ([], torch.zeros(0, len(names))) for ids, w, t in sides
-        ]
-        charts = [draw(alphas, names, colors) if len(alphas) else None for _, alphas in parts]
-        yield *(tokens for tokens, _ in parts), *charts, (question, label(weights[0], words[0]), *texts)
-
-    def vote(shown, button):
-        if shown is None:
-            raise gr.Error("Let both sides answer first.")
-        add_vote(votes, (*shown, CHOICES[button]))
-        return None, "Thank you."
+    colors = {}
+    for index, name in enumerate(model.config.expert_names):
+        colors[name] = matplotlib.colors.to_hex(palette[index % 10])
 
     with gr.Blocks(title="PCM Ensemble") as app:
         gr.Markdown("# PCM Ensemble\nOne question, two preferences. Colours: the expert that carried each token.")
@@ -226,48 +269,29 @@ def build_app(model, votes: str) -> gr.Blocks:
         with gr.Row():
             max_new_tokens = slider(8, 256, 64, step=8, label="Most tokens")
             temperature = slider(0, 1.5, 0, step=0.1, label="Temperature (0: the most probable token)")
+
         controls, texts, charts = [], [], []
         with gr.Row():
             for number, side in enumerate(SIDES):
                 with gr.Column():
-                    gr.Markdown(f"### {side.capitalize()}")
-                    for index, expert in enumerate(model.config.experts):
-                        controls.append(
-                            slider(
-                                0,
-                                2,
-                                float(index == number),
-                                step=0.1,
-                                label=expert["name"],
-                                info=expert["description"],
-                                elem_id=f"{side}-{expert['name']}",
-                            )
-                        )
-                    words = "Words instead of the descriptions; with all sliders at 0 they choose among all experts"
-                    controls.append(gr.Textbox(label=words, elem_id=f"{side}-words"))
+                    controls += side_controls(model, side, number)
         run = gr.Button("Answer", variant="primary", elem_id="answer")
         with gr.Row():
             for side in SIDES:
                 with gr.Column():
-                    texts.append(
-                        gr.HighlightedText(
-                            label=f"Answer, {side}",
-                            color_map=colors,
-                            combine_adjacent=True,
-                            show_legend=True,
-                            show_inline_category=False,
-                            elem_id=f"{side}-answer",
-                        )
-                    )
+                    texts.append(answer_box(side, colors))
                     charts.append(gr.Plot(show_label=False, elem_id=f"{side}-chart"))
+
         shown = gr.State()
         gr.Markdown("Which answer fits the **left** preference better?")
         with gr.Row():
             buttons = [gr.Button(name, elem_id=f"vote-{CHOICES[name]}") for name in CHOICES]
         thanks = gr.Markdown(elem_id="thanks")
-        run.click(answer, [question, max_new_tokens, temperature, *controls], [*texts, *charts, shown])
+
+        asked = [question, max_new_tokens, temperature, *controls]
+        run.click(partial(answer_both, model, colors), asked, [*texts, *charts, shown], api_name="answer")
         for button in buttons:
-            button.click(vote, [shown, button], [shown, thanks])
+            button.click(partial(vote, votes), [shown, button], [shown, thanks], api_name="vote")
     return app
 
 

@@ -3,56 +3,66 @@ Comparing ways to answer under a preference: baselines, judges, statistics, repo
 `held_out_proxies` holds rewards that nothing was trained on.
 """
 
-from .baselines import Baseline, Mixture, PlainModel, WeightAverage, label
-from .comparison import (
-    Job,
-    Outcome,
-    agreement,
-    collect_answers,
-    judge_answers,
-    make_jobs,
-    processes,
-    read_by_all,
-    summarise,
-)
+from .answers import Case, collect_answers, collect_text_features, distributed_state, make_cases
+from .baselines import Baseline, PlainModel, PromptedModel, WeightAverage
+from .comparison import Outcome, agreement, judge_answers, summarise
 from .cost import measure_cost
-from .evaluation import evaluate, expert_weights_over
+from .ensemble_baselines import (
+    EnsembleBaseline,
+    SingleExpert,
+    StaticWeights,
+    ToldInWords,
+    TrainedEnsemble,
+    WithoutContext,
+    WithoutDescription,
+    with_settings,
+    without_pcm,
+)
 from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge, Verdict, write_ballot
 from .kept_lines import KeptLines
 from .report import eval_results, write_report
-from .statistics import bootstrap_interval, holm, omega_squared, permutation_p_value
+from .run import evaluate, expert_weights_over
+from .statistics import adjust_p_values, bootstrap_interval, omega_squared, permutation_p_value
 
 __all__ = [
     "Baseline",
+    "Case",
     "ChatEndpoint",
     "Comparison",
+    "EnsembleBaseline",
     "HumanVotes",
-    "Job",
     "Judge",
     "KeptLines",
     "LanguageModelJudge",
-    "Mixture",
     "Outcome",
     "PlainModel",
+    "PromptedModel",
     "RewardJudge",
+    "SingleExpert",
+    "StaticWeights",
+    "ToldInWords",
+    "TrainedEnsemble",
     "Verdict",
     "WeightAverage",
+    "WithoutContext",
+    "WithoutDescription",
+    "adjust_p_values",
     "agreement",
     "bootstrap_interval",
     "collect_answers",
+    "collect_text_features",
+    "distributed_state",
     "eval_results",
     "evaluate",
     "expert_weights_over",
-    "holm",
     "judge_answers",
-    "label",
-    "make_jobs",
+    "make_cases",
     "measure_cost",
     "omega_squared",
     "permutation_p_value",
-    "processes",
-    "read_by_all",
     "summarise",
+    "with_settings",
+    "without_pcm",
     "write_ballot",
     "write_report",
 ]

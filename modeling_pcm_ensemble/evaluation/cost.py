@@ -11,17 +11,17 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from .answers import Case
 from .baselines import Baseline
-from .comparison import Job
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def measure_cost(
-    baselines: list[Baseline], jobs: list[Job], tokenizer: PreTrainedTokenizerBase, rounds: int = 3, rows: int = 8
+    baselines: list[Baseline], cases: list[Case], tokenizer: PreTrainedTokenizerBase, rounds: int = 3, rows: int = 8
 ) -> dict[str, dict[str, float]]:
     r"""
-    Let all baselines answer `rows` jobs at once, in turns, so that a slow moment hits all of them.
+    Let all baselines answer `rows` cases at once, in turns, so that a slow moment hits all of them.
 
     Returns:
         For each baseline `seconds_per_token` (median over rounds; tokens of all rows together), `working_mb` (peak
@@ -32,30 +32,44 @@ def measure_cost(
     working = dict.fromkeys(seconds, 0)
     for number in tqdm(range(rounds), desc="cost"):
         for baseline in baselines:
-            mine = [job for job in jobs if baseline.applies(job.preference)]
-            mine = mine[:: max(len(mine) // rows, 1)][:rows]
+            applicable = [case for case in cases if baseline.applies(case.preference)]
+            step = max(len(applicable) // rows, 1)
             set_seed(number)
-            before = _reset_peak()
-            start = time.perf_counter()
-            answers = baseline.generate([job.prompt for job in mine], [job.preference for job in mine])
-            elapsed = time.perf_counter() - start
-            working[baseline.name] = max(working[baseline.name], _peak() - before)
-            tokens = sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
-            seconds[baseline.name].append(elapsed / max(tokens, 1))
-    return {
-        baseline.name: {
+            per_token, peak = _measure(baseline, applicable[::step][:rows], tokenizer)
+
+            seconds[baseline.name].append(per_token)
+            working[baseline.name] = max(working[baseline.name], peak)
+
+    costs = {}
+    for baseline in baselines:
+        costs[baseline.name] = {
             "seconds_per_token": median(seconds[baseline.name]),
             "working_mb": working[baseline.name] / 2**20,
             "weights_mb": _weights(baseline) / 2**20,
         }
-        for baseline in baselines
-    }
+    return costs
+
+
+def _measure(baseline: Baseline, cases: list[Case], tokenizer: PreTrainedTokenizerBase) -> tuple[float, int]:
+    """Seconds a token, and bytes at the peak above those before, of one batch of answers."""
+    before = _reset_peak()
+    start = time.perf_counter()
+    answers = baseline.generate([case.prompt for case in cases], [case.preference for case in cases])
+    elapsed = time.perf_counter() - start
+    peak = _peak() - before
+
+    tokens = sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
+    return elapsed / max(tokens, 1), peak
 
 
 def _weights(baseline: Baseline) -> int:
     """Bytes of its model's distinct weights, 0 where it has no `model`."""
     model = getattr(baseline, "model", None)
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()} if model else {}
+    if model is None:
+        return 0
+    storages = {
+        parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in model.parameters()
+    }
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -80,3 +94,6 @@ def _peak() -> int:
         return 0
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+__all__ = ["measure_cost"]

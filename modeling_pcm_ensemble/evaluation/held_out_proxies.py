@@ -1,6 +1,6 @@
 r"""
 A second proxy for each of the six preferences, of features that no expert and no PCM was trained on, so that a judge
-other than the training rewards has a say. There is no guard: what answers are as text is reported beside.
+other than the training rewards has a say. Nothing is subtracted for bad text: that is reported beside.
 
 | feature | what it is | source |
 |---|---|---|
@@ -19,7 +19,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import log, log1p
 from pathlib import Path
 
@@ -54,10 +54,12 @@ def held_out_features(text: str) -> dict[str, float]:
     sentences = [s for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()] or [""]
     num_words, num_sentences = max(len(words), 1), len(sentences)
     names = sum(len(re.findall(r"(?<=\w )[A-Z]\w+", sentence)) for sentence in sentences)
+    joints = len(re.findall("[,;]", text)) + sum(word in SUBORDINATORS for word in words)
+
     return {
         "uncommon": sum(word not in _common() for word in words) / num_words,
         "abstract": sum(bool(ABSTRACT.fullmatch(word)) for word in words) / num_words,
-        "clauses": (len(re.findall("[,;]", text)) + sum(word in SUBORDINATORS for word in words)) / num_sentences,
+        "clauses": joints / num_sentences,
         "compressed": log(len(zlib.compress(text.encode(), 9))),
         "filler": sum(word in FILLER for word in words) / num_words,
         "specifics": log1p(len(re.findall(r"\d+", text)) + names),
@@ -82,24 +84,27 @@ def held_out_rewards(constants: Mapping[str, tuple[float, float]] | None = None)
         constants (`Mapping`, *optional*): from [`held_out_constants`]; defaults to those of SmolLM2-135M-Instruct.
     """
     constants = constants or json.loads(CONSTANTS.read_text())
+    return {name: partial(_held_out_reward, name, constants) for name in PROXIES}
 
-    def reward(name: str) -> Callable:
-        mean, deviation = constants[name]
 
-        def rewards(prompts: list, completions: list, **columns) -> list[float]:
-            texts = [entry if isinstance(entry, str) else entry[-1]["content"] for entry in completions]
-            values = [weighted_proxy(PROXIES[name], held_out_features(text), constants) for text in texts]
-            return [(value - mean) / deviation for value in values]
-
-        return rewards
-
-    return {name: reward(name) for name in PROXIES}
+def _held_out_reward(
+    name: str, constants: Mapping[str, tuple[float, float]], prompts: list, completions: list, **columns
+) -> list[float]:
+    mean, deviation = constants[name]
+    texts = [entry if isinstance(entry, str) else entry[-1]["content"] for entry in completions]
+    values = [weighted_proxy(PROXIES[name], held_out_features(text), constants) for text in texts]
+    return [(value - mean) / deviation for value in values]
 
 
 def held_out_constants(completions: list[str]) -> dict[str, tuple[float, float]]:
     """Compute mean and standard deviation of every feature and proxy over a base model's answers."""
     features = [held_out_features(text) for text in completions]
-    constants = {name: moments([entry[name] for entry in features]) for name in features[0]}
+    constants = {}
+    for name in features[0]:
+        constants[name] = moments([entry[name] for entry in features])
     for name, weights in PROXIES.items():
         constants[name] = moments([weighted_proxy(weights, entry, constants) for entry in features])
     return constants
+
+
+__all__ = ["PROXIES", "held_out_constants", "held_out_features", "held_out_rewards"]

@@ -15,8 +15,9 @@ from statistics import fmean
 
 from tqdm import tqdm
 
+from ..preference import Preference
 from ..rewards.scoring import call_reward, normalised_reward
-from .baselines import Conversation, Preference, label
+from .baselines import Conversation
 from .kept_lines import KeptLines
 
 FIRST, TIE, SECOND = 1.0, 0.5, 0.0
@@ -61,13 +62,15 @@ class Judge(ABC):
 
     @abstractmethod
     def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
-        """A verdict on each comparison, None where there is none."""
+        """Give a verdict on each comparison, None where there is none."""
 
 
 def weighted_verdict(preference: Preference, dimensions: dict[str, float]) -> Verdict:
-    """The winner by weighted mean over the preference's dimensions."""
-    balance = sum(weight * (dimensions[name] - TIE) for name, weight in preference.items())
-    return Verdict(FIRST if balance > 1e-9 else SECOND if balance < -1e-9 else TIE, dimensions)
+    """Find the winner by weighted mean over the preference's dimensions."""
+    balance = sum(weight * (dimensions[name] - TIE) for name, weight in preference.weights.items())
+    if abs(balance) <= 1e-9:
+        return Verdict(TIE, dimensions)
+    return Verdict(FIRST if balance > 0 else SECOND, dimensions)
 
 
 class RewardJudge(Judge):
@@ -82,28 +85,39 @@ class RewardJudge(Judge):
     """
 
     def __init__(self, name: str, rewards: Mapping[str, Callable]):
-        self.name, self.rewards, self.dimensions = name, rewards, set(rewards)
+        self.name = name
+        self.rewards = rewards
+        self.dimensions = set(rewards)
         self._known: dict[tuple[str, str, str], float] = {}
 
-    def judge(self, comparisons: list[Comparison]) -> list[Verdict]:
+    def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
         for dimension in self.rewards:
-            wanting = [c for c in comparisons if dimension in c.preference]
+            wanting = [c for c in comparisons if dimension in c.preference.weights]
             self._reward(dimension, [(c.prompt, text) for c in wanting for text in (c.first, c.second)])
-        return [
-            weighted_verdict(c.preference, {name: self._won(name, c) for name in c.preference}) for c in comparisons
-        ]
+
+        verdicts: list[Verdict | None] = []
+        for c in comparisons:
+            won = {name: self._won(name, c) for name in c.preference.weights}
+            verdicts.append(weighted_verdict(c.preference, won))
+        return verdicts
 
     def _won(self, dimension: str, c: Comparison) -> float:
-        first, second = (self._known[dimension, json.dumps(c.prompt), text] for text in (c.first, c.second))
-        return normalised_reward(first, second)
+        prompt = json.dumps(c.prompt)
+        return normalised_reward(
+            self._known[dimension, prompt, c.first],
+            self._known[dimension, prompt, c.second],
+        )
 
     def _reward(self, dimension: str, texts: list[tuple[Conversation, str]]):
+        """Let `_known` have the rewards of answers to prompts."""
         new = {(dimension, json.dumps(prompt), text): (prompt, text) for prompt, text in texts}
-        new = {key: entry for key, entry in new.items() if key not in self._known}
-        if new:
-            prompts = [prompt for prompt, _ in new.values()]
-            completions = [[{"role": "assistant", "content": text}] for _, text in new.values()]
-            self._known |= dict(zip(new, call_reward(dimension, self.rewards[dimension], prompts, completions, {})))
+        new = {key: pair for key, pair in new.items() if key not in self._known}
+        if not new:
+            return
+        prompts = [prompt for prompt, _ in new.values()]
+        completions = [[{"role": "assistant", "content": text}] for _, text in new.values()]
+        rewards = call_reward(dimension, self.rewards[dimension], prompts, completions, {})
+        self._known |= dict(zip(new, rewards))
 
 
 # The words are this project's own.
@@ -143,11 +157,15 @@ class LanguageModelJudge(Judge):
     def __init__(
         self, name: str, ask: Callable[[str], str], descriptions: Mapping[str, str], path: Path, workers: int = 8
     ):
-        self.name, self.ask, self.descriptions, self.workers = name, ask, descriptions, workers
-        self.dimensions, self.replies = set(descriptions), KeptLines(path)
+        self.name = name
+        self.ask = ask
+        self.descriptions = descriptions
+        self.workers = workers
+        self.dimensions = set(descriptions)
+        self.replies = KeptLines(path)
 
-    def judge(self, comparisons: list[Comparison]) -> list[Verdict]:
-        questions = [(c, name) for c in comparisons for name in c.preference]
+    def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
+        questions = [(c, name) for c in comparisons for name in c.preference.weights]
         with ThreadPoolExecutor(self.workers) as pool:
             asked = pool.map(lambda question: self._won(*question), questions)
             try:
@@ -155,7 +173,11 @@ class LanguageModelJudge(Judge):
             except Exception:
                 pool.shutdown(cancel_futures=True)
                 raise
-        return [weighted_verdict(c.preference, {name: next(won) for name in c.preference}) for c in comparisons]
+
+        verdicts: list[Verdict | None] = []
+        for c in comparisons:
+            verdicts.append(weighted_verdict(c.preference, {name: next(won) for name in c.preference.weights}))
+        return verdicts
 
     def _won(self, comparison: Comparison, dimension: str) -> float:
         if comparison.first == comparison.second:
@@ -173,7 +195,7 @@ class LanguageModelJudge(Judge):
 
 
 def parse_reply(reply: str) -> str:
-    """A, B or TIE, of a reply that says nothing else beside its thoughts."""
+    """Read A, B or TIE from a reply that says nothing else beside its thoughts."""
     if not (match := REPLY.match(THOUGHT.sub("", reply))):
         raise ValueError(f"The judge must reply with A, B or TIE, replied {reply!r}. Use a model that follows this.")
     return match[1].upper()
@@ -202,12 +224,14 @@ class ChatEndpoint:
             raise ImportError(
                 "A judge behind an endpoint needs openai. Install it with `pip install openai`."
             ) from error
-        self.url, self.model, self.failures = url, model, openai.APIError
+        self.url = url
+        self.model = model
+        self.failures = openai.APIError
         api_key = api_key or os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
         self.client = openai.OpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=max_retries)
 
     def __call__(self, question: str) -> str:
-        messages = [{"role": "user", "content": question}]
+        messages: list = [{"role": "user", "content": question}]
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0)
         except self.failures as error:
@@ -222,32 +246,34 @@ FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # what makes a spreadsheet run a cel
 
 
 def as_cell(text: str) -> str:
-    """A text that a spreadsheet shows and does not run."""
+    """Write a text so that a spreadsheet shows it and does not run it."""
     return f"'{text}" if text.lstrip("'").startswith(FORMULAS) else text
 
 
 def from_cell(cell: str | None) -> str:
-    """The text of a cell that [`as_cell`] made, or that is as it was."""
+    """Read the text of a cell that [`as_cell`] made, or that is as it was."""
     cell = cell or ""
     return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULAS) else cell
 
 
 def write_ballot(comparisons: list[Comparison], path: Path, seed: int = 0):
     """Lay out pairs for people to vote on, as a CSV file in random order and either way round."""
-    rng, shown = random.Random(seed), list(comparisons)
+    rng = random.Random(seed)
+    shown = list(comparisons)
     rng.shuffle(shown)
+
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for c in shown:
             sides = rng.sample((c.first, c.second), 2)
-            texts = (c.prompt[-1]["content"], label(c.preference), *sides, "")
+            texts = (c.prompt[-1]["content"], c.preference.label, *sides, "")
             writer.writerow([as_cell(text) for text in texts])
 
 
 class HumanVotes(Judge):
     r"""
-    People's choices from a CSV file with columns `prompt` (the last turn), `preference` (see [`label`]), `first` and
+    People's choices from a CSV file with columns `prompt` (the last turn), `preference` (its label), `first` and
     `second` as they were shown, and `choice` (`first`, `second`, `tie`, or nothing yet), such as [`write_ballot`] lays
     out. Several votes on one pair are averaged; pairs without votes are left out. A cell may begin with an apostrophe
     before what would make a spreadsheet run it.
@@ -264,6 +290,7 @@ class HumanVotes(Judge):
             if missing := set(COLUMNS) - set(reader.fieldnames or ()):
                 raise ValueError(f"{path} has no column {', '.join(sorted(missing))}.")
             rows = list(reader)
+
         self.votes: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for number, row in enumerate(rows, start=2):
             if not (row["choice"] or "").strip():
@@ -274,5 +301,20 @@ class HumanVotes(Judge):
             self.votes[tuple(from_cell(row[column]) for column in COLUMNS[:4])].append(choice)
 
     def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
-        shown = [(c.prompt[-1]["content"], label(c.preference), c.first, c.second) for c in comparisons]
-        return [Verdict(fmean(self.votes[key]), {}) if key in self.votes else None for key in shown]
+        verdicts: list[Verdict | None] = []
+        for c in comparisons:
+            votes = self.votes.get((c.prompt[-1]["content"], c.preference.label, c.first, c.second))
+            verdicts.append(None if votes is None else Verdict(fmean(votes), {}))
+        return verdicts
+
+
+__all__ = [
+    "ChatEndpoint",
+    "Comparison",
+    "HumanVotes",
+    "Judge",
+    "LanguageModelJudge",
+    "RewardJudge",
+    "Verdict",
+    "write_ballot",
+]

@@ -17,7 +17,9 @@ class KeptLines:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.lines, self._lock = path, {}, Lock()
+        self.path = path
+        self.lines: dict[str, dict] = {}
+        self._lock = Lock()
         if path.exists():
             self.lines, whole = read_lines(path)
             if path.stat().st_size > whole:  # cut off in the middle of a line
@@ -32,7 +34,9 @@ class KeptLines:
     def add(self, lines: Iterable[dict]):
         """Append lines: all of them, or, where that fails, none."""
         new = {line["key"]: line for line in lines}
-        rest = memoryview("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new.values()).encode())
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new.values())
+        rest = memoryview(text.encode())
+
         with self._lock, self.path.open("ab", buffering=0) as file:
             before = file.tell()
             try:
@@ -56,7 +60,8 @@ def read_lines(path: Path) -> tuple[dict[str, dict], int]:
     """
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1  # before decoding, for the cut may be inside a character
-    lines = {}
+
+    lines: dict[str, dict] = {}
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line.decode())

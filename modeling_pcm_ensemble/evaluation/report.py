@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 from huggingface_hub import EvalResult
 
 from ..checkpoint_staging import staged_folder
+from ..tables import percent_interval, table
+from .pictures import draw_cost, draw_expert_weights, draw_rewards, draw_win_rates
 
 
 def write_report(report: dict, folder: Path):
@@ -22,8 +22,8 @@ def write_report(report: dict, folder: Path):
             `expert_weights` (`tokens`, `names`, `values`, `title`).
         folder (`Path`): made if it is not there.
     """
-    with staged_folder(folder) as staging:  # pictures and tables of one report
-        staging = Path(staging)
+    with staged_folder(folder) as name:  # pictures and tables of one report
+        staging = Path(name)
         (staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         draw_win_rates(report["judges"], staging / "win_rates.png")
         draw_rewards(report["rewards"], staging / "rewards.png")
@@ -33,42 +33,38 @@ def write_report(report: dict, folder: Path):
 
 
 def markdown(report: dict) -> str:
-    """The report as text with tables."""
+    """Write the report as text with tables."""
     parts = [f"# {report['title']}", f"`{report['command']}`", "![win rates](win_rates.png)"]
     for judge, baselines in report["judges"].items():
         parts += [f"## Win rate of {report['ours']}, judge: {judge}", win_rate_table(baselines)]
     for part in ("preferences", "dimensions"):
         parts += [f"## Win rates by {part[:-1]}, % (* p < 0.05)"]
         parts += [_part_table(judge, baselines, part) for judge, baselines in report["judges"].items()]
+
     rows = [[pair, f"{both[0]:.0%}", f"{both[1]:.2f}"] for pair, both in report["agreement"].items() if both]
     parts += ["## Agreement of judges", table(["judges", "same side", "Cohen's κ"], rows)]
-    parts += [
-        "## Mean reward against the base model (0.5)",
-        "![by dimension](rewards.png)",
-        _numbers(report["rewards"]),
-    ]
+
+    parts += ["## Mean reward against the base model (0.5)", "![by dimension](rewards.png)"]
+    parts += [_numbers(report["rewards"])]
     parts += ["## Answers as text", _numbers(report["quality"]), _worse_text(report)]
-    cost = {
-        name: {
+
+    cost = {}
+    for name, entry in report["cost"].items():
+        cost[name] = {
             "tokens per second": 1 / entry["seconds_per_token"],
             "working memory, MB": entry["working_mb"],
             "weights, MB": entry["weights_mb"],
         }
-        for name, entry in report["cost"].items()
-    }
-    parts += [
-        "## Cost, 8 answers at once (the PCM runs in every mixture)",
-        "![cost and reward](cost.png)",
-        _numbers(cost, digits=1),
-    ]
+    parts += ["## Cost, 8 answers at once (the PCM runs in every mixture)", "![cost and reward](cost.png)"]
+    parts += [_numbers(cost, digits=1)]
     parts += ["## α over an answer", "![α](expert_weights.png)"]
     return "\n\n".join(parts) + "\n"
 
 
 def worse_by(ours: dict[str, float], base: dict[str, float]) -> dict[str, float]:
     """
-    How much worse answers are as text than the base model's, in %: their nats a token, and those that the prompt
-    saves, both of the base model's nats a token; and the share of repeated word triples, in points.
+    Compute how much worse answers are as text than the base model's, in %: their nats a token, and those that the
+    prompt saves, both of the base model's nats a token; and the share of repeated word triples, in points.
     """
     worse = {
         "nll": (ours["nll"] - base["nll"]) / base["nll"],
@@ -88,12 +84,12 @@ def _worse_text(report: dict) -> str:
 
 
 def win_rate_table(baselines: dict[str, dict]) -> str:
-    """Win rates with intervals, p-values and the judge's position bias."""
-    rows = [
-        [name, interval(entry["win_rate"]), f"{entry['p']:.3f}", f"{100 * entry['position_bias']:+.1f} %"]
-        for name, entry in baselines.items()
-        if entry["win_rate"]
-    ]
+    """Write win rates with intervals, p-values and the judge's position bias."""
+    rows = []
+    for name, entry in baselines.items():
+        if entry["win_rate"]:
+            bias = f"{100 * entry['position_bias']:+.1f} %"
+            rows.append([name, percent_interval(entry["win_rate"]), f"{entry['p']:.3f}", bias])
     return table(["against", "win rate [95 %]", "p (Holm)", "shown first"], rows)
 
 
@@ -110,100 +106,31 @@ def _cell(entry: dict | None) -> str:
     return f"{100 * entry['win_rate'][0]:.0f}" + "*" * (entry["p"] < 0.05)
 
 
-def interval(rate: list[float]) -> str:
-    """`66.1 % [61.0, 71.2]`"""
-    mean, low, high = (100 * value for value in rate)
-    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
-
-
 def _numbers(entries: dict[str, dict[str, float]], digits: int = 3) -> str:
     columns = list(dict.fromkeys(name for entry in entries.values() for name in entry))
-    rows = [[name, *(f"{e[c]:.{digits}f}" if c in e else "–" for c in columns)] for name, e in entries.items()]
+    rows = []
+    for name, entry in entries.items():
+        rows.append([name, *(f"{entry[column]:.{digits}f}" if column in entry else "–" for column in columns)])
     return table(["", *columns], rows)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def eval_results(report: dict, dataset: str, dataset_name: str) -> list[EvalResult]:
-    """Win rates in the form of a model card's index."""
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset,
-            dataset_name=dataset_name,
-            metric_type="win_rate",
-            metric_name=f"win rate against {name}, judge: {judge}",
-            metric_value=round(entry["win_rate"][0], 4),
-        )
-        for judge, baselines in report["judges"].items()
-        for name, entry in baselines.items()
-        if entry["win_rate"]
-    ]
+    """Give win rates in the form of a model card's index; those of the baselines that a judge has compared."""
+    results = []
+    for judge, baselines in report["judges"].items():
+        for name, entry in baselines.items():
+            if not entry["win_rate"]:
+                continue
+            result = EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset,
+                dataset_name=dataset_name,
+                metric_type="win_rate",
+                metric_name=f"win rate against {name}, judge: {judge}",
+                metric_value=round(entry["win_rate"][0], 4),
+            )
+            results.append(result)
+    return results
 
 
-def draw_win_rates(judges: dict[str, dict], path: Path):
-    """A bar for each baseline and judge, with its interval."""
-    names = list(next(iter(judges.values())))
-    figure, axis = plt.subplots(figsize=(9, 1 + 0.45 * len(names)), layout="constrained")
-    height = 0.8 / len(judges)
-    for number, (judge, baselines) in enumerate(judges.items()):
-        rates = [baselines[name]["win_rate"] or [np.nan] * 3 for name in names]  # of some nobody has judged
-        mean, low, high = 100 * np.array(rates).T
-        places = np.arange(len(names)) + (number - (len(judges) - 1) / 2) * height
-        axis.barh(places, mean, height, xerr=[mean - low, high - mean], capsize=2, label=judge)
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.axvline(50, color="black", linewidth=0.8)
-    axis.set_xlim(0, 100)
-    axis.set_xlabel("win rate, %")
-    axis.legend(fontsize=8)
-    _save(figure, path)
-
-
-def draw_rewards(rewards: dict[str, dict[str, float]], path: Path):
-    """Mean reward of every baseline by dimension, as a radar."""
-    names = list(dict.fromkeys(name for entry in rewards.values() for name in entry if name != "mean"))
-    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    figure, axis = plt.subplots(figsize=(9, 6.5), subplot_kw={"projection": "polar"}, layout="constrained")
-    for baseline, entry in rewards.items():
-        if set(names) <= set(entry):
-            values = [entry[name] for name in names]
-            axis.plot([*angles, angles[0]], [*values, values[0]], label=baseline, linewidth=1.2)
-    axis.set_xticks(angles, names)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.1, 0.5))
-    _save(figure, path)
-
-
-def draw_cost(cost: dict[str, dict], rewards: dict[str, dict[str, float]], path: Path):
-    """Time a token against mean reward."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, entry in cost.items():
-        place = (1000 * entry["seconds_per_token"], rewards[name]["mean"])
-        axis.plot(*place, "o")
-        axis.annotate(name, place, textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axis.set_xlabel("milliseconds a token")
-    axis.set_ylabel("mean reward (0.5 = base model)")
-    _save(figure, path)
-
-
-def draw_expert_weights(entry: dict, path: Path):
-    """α over an answer, as a heat map: experts down, tokens along."""
-    values = np.array(entry["values"]).T  # (experts, tokens)
-    figure, axis = plt.subplots(figsize=(14, 1.2 + 0.4 * len(values)), layout="constrained")
-    image = axis.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-    axis.set_yticks(range(len(values)), entry["names"])
-    axis.set_xticks(range(len(entry["tokens"])), [t.strip() or "⏎" for t in entry["tokens"]], rotation=90, fontsize=7)
-    for label in axis.get_xticklabels():
-        label.set_parse_math(False)
-    axis.set_title(entry["title"], fontsize=9, parse_math=False)
-    figure.colorbar(image, label="α")
-    _save(figure, path)
-
-
-def _save(figure, path: Path):
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+__all__ = ["eval_results", "markdown", "win_rate_table", "worse_by", "write_report"]

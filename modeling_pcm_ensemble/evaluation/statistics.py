@@ -27,7 +27,9 @@ def bootstrap_interval(
     num_runs, num_prompts = differences.shape
     runs = rng.integers(num_runs, size=(samples, num_runs))
     prompts = rng.integers(num_prompts, size=(samples, num_prompts))
-    means = differences[runs[:, :, None], prompts[:, None, :]].mean(axis=(1, 2))
+    drawn = differences[runs[:, :, None], prompts[:, None, :]]  # (samples, runs, prompts)
+
+    means = drawn.mean(axis=(1, 2))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(differences.mean()), float(low), float(high)
 
@@ -45,13 +47,21 @@ def permutation_p_value(differences: np.ndarray, samples: int = 9999, seed: int 
     by_prompt = differences.mean(axis=0)
     if len(by_prompt) < 2 or not by_prompt.any():  # of one difference, either sign is as far from 0
         return 1.0
-    options = {"permutation_type": "samples", "n_resamples": samples, "rng": np.random.default_rng(seed)}
-    return float(stats.permutation_test((by_prompt,), np.mean, vectorized=True, **options).pvalue)
+
+    result = stats.permutation_test(
+        (by_prompt,),
+        np.mean,
+        permutation_type="samples",  # which changes signs
+        vectorized=True,
+        n_resamples=samples,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def adjust_p_values(p_values: Sequence[float]) -> list[float]:
     """
-    Adjust p-values for being one of several, so that a table with no true effect seldom shows one.
+    Adjust p-values for being one of several by Holm's method, so that a table with no true effect seldom shows one.
 
     Source: S. Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979.
     """
@@ -73,23 +83,28 @@ def omega_squared(groups: Sequence[Hashable], values: Sequence[float], within: S
 
     Source: W. L. Hays, Statistics for Psychologists, 1963.
     """
-    values = np.asarray(values, dtype=float)
-    centred = values - _means(within, values)
+    raw = np.asarray(values, dtype=float)
+    centred = raw - _means(within, raw)
     inside = ((centred - _means(groups, centred)) ** 2).sum()
     total = (centred**2).sum()
     if total == 0:
         return 0.0
+
     num_groups, num_strata = len(set(groups)), len(set(within))
-    error = inside / max(len(values) - num_groups, 1)
+    error = inside / max(len(raw) - num_groups, 1)
     return float((total - inside - (num_groups - num_strata) * error) / (total + error))
 
 
 def _means(groups: Sequence[Hashable], values: np.ndarray) -> np.ndarray:
     """Each value's group mean, `(values,)`."""
-    places = defaultdict(list)
+    places: dict[Hashable, list[int]] = defaultdict(list)
     for place, group in enumerate(groups):
         places[group].append(place)
+
     means = np.empty_like(values)
     for entries in places.values():
         means[entries] = values[entries].mean()
     return means
+
+
+__all__ = ["adjust_p_values", "bootstrap_interval", "omega_squared", "permutation_p_value"]

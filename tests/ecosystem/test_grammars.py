@@ -1,7 +1,6 @@
 """A JSON grammar, and the scoring of choices, on the ensemble that ships, whose experts keep their 20 best tokens."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from lm_eval.models.huggingface import HFLM
 from modeling_pcm_ensemble import demo
 
 pytestmark = pytest.mark.real_model
-ARTIFACTS = Path(__file__).parents[2] / "examples" / "artifacts"
 PREFERENCES = [{"elementary": 1.0}, {"friendly": 1.0, "concise": 0.5}, {"knowledgeable": 1.0, "informative": 2.0}]
 SCHEMA = {
     "type": "object",
@@ -31,7 +29,7 @@ CHOICES = {
 
 @pytest.fixture(scope="module")
 def model():
-    model = demo.trained_ensemble(ARTIFACTS, dtype=torch.float32)
+    model = demo.trained_ensemble(dtype=torch.float32)
     assert model.config.expert_top_k == 20
     return model
 

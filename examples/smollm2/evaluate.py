@@ -1,8 +1,8 @@
 """
 Does the trained PCM win? Compare it with what a user would do instead, and write a report.
 
-    python examples/evaluate.py --output evaluation
-    accelerate launch examples/evaluate.py --output evaluation  # on all GPUs
+    python examples/smollm2/evaluate.py --output evaluation
+    accelerate launch examples/smollm2/evaluate.py --output evaluation  # on all GPUs
 
 1. Best static weights: tried for each preference on training prompts.
 2. Every baseline answers every prompt under the paper's eight preferences.
@@ -21,23 +21,31 @@ import hashlib
 import sys
 from pathlib import Path
 
-from answers import ARTIFACTS, DEVICE, KOALA, chats, evaluation_prompts, paper_preferences
+from common import DEVICE, KOALA, chats, evaluation_prompts, paper_preferences
 from rich.console import Console
 from rich.markdown import Markdown
 from static_weights import best_static_weights, static_rewards
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.evaluation import (
+    Baseline,
     ChatEndpoint,
     HumanVotes,
+    Judge,
     LanguageModelJudge,
-    Mixture,
     PlainModel,
+    PromptedModel,
     RewardJudge,
+    SingleExpert,
+    StaticWeights,
+    TrainedEnsemble,
     WeightAverage,
+    WithoutContext,
+    WithoutDescription,
+    distributed_state,
     evaluate,
-    make_jobs,
-    processes,
+    make_cases,
+    with_settings,
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
@@ -48,69 +56,84 @@ from modeling_pcm_ensemble.rewards.quality import TextQuality
 TOP_K = (1, 5, 20, 100)  # tokens of each expert that are kept
 
 
-def make_baselines(model, arguments) -> list:
-    """The trained PCM first, then whatever it is compared with."""
-    tokens, own_top_k = arguments.tokens, model.config.expert_top_k
-    ours, uniform = Mixture("trained PCM", model, tokens), Mixture("uniform mixture", model, tokens, use_pcm=False)
+def make_baselines(model, arguments) -> list[Baseline]:
+    """Make the trained PCM first, then whatever it is compared with."""
+    tokens = arguments.tokens
+    ours = TrainedEnsemble("trained PCM", model, tokens)
+    uniform = StaticWeights("uniform mixture", model, tokens)
     vanilla, prompting, *merged = single_models(model, arguments)
     if arguments.quick:
         return [ours, vanilla, prompting, uniform]
     if arguments.ablations:
         return [ours, vanilla, uniform, *ablations(model, tokens)]
-    static = best_static_weights(model, static_rewards(model, arguments))
+
+    tried = static_rewards(model, arguments.static_prompts, tokens, arguments.output / "static", arguments.batch_size)
+    static = StaticWeights("best static weights", model, tokens, weights=best_static_weights(model, tried))
+    experts = [SingleExpert(f"{name} alone", model, tokens, name) for name in model.config.expert_names]
+    top_k = model.config.expert_top_k
     return [
         ours,
         vanilla,
         prompting,
         *merged,
         uniform,
-        Mixture("best static weights", model, tokens, use_pcm=False, weights=static),
-        *(Mixture(f"{name} alone", model, tokens, use_pcm=False, only=name) for name in model.config.expert_names),
-        *(single_models(model, arguments, own_top_k) if own_top_k else []),
+        static,
+        *experts,
+        *(single_models(model, arguments, top_k) if top_k else []),
     ]
 
 
-def ablations(model, tokens: int) -> list:
-    """The trained PCM with a part left out, or other numbers of the experts' best tokens."""
-    own_top_k = model.config.expert_top_k
-    return [
-        Mixture("PCM without description", model, tokens, use_description=False),
-        Mixture("PCM without context", model, tokens, use_context=False),
-        *(Mixture(f"PCM, experts' top {k}", model, tokens, expert_top_k=k) for k in TOP_K if k != own_top_k),
-        *([Mixture("PCM, experts whole", model, tokens, expert_top_k=0)] if own_top_k else []),
+def ablations(model, tokens: int) -> list[Baseline]:
+    """Make the trained PCM with a part left out, or with other numbers of the experts' best tokens."""
+    baselines: list[Baseline] = [
+        WithoutDescription("PCM without description", model, tokens),
+        WithoutContext("PCM without context", model, tokens),
     ]
+    for k in TOP_K:
+        if k != model.config.expert_top_k:
+            name = f"PCM, experts' top {k}"
+            baselines.append(TrainedEnsemble(name, with_settings(model, expert_top_k=k), tokens))
+    if model.config.expert_top_k:
+        baselines.append(TrainedEnsemble("PCM, experts whole", with_settings(model, expert_top_k=None), tokens))
+    return baselines
 
 
-def single_models(model, arguments, top_k: int = 0) -> list:
-    """What gives one distribution, sampled whole or, as the PCM's experts are, from its `top_k` best tokens."""
+def single_models(model, arguments, top_k: int = 0) -> list[Baseline]:
+    """Make what gives one distribution, sampled whole or, as the PCM's experts are, from its `top_k` best tokens."""
     base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
     descriptions = {expert["name"]: expert["description"] for expert in model.config.experts}
+    adapters = with_settings(model, merge="adapters", expert_top_k=None)
+    logits = with_settings(model, merge="logits", expert_top_k=None)
+
     part = f", {top_k} best tokens" if top_k else ""
-    found = [
+    baselines: list[Baseline] = [
         PlainModel(f"vanilla{part}", base, tokenizer, tokens, top_k=top_k),
-        PlainModel(f"prompting{part}", base, tokenizer, tokens, descriptions, top_k),
-        Mixture(f"Personalized Soup{part}", model, tokens, use_pcm=False, merge="adapters", top_k=top_k),
-        Mixture(f"logit merging{part}", model, tokens, use_pcm=False, merge="logits", top_k=top_k),
+        PromptedModel(f"prompting{part}", base, tokenizer, tokens, descriptions, top_k=top_k),
+        StaticWeights(f"Personalized Soup{part}", adapters, tokens, top_k=top_k),
+        StaticWeights(f"logit merging{part}", logits, tokens, top_k=top_k),
     ]
     if not (arguments.model or arguments.quick or arguments.ablations):
-        name, adapters = f"weight average (PEFT){part}", {name: str(ARTIFACTS / name) for name in demo.PREFERENCES}
-        found.append(WeightAverage(name, demo.fetch_smollm2(), adapters, tokenizer, tokens, top_k, dtype=base.dtype))
-        found[-1].model.to(base.device)
-    return found
+        name = f"weight average (PEFT){part}"
+        folders = {expert: str(demo.ARTIFACTS / expert) for expert in demo.PREFERENCES}
+        average = WeightAverage(name, demo.fetch_smollm2(), folders, tokenizer, tokens, top_k=top_k, dtype=base.dtype)
+        average.model.to(base.device)
+        baselines.append(average)
+    return baselines
 
 
-def make_judges(rewards, arguments) -> list:
-    found = [RewardJudge("training rewards", rewards), RewardJudge("held-out proxies", held_out_rewards())]
+def make_judges(rewards, arguments) -> list[Judge]:
+    judges: list[Judge] = [
+        RewardJudge("training rewards", rewards),
+        RewardJudge("held-out proxies", held_out_rewards()),
+    ]
     if arguments.judge_url:
-        descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
+        name = f"{arguments.judge_model} at {arguments.judge_url}"
         endpoint = ChatEndpoint(arguments.judge_url, arguments.judge_model)
-        path = arguments.output / "language-model.jsonl"
-        found.append(
-            LanguageModelJudge(f"{arguments.judge_model} at {arguments.judge_url}", endpoint, descriptions, path)
-        )
+        descriptions = {expert: description for expert, (_, description) in demo.PREFERENCES.items()}
+        judges.append(LanguageModelJudge(name, endpoint, descriptions, arguments.output / "language-model.jsonl"))
     if arguments.votes:
-        found.append(HumanVotes(arguments.votes))
-    return found
+        judges.append(HumanVotes(arguments.votes))
+    return judges
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -136,10 +159,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def load_model(source: str | None):
+def load_model(source: str | None) -> PCMEnsembleForCausalLM:
     dtype = demo.fast_dtype(DEVICE)
     if source is None:
-        return demo.trained_ensemble(ARTIFACTS, dtype=dtype)
+        return demo.trained_ensemble(dtype=dtype)
+
     model = PCMEnsembleForCausalLM.from_pretrained(source, dtype=dtype)
     experts = model.config.experts
     if {expert["name"] for expert in experts} != set(demo.PREFERENCES):
@@ -149,39 +173,55 @@ def load_model(source: str | None):
     return model
 
 
+def report_facts(arguments, num_prompts: int, baselines: list[Baseline]) -> dict:
+    """Say what was compared: the part of a report that is not measured."""
+    against = "itself with parts changed" if arguments.ablations else "what a user would do instead"
+    asked = f"{num_prompts} prompts of {arguments.prompt_file.stem}"
+    static = {}
+    for baseline in baselines:
+        if isinstance(baseline, StaticWeights) and baseline.weights:
+            chosen = {label: dict(preference.weights) for label, preference in baseline.weights.items()}
+            static[baseline.name] = chosen
+    return {
+        "title": f"The trained PCM against {against}, on {asked}",
+        "command": " ".join(["python", "examples/smollm2/evaluate.py", *sys.argv[1:]]),
+        "dataset": arguments.prompt_file.stem,
+        "static weights": static,
+    }
+
+
 def main():
     arguments = parse_arguments()
     # Read before another PCM may be put there
-    digest = hashlib.sha256((ARTIFACTS / "pcm.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256((demo.ARTIFACTS / "pcm.safetensors").read_bytes()).hexdigest()
     prompts = chats(evaluation_prompts(arguments.prompts, arguments.prompt_file))
-    model = load_model(arguments.model).to(processes().device)
+    model = load_model(arguments.model).to(distributed_state().device)
     preferences = paper_preferences(model)
-    jobs = make_jobs(prompts, preferences[:: len(preferences) - 1] if arguments.quick else preferences)
+    if arguments.quick:
+        preferences = [preferences[0], preferences[-1]]
+
     quality = TextQuality(model.backbones[0], model.tokenizer)
     judges = make_judges(proxy_rewards(quality), arguments)
     ours, *others = make_baselines(model, arguments)
     report = evaluate(
         ours,
         others,
-        jobs,
+        make_cases(prompts, preferences),
         judges,
         arguments.output,
         model=model,
-        guard=quality,
+        quality=quality,
         batch_size=arguments.batch_size,
     )
     if report is None:  # another process writes it
         return
-    command = " ".join(["python", "examples/evaluate.py", *sys.argv[1:]])
-    asked = f"{len(prompts)} prompts of {arguments.prompt_file.stem}"
-    against = "itself with parts changed" if arguments.ablations else "what a user would do instead"
-    title = f"The trained PCM against {against}, on {asked}"
-    static = {baseline.name: baseline.weights for baseline in others if getattr(baseline, "weights", None)}
-    facts = {"title": title, "command": command, "dataset": arguments.prompt_file.stem, "static weights": static}
+
+    facts = report_facts(arguments, len(prompts), others)
     if not arguments.model:
         facts["pcm sha256"] = digest
     folder = arguments.output / "ablations" if arguments.ablations else arguments.output
     write_report(facts | report, folder)
+
     console = Console()
     for judge, entry in report["judges"].items():
         console.print(f"\nWin rate of the {ours.name}, judge: {judge}")
@@ -191,4 +231,4 @@ def main():
 
 if __name__ == "__main__":
     main()
-    processes().destroy_process_group()
+    distributed_state().destroy_process_group()

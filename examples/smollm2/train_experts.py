@@ -1,7 +1,7 @@
 """
 Make the six experts: LoRA adapters on SmolLM2-135M-Instruct, by preference optimisation on its own best answers.
 
-    python examples/train_experts.py --output experts
+    python examples/smollm2/train_experts.py --output experts
 
 1. Sample answers to the training prompts, plainly and under each preference's description as system prompt, and score
    them with the six rewards of modeling_pcm_ensemble.rewards.proxies.
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from answers import KeptLines, base_model, evaluation_prompts, sample, training_prompts
+from common import base_model, chats, evaluation_prompts, sample, training_prompts
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from rich.console import Console
@@ -32,6 +32,7 @@ from trl import DPOConfig, DPOTrainer
 
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.demo import PREFERENCES, REPOSITORY
+from modeling_pcm_ensemble.evaluation import KeptLines
 from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.rewards.scoring import normalised_reward
@@ -48,42 +49,56 @@ OPENINGS = {
 }  # fmt: skip
 
 
-def rewarded_answers(model, tokenizer, rewards, path: Path, repeats: int, arguments, openings=(), **options) -> list:
-    """`repeats` answers to each training prompt, each with its rewards, its guard and what the guard reads."""
+def rewarded_answers(
+    model, tokenizer, rewards, path: Path, repeats: int, arguments, openings=(), **options
+) -> list[dict]:
+    """
+    Sample `repeats` answers to each training prompt, each with what [`score`] measures. They are kept in a file;
+    `options` are those of [`sample`].
+    """
     kept, prompts = KeptLines(path), training_prompts(arguments.prompts)
-    jobs = [(prompt, i) for i in range(repeats) for prompt in prompts]
-    batches = [jobs[i : i + arguments.sampling_batch] for i in range(0, len(jobs), arguments.sampling_batch)]
-    quality = rewards["concise"].quality
+    samples = [(prompt, i) for i in range(repeats) for prompt in prompts]
+    keys = [json.dumps([prompt, i, arguments.tokens, options]) for prompt, i in samples]
 
-    def key(prompt: str, i: int) -> str:
-        return json.dumps([prompt, i, arguments.tokens, options])
-
-    for number, batch in enumerate(tqdm(batches, desc=path.stem)):
-        if all(key(*job) in kept for job in batch):
+    starts = range(0, len(samples), arguments.sampling_batch)
+    for number, start in enumerate(tqdm(starts, desc=path.stem)):
+        batch = slice(start, start + arguments.sampling_batch)
+        if all(key in kept for key in keys[batch]):
             continue
+
         set_seed(zlib.crc32(path.stem.encode()) + number)
-        asked = [prompt for prompt, _ in batch]
-        begins = [random.Random(key(*job)).choice(openings) if openings and job[1] % 2 == 0 else "" for job in batch]
+        begins = []
+        for key, (_, i) in zip(keys[batch], samples[batch]):
+            begins.append(random.Random(key).choice(openings) if openings and i % 2 == 0 else "")
+        asked = [prompt for prompt, _ in samples[batch]]
         lines = sample(model, tokenizer, asked, arguments.tokens, openings=begins, **options)
-        texts = [line["completion"] for line in lines]
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-            sanity, penalty = quality.features(asked, texts), quality.penalties(asked, texts)
-        columns = {name: reward(asked, texts) for name, reward in rewards.items()} | {"guard": penalty}
-        kept.add(
-            {"key": key(*job)} | line | {name: column[i] for name, column in columns.items()} | sanity[i]
-            for i, (job, line) in enumerate(zip(batch, lines))
-        )
-    return [kept[key(*job)] for job in jobs]
+        scores = score(model, rewards, asked, [line["completion"] for line in lines])
+        kept.add([{"key": key} | line | entry for key, line, entry in zip(keys[batch], lines, scores)])
+    return [kept[key] for key in keys]
+
+
+def score(model, rewards, prompts: list[str], texts: list[str]) -> list[dict[str, float]]:
+    """Measure each answer's rewards, its penalty as text (`guard`), and what that is for."""
+    quality = rewards["concise"].quality
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():  # the base reads
+        features, penalties = quality.features(prompts, texts), quality.penalties(prompts, texts)
+    columns = {name: reward(prompts, texts) for name, reward in rewards.items()}
+
+    scores = []
+    for row, (penalty, entry) in enumerate(zip(penalties, features)):
+        scores.append({name: column[row] for name, column in columns.items()} | {"guard": penalty} | entry)
+    return scores
 
 
 def preference_pairs(rewarded: list[dict], name: str, num_pairs: int) -> Dataset:
     """
-    The best answer to each prompt against the worst that is no nonsense, so that style is what differs; of the prompts
-    where they differ most.
+    Pair the best answer to each prompt with the worst that is no nonsense, so that style is what differs; of the
+    prompts where they differ most.
     """
     answers: dict[str, list[dict]] = {}
     for line in rewarded:
         answers.setdefault(line["prompt"], []).append(line)
+
     rows = []
     for prompt, lines in answers.items():
         chosen = max(lines, key=lambda line: line[name])
@@ -100,13 +115,6 @@ def train_adapter(model, tokenizer, pairs: Dataset, folder: Path, arguments):
     """Train an adapter, a new one or the one that `model` has, and write it."""
     dtype, rank = model.dtype, arguments.rank
     new = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    pairs = pairs.map(
-        lambda row: {
-            "prompt": tokenizer.apply_chat_template(
-                [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
-            )
-        }
-    )
     config = DPOConfig(
         output_dir=str(folder.with_name(f"{folder.name}-run")),
         per_device_train_batch_size=arguments.batch_size,
@@ -126,19 +134,36 @@ def train_adapter(model, tokenizer, pairs: Dataset, folder: Path, arguments):
         report_to="none",
         seed=0,
     )
-    peft_config = None if isinstance(model, PeftModel) else new
-    trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer, peft_config=peft_config)
-    # TRL ends every answer; one that was cut at the token limit must not teach to stop in mid-sentence.
-    trainer.train_dataset = trainer.train_dataset.map(
-        lambda row: {f"{s}_ids": row[f"{s}_ids"][: None if row[f"{s}_ended"] else -1] for s in ("chosen", "rejected")}
+    trainer = DPOTrainer(
+        model,
+        args=config,
+        train_dataset=pairs.map(lambda row: {"prompt": opening_of(tokenizer, row["prompt"])}),
+        processing_class=tokenizer,
+        peft_config=None if isinstance(model, PeftModel) else new,
     )
+    trainer.train_dataset = trainer.train_dataset.map(without_false_ends)
     trainer.train()
+
     trainer.model.peft_config["default"].base_model_name_or_path = REPOSITORY  # not the folder it was found in
     with staged_folder(folder) as staging:
         trainer.model.to(torch.bfloat16).save_pretrained(staging, selected_adapters=["default"])
         (Path(staging) / "README.md").unlink(missing_ok=True)
     trainer.model.unload()
     model.to(dtype)
+
+
+def opening_of(tokenizer, prompt: str) -> str:
+    """Write a prompt as the text that an answer follows."""
+    return tokenizer.apply_chat_template(chats([prompt])[0], add_generation_prompt=True, tokenize=False)
+
+
+def without_false_ends(row: dict) -> dict:
+    """Drop the end that TRL gives an answer which was cut at the limit: it would teach to stop in mid-sentence."""
+    sides = {}
+    for side in ("chosen", "rejected"):
+        ids = row[f"{side}_ids"]
+        sides[f"{side}_ids"] = ids if row[f"{side}_ended"] else ids[:-1]
+    return sides
 
 
 def train_expert(model, tokenizer, rewards, name: str, arguments) -> Path:
@@ -154,20 +179,23 @@ def train_expert(model, tokenizer, rewards, name: str, arguments) -> Path:
         last = number == arguments.rounds
         folder = arguments.output / (name if last else f"{name}-round{number}")
         finish_save(folder)
-        if not (folder / "adapter_model.safetensors").exists():
-            if previous is None:
-                policy, rewarded = model, answers(model, "plain", plain, "")
-                for other in arguments.experts:
-                    rewarded += answers(model, other, prompted, other, system=PREFERENCES[other][1], top_k=50)
-            else:
-                policy = PeftModel.from_pretrained(model, previous, is_trainable=True).eval()
-                rewarded = answers(policy, f"{name}-round{number}", own, name)
-            train_adapter(policy, tokenizer, preference_pairs(rewarded, name, arguments.pairs), folder, arguments)
+        if (folder / "adapter_model.safetensors").exists():
+            previous = folder
+            continue
+
+        if previous is None:
+            policy, rewarded = model, answers(model, "plain", plain, "")
+            for other in arguments.experts:
+                rewarded += answers(model, other, prompted, other, system=PREFERENCES[other][1], top_k=50)
+        else:
+            policy = PeftModel.from_pretrained(model, previous, is_trainable=True).eval()
+            rewarded = answers(policy, f"{name}-round{number}", own, name)
+        train_adapter(policy, tokenizer, preference_pairs(rewarded, name, arguments.pairs), folder, arguments)
         previous = folder
     return previous
 
 
-def evaluate(model, tokenizer, rewards, folders: dict[str, Path], arguments):
+def report_experts(model, tokenizer, rewards, folders: dict[str, Path], arguments):
     """Report each expert's normalised reward on the evaluation prompts, and what its answers look like."""
     prompts = evaluation_prompts(8 if arguments.quick else None)
     set_seed(0)
@@ -177,24 +205,27 @@ def evaluate(model, tokenizer, rewards, folders: dict[str, Path], arguments):
         set_seed(1)
         answers[name] = [line["completion"] for line in sample(expert, tokenizer, prompts, arguments.tokens)]
         expert.unload()
+
+    quality = rewards["concise"].quality
     references = {name: reward(prompts, answers["base"]) for name, reward in rewards.items()}
     report = {}
     for author, texts in answers.items():
-        sanity = rewards["concise"].quality.features(prompts, texts)
-        report[author] = {
-            name: fmean(map(normalised_reward, reward(prompts, texts), references[name]))
-            for name, reward in rewards.items()
-        } | {key: fmean(entry[key] for entry in sanity) for key in ("nll", "gain", "repetition", "words")}
-        report[author]["guard"] = fmean(rewards["concise"].quality.penalties(prompts, texts))
+        features = quality.features(prompts, texts)
+        entry = {}
+        for name, reward in rewards.items():
+            entry[name] = fmean(map(normalised_reward, reward(prompts, texts), references[name]))
+        for measure in ("nll", "gain", "repetition", "words"):
+            entry[measure] = fmean(values[measure] for values in features)
+        report[author] = entry | {"guard": fmean(quality.penalties(prompts, texts))}
     write_text(arguments.output / "report.json", json.dumps(report, indent=2) + "\n")
-    samples = [
-        f"## {p}\n" + "".join(f"\n**{a}**: {texts[i]}\n" for a, texts in answers.items())
-        for i, p in enumerate(prompts)
-    ]
+
+    samples = []
+    for row, prompt in enumerate(prompts):
+        samples.append(f"## {prompt}\n" + "".join(f"\n**{a}**: {texts[row]}\n" for a, texts in answers.items()))
     write_text(arguments.output / "answers.md", "\n".join(samples))
-    table = Table(
-        "answers by", *next(iter(report.values())), title="normalised rewards, and means of what guards read"
-    )
+
+    title = "normalised rewards, and means of what answers are as text"
+    table = Table("answers by", *next(iter(report.values())), title=title)
     for author, values in report.items():
         table.add_row(author, *(f"{value:.2f}" for value in values.values()))
     Console(width=160).print(table)
@@ -223,11 +254,12 @@ def main():
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.tokens, arguments.pairs = 8, 24, 8
+
     arguments.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = base_model()
     rewards = proxy_rewards(TextQuality(model, tokenizer))
     folders = {name: train_expert(model, tokenizer, rewards, name, arguments) for name in arguments.experts}
-    evaluate(model, tokenizer, rewards, folders, arguments)
+    report_experts(model, tokenizer, rewards, folders, arguments)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 Make the constants that standardise the rewards and the held-out proxies: mean and deviation of every feature over the
 base model's answers.
 
-    python examples/reward_constants.py --output smollm2_rewards.json --held-out smollm2_held_out.json
+    python examples/smollm2/reward_constants.py --output smollm2_rewards.json --held-out smollm2_held_out.json
 
 The package's own: modeling_pcm_ensemble/rewards/smollm2_rewards.json is of four answers to each training prompt, and
 modeling_pcm_ensemble/evaluation/smollm2_held_out.json of one answer to each of the shortest 192.
@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from answers import base_model, sample, training_prompts
+from common import base_model, sample, training_prompts
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -30,13 +30,15 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     arguments = parser.parse_args()
+
     model, tokenizer = base_model()
     prompts = training_prompts(arguments.prompts) * arguments.samples
-    lines = []
+    completions = []
     for start in tqdm(range(0, len(prompts), 64), desc="answers of the base model"):
         set_seed(start)
-        lines += sample(model, tokenizer, prompts[start : start + 64], arguments.tokens)
-    completions = [line["completion"] for line in lines]
+        lines = sample(model, tokenizer, prompts[start : start + 64], arguments.tokens)
+        completions += [line["completion"] for line in lines]
+
     held_out = held_out_constants(completions)
     write_text(arguments.held_out, json.dumps(held_out, indent=2) + "\n")
     constants = reward_constants(TextQuality(model, tokenizer), prompts, completions)

@@ -1,0 +1,191 @@
+"""
+Train the Preference Control Model of the six LoRA experts online with REBEL, on the paper's eight preferences and,
+less often, on those of two experts.
+
+    python examples/smollm2/train_pcm.py --output pcm --seeds 0 1 2
+
+1. Let the base model answer every prompt once: rewards are measured against these answers.
+2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
+   context is. Stopped and run again, it goes on from the last checkpoint.
+3. On the base model's answers, teach it which experts a description names, and to do when told in words what it does
+   when told weights; no expert runs.
+4. Write each seed's PCM, its log, and the curves of all.
+
+measure_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib.pyplot as plt
+import torch
+from common import DEVICE, base_model, training_prompts, with_references
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
+from modeling_pcm_ensemble.evaluation.pictures import save
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
+from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
+
+
+def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
+    batch = min(arguments.completions, arguments.batch)
+    updates = arguments.completions // batch * arguments.iterations  # of a rollout
+    config = RebelConfig(
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=arguments.rollouts * updates,
+        per_device_train_batch_size=batch,
+        steps_per_generation=arguments.completions // batch,
+        num_generations=8,
+        num_iterations=arguments.iterations,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=4,
+        eta=arguments.eta,
+        exploration=arguments.exploration,
+        max_completion_length=arguments.tokens,
+        generation_batch_size=64 if DEVICE == "cpu" else 768,
+        bf16=model.backbones[0].dtype == torch.bfloat16,
+        use_cpu=DEVICE == "cpu",
+        logging_steps=1,
+        save_steps=updates * max(arguments.rollouts // 5, 1),
+        save_total_limit=1,
+        report_to="none",
+    )
+
+    # Pairs in one of three: what rewards teach of three experts would else carry over to two by chance.
+    sets = 3 * default_preference_sets(model.config)
+    sets += [names for names in default_preference_sets(model.config, whole=False) if len(names) == 2]
+    return RebelTrainer(
+        model,
+        args=config,
+        reward_funcs=rewards,
+        train_dataset=dataset,
+        processing_class=model.tokenizer,
+        preference_sets=sets,
+    )
+
+
+def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: int):
+    """Train a PCM to do when told in words what it does when told weights."""
+    config = DescriptionConfig(
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        bf16=model.backbones[0].dtype == torch.bfloat16,
+        use_cpu=DEVICE == "cpu",
+        report_to="none",
+    )
+
+    written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
+    DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES).train()
+
+
+def save_learnt(pcm, path: Path):
+    """Write a PCM without its frozen embeddings, in bfloat16."""
+    learnt = {name: p.detach().to(torch.bfloat16) for name, p in pcm.named_parameters() if p.requires_grad}
+    with staged_folder(path.parent) as staging:
+        save_file(learnt, Path(staging) / path.name)
+
+
+def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
+    """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
+    folder = arguments.output / f"seed-{seed}"
+    rewarded, described = folder / "rewards.safetensors", folder / "pcm.safetensors"
+    finish_save(folder)
+    if described.exists():
+        return folder
+
+    set_seed(seed)
+    model = demo.adapter_ensemble(dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k or None)
+    if not rewarded.exists():
+        model.pcm.body.requires_grad_(False)
+        trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        write_text(folder / "history.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+        save_learnt(model.pcm, rewarded)
+
+    model.load_pcm(rewarded)
+    model.pcm.body.requires_grad_(True)
+    teach_descriptions(model, dataset, folder, seed, arguments.description_steps)
+    save_learnt(model.pcm, described)
+    return folder
+
+
+def draw_curves(histories: list[list[dict]], path: Path, window: int = 8):
+    """Draw reward, reward by dimension and α's entropy of what was sampled: means of seeds, smoothed."""
+    panels = {
+        "sampled answers against the base model (0.5 = equal)": {"reward": "reward", "win_share": "won comparisons"},
+        "reward by dimension": {f"rewards/{name}/mean": name for name in demo.PREFERENCES},
+        "nats a token": {"expert_weight_entropy": "entropy of α"},
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
+    for axis, (title, names) in zip(axes, panels.items()):
+        for name, label in names.items():
+            steps, means = mean_curve(histories, name)
+            smooth = [fmean(means[max(0, i - window + 1) : i + 1]) for i in range(len(means))]
+            axis.plot(steps, smooth, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("update")
+        axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def mean_curve(histories: list[list[dict]], name: str) -> tuple[list[int], list[float]]:
+    """Average a logged metric over seeds: the updates at which it was logged, and its means there."""
+    by_step = defaultdict(list)
+    for entry in chain.from_iterable(histories):
+        if name in entry:
+            by_step[entry["step"]].append(entry[name])
+    steps = sorted(by_step)
+    return steps, [fmean(by_step[step]) for step in steps]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("pcm"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--prompts", type=int, default=240, help="train on so many of the shortest prompts")
+    parser.add_argument("--rollouts", type=int, default=12)
+    parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
+    parser.add_argument("--iterations", type=int, default=8, help="passes through a rollout")
+    parser.add_argument("--batch", type=int, default=64, help="completions of an update")
+    parser.add_argument("--description-steps", type=int, default=480, help="updates that teach descriptions")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--eta", type=float, default=16.0)
+    parser.add_argument("--exploration", type=float, default=2.0, help="noise on the weights of a rollout")
+    parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
+    parser.add_argument(
+        "--expert-top-k", type=int, default=demo.EXPERT_TOP_K, help="tokens that an expert keeps; 0: all"
+    )
+    parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.output /= "quick"
+        arguments.prompts, arguments.rollouts, arguments.completions, arguments.tokens = 8, 1, 8, 16
+        arguments.description_steps = 2
+
+    base, tokenizer = base_model()
+    prompts = training_prompts(arguments.prompts)
+    rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)
+    # Of all seeds: what has been measured is kept
+    rewards = proxy_rewards(TextQuality(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256))
+    folders = [train(Dataset.from_list(rows), rewards, seed, arguments) for seed in arguments.seeds]
+    histories = [json.loads((folder / "history.json").read_text()) for folder in folders]
+    draw_curves(histories, arguments.output / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Ways to answer that are an ensemble: whole, at weights that stay the same, or with a part left out."""
+
+import copy
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..preference import Preference
+from .baselines import Baseline, Conversation, chat_inputs, digest, sample_answers
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+@dataclass
+class EnsembleBaseline(Baseline):
+    r"""
+    What baselines that are an ensemble have in common.
+
+    Args:
+        name (`str`): see [`Baseline`].
+        model (`PCMEnsembleForCausalLM`): the ensemble; see [`with_settings`] for one that merges otherwise.
+        max_new_tokens (`int`): most tokens of an answer.
+        top_k (`int`): tokens of the merged distribution that are sampled from; 0 for all.
+    """
+
+    uses_pcm: ClassVar[bool] = True
+
+    name: str
+    model: PCMEnsembleForCausalLM
+    max_new_tokens: int
+    top_k: int = field(default=0, kw_only=True)
+
+    @abstractmethod
+    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+        """Say what each row asks of the ensemble, as arguments of its `generate`."""
+
+    def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
+        options = {"top_k": self.top_k} | self.request(preferences)
+        return sample_answers(self._sampled(), tokenizer_of(self.model), prompts, self.max_new_tokens, **options)
+
+    def settings(self) -> str:
+        config = self.model.config
+        # The names that settings have had from the first version on, so that answers which are kept stay valid
+        options = {
+            "name": self.name,
+            "max_new_tokens": self.max_new_tokens,
+            "use_pcm": self.uses_pcm,
+            "use_description": True,
+            "use_context": True,
+            "merge": config.merge,
+            "expert_top_k": config.expert_top_k,
+            "top_k": self.top_k,
+            "weights": None,
+            "words": None,
+            "only": None,
+        }
+        options |= self._differences()
+
+        read = ["name", "backbone", "prompt_ids"] + ["description_ids"] * self.uses_pcm
+        experts = [[expert[name] for name in read] for expert in config.experts or []]
+        return json.dumps([options, experts, digest(self.model if self.uses_pcm else self.model.backbones)])
+
+    def _sampled(self) -> PCMEnsembleForCausalLM:
+        """The ensemble that answers are sampled from."""
+        return self.model
+
+    def _differences(self) -> dict[str, Any]:
+        """What `settings` has beside the defaults."""
+        return {}
+
+
+@dataclass
+class TrainedEnsemble(EnsembleBaseline):
+    r"""
+    The ensemble as it is, its PCM choosing α.
+
+    Args:
+        weights (`Mapping[str, Preference]`, *optional*): what is asked for in place of each preference, by its label.
+        others: as for [`EnsembleBaseline`].
+    """
+
+    weights: Mapping[str, Preference] | None = None
+
+    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+        if self.weights is not None:
+            preferences = [self.weights[preference.label] for preference in preferences]
+        return {"preference": preferences}
+
+    def _differences(self) -> dict[str, Any]:
+        if self.weights is None:
+            return {}
+        return {"weights": {label: dict(preference.weights) for label, preference in self.weights.items()}}
+
+
+@dataclass
+class StaticWeights(TrainedEnsemble):
+    """The ensemble without its PCM: α is the preference's weights, at every token. Arguments: [`TrainedEnsemble`]."""
+
+    uses_pcm: ClassVar[bool] = False
+
+    def _sampled(self) -> PCMEnsembleForCausalLM:
+        return without_pcm(self.model)
+
+
+@dataclass
+class SingleExpert(EnsembleBaseline):
+    r"""
+    One expert alone, compared under preferences that want it.
+
+    Args:
+        expert (`str`): its name.
+        others: as for [`EnsembleBaseline`].
+    """
+
+    uses_pcm: ClassVar[bool] = False  # which has nothing to choose
+
+    expert: str
+
+    def applies(self, preference: Preference) -> bool:
+        return self.expert in preference.weights
+
+    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+        return {"preference": self.expert}
+
+    def _differences(self) -> dict[str, Any]:
+        return {"only": self.expert}
+
+
+@dataclass
+class ToldInWords(EnsembleBaseline):
+    r"""
+    The ensemble told in words alone: every expert is active, and the PCM must choose.
+
+    Args:
+        words (`Mapping[str, str]`): what the PCM reads in place of the experts' descriptions, by preference's label.
+        others: as for [`EnsembleBaseline`].
+    """
+
+    words: Mapping[str, str]
+
+    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+        return {"preference_text": [self.words[preference.label] for preference in preferences]}
+
+    def _differences(self) -> dict[str, Any]:
+        return {"words": self.words}
+
+
+@dataclass
+class WithoutDescription(EnsembleBaseline):
+    """An ablation: the PCM reads the context alone, and not what is wanted. Arguments: [`EnsembleBaseline`]."""
+
+    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+        nothing = torch.full((1,), -1)
+        return {"preference": preferences, "preference_ids": nothing}
+
+    def _differences(self) -> dict[str, Any]:
+        return {"use_description": False}
+
+
+@dataclass
+class WithoutContext(EnsembleBaseline):
+    """An ablation: α stays what the PCM gives for an empty prompt. Arguments: [`EnsembleBaseline`]."""
+
+    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+        empty = chat_inputs(self.model, tokenizer_of(self.model), [[{"role": "user", "content": ""}]])
+        rows = {name: tensor.expand(len(preferences), -1) for name, tensor in empty.items()}
+        expert_weights = self.model.compute_expert_weights(**rows, preference=preferences)
+
+        names = self.model.config.expert_names
+        held = []
+        for row in expert_weights[:, -1].tolist():  # where the answer would begin
+            held.append(Preference({name: weight for name, weight in zip(names, row) if weight > 0}))
+        return {"preference": held}
+
+    def _sampled(self) -> PCMEnsembleForCausalLM:
+        return without_pcm(self.model)
+
+    def _differences(self) -> dict[str, Any]:
+        return {"use_context": False}
+
+
+def tokenizer_of(model: PCMEnsembleForCausalLM) -> PreTrainedTokenizerBase:
+    """
+    Return the ensemble's tokenizer.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if model.tokenizer is None:
+        raise ValueError("An ensemble is evaluated by its own tokenizer, and this one has none. Build it with one.")
+    return model.tokenizer
+
+
+def with_settings(model: PCMEnsembleForCausalLM, **settings) -> PCMEnsembleForCausalLM:
+    r"""
+    Make an ensemble that shares every weight with another one, and has other settings.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): stays as it is.
+        settings: fields of its configuration, such as `merge` and `expert_top_k`.
+
+    Raises:
+        StrictDataclassError: if the configuration would not take them.
+
+    Example:
+
+    ```python
+    soup = StaticWeights("Personalized Soup", with_settings(model, merge="adapters", expert_top_k=None), 64)
+    ```
+    """
+    other = _sharing(model)
+    other.config = copy.copy(model.config)
+    for name, value in settings.items():
+        setattr(other.config, name, value)
+    other.config.validate()
+    return other
+
+
+def without_pcm(model: PCMEnsembleForCausalLM) -> PCMEnsembleForCausalLM:
+    """
+    Make an ensemble with α = w / Σw, which a head of zeros gives. It shares every other weight with `model`, which
+    stays as it is.
+    """
+    pcm = _sharing(model.pcm)
+    pcm.head = copy.deepcopy(model.pcm.head)
+    torch.nn.init.zeros_(pcm.head.weight)
+
+    other = _sharing(model)
+    other.pcm = pcm
+    return other
+
+
+def _sharing(module: Module) -> Module:
+    """A module of the same parts, of which some can be replaced in it alone."""
+    other = copy.copy(module)
+    other._modules = module._modules.copy()
+    return other
+
+
+__all__ = [
+    "EnsembleBaseline",
+    "SingleExpert",
+    "StaticWeights",
+    "ToldInWords",
+    "TrainedEnsemble",
+    "WithoutContext",
+    "WithoutDescription",
+    "tokenizer_of",
+    "with_settings",
+    "without_pcm",
+]

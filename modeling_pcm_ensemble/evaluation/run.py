@@ -1,0 +1,177 @@
+"""A whole evaluation: answers, judges, text quality, cost."""
+
+import itertools
+from pathlib import Path
+from statistics import fmean
+from typing import cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..rewards.quality import TextQuality
+from .answers import Case, collect_answers, collect_text_features, distributed_state
+from .baselines import Baseline, Conversation
+from .comparison import Outcome, agreement, judge_answers, summarise
+from .cost import measure_cost
+from .ensemble_baselines import tokenizer_of
+from .judges import Judge
+
+
+def evaluate(
+    ours: Baseline,
+    others: list[Baseline],
+    cases: list[Case],
+    judges: list[Judge],
+    folder: Path,
+    *,
+    base: str = "vanilla",
+    model: PCMEnsembleForCausalLM,
+    quality: TextQuality,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict | None:
+    r"""
+    Compare one baseline with the others.
+
+    Args:
+        ours (`Baseline`), others (`list[Baseline]`): who answers.
+        cases (`list[Case]`): from [`make_cases`].
+        judges (`list[Judge]`): the first one also scores every baseline against `base`.
+        folder (`Path`): where answers, and what `quality` reads in them, are kept, see [`collect_answers`].
+        base (`str`): the name of the one among `others` that scores are against.
+        model (`PCMEnsembleForCausalLM`): whose α is drawn over an answer of `ours`.
+        quality (`TextQuality`): reads answers as text.
+        seed, batch_size (`int`): as for [`collect_answers`].
+
+    Returns:
+        What [`write_report`] takes, but for `title` and `command`; None on all processes but the main one.
+
+    Raises:
+        ValueError: if two baselines have one name, one applies nowhere, `base` is none of them, or a judge cannot
+            judge a wanted expert.
+    """
+    baselines = [ours, *others]
+    _check(baselines, cases, judges, base)
+
+    answers = {}
+    for baseline in baselines:
+        answers[baseline.name] = collect_answers(baseline, cases, folder, seed, batch_size)
+    collect_text_features(quality, cases, folder, *answers.values())
+    if not distributed_state().is_main_process:
+        return None
+
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    for judge in judges:
+        outcomes[judge.name] = {
+            other.name: judge_answers(judge, cases, answers[ours.name], answers[other.name])
+            for other in tqdm(others, desc=f"judge: {judge.name}")
+        }
+
+    agreements = {}
+    for one, other in itertools.combinations(outcomes, 2):
+        agreements[f"{one}, {other}"] = mean_agreement(outcomes[one], outcomes[other])
+    rewards, as_text = {}, {}
+    for name, texts in answers.items():
+        rewards[name] = mean_rewards(judge_answers(judges[0], cases, texts, answers[base]))
+        as_text[name] = text_quality(quality, cases, texts)
+
+    return {
+        "ours": ours.name,
+        "base": base,
+        "judges": {name: summarise(against, cases) for name, against in outcomes.items()},
+        "agreement": agreements,
+        "rewards": rewards,
+        "quality": as_text,
+        "cost": measure_cost(baselines, cases, tokenizer_of(model)),
+        "expert_weights": expert_weights_example(model, cases, answers[ours.name]),
+    }
+
+
+def _check(baselines: list[Baseline], cases: list[Case], judges: list[Judge], base: str):
+    names = [baseline.name for baseline in baselines]
+    if len(set(names)) < len(names) or base not in names:
+        raise ValueError(f"Baselines must have names of their own, and one must be {base!r}, got {names}.")
+
+    for baseline in baselines:
+        if not any(baseline.applies(case.preference) for case in cases):
+            raise ValueError(f"Baseline {baseline.name!r} applies under none of the preferences. Leave it out.")
+
+    wanted = {name for case in cases for name in case.preference.weights}
+    for judge in judges:
+        if judge.dimensions is not None and (missing := wanted - judge.dimensions):
+            raise ValueError(f"Judge {judge.name!r} cannot judge {', '.join(sorted(missing))}. Give it these too.")
+
+
+def mean_agreement(one: dict[str, Outcome], other: dict[str, Outcome]) -> list[float] | None:
+    """Compute the agreement of two judges, see [`agreement`], over the baselines that both have compared."""
+    found = [pair for name in one if (pair := agreement(one[name], other[name])) is not None]
+    return [fmean(values) for values in zip(*found)] or None
+
+
+def mean_rewards(against_base: Outcome) -> dict[str, float]:
+    """Compute mean normalised rewards by dimension, and over all answers as `mean`."""
+    compared = ~np.isnan(against_base.wins)
+    values = {name: by_case[compared] for name, by_case in against_base.dimensions.items()}  # (answers,)
+    means = {name: float(np.nanmean(v)) for name, v in values.items() if not np.isnan(v).all()}
+    of_answers = np.nanmean(list(values.values()), axis=0)
+    return means | {"mean": float(of_answers.mean())}
+
+
+def text_quality(quality: TextQuality, cases: list[Case], answers: list[str | None]) -> dict[str, float]:
+    """
+    Compute means of what is read in answers: the base model's nats a token (`nll`), nats that the prompt saves
+    (`gain`), `repetition`, `words`.
+    """
+    given = [(case.prompt, answer) for case, answer in zip(cases, answers) if answer is not None]
+    features = quality.features([prompt for prompt, _ in given], [answer for _, answer in given])
+    return {name: fmean(entry[name] for entry in features) for name in features[0]}
+
+
+@torch.no_grad()
+def expert_weights_over(
+    model: PCMEnsembleForCausalLM, prompt: Conversation, answer: str, **preference
+) -> tuple[list[int], torch.Tensor]:
+    """
+    Compute α over an answer.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): the ensemble.
+        prompt (`list[dict]`), answer (`str`): what it was asked, and what was answered.
+        preference: as for `forward`: `preference`, `preference_text`, `preference_ids`.
+
+    Returns:
+        The answer's tokens, and the α that each is drawn under, `(tokens, experts)`.
+    """
+    tokenizer = tokenizer_of(model)
+    text = cast(str, tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+    start = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(text + answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+
+    expert_weights = model.compute_expert_weights(ids, **preference)[0]  # (tokens of prompt and answer, experts)
+    return ids[0, start:].tolist(), expert_weights[start - 1 : -1]
+
+
+def expert_weights_example(model: PCMEnsembleForCausalLM, cases: list[Case], answers: list[str | None]) -> dict:
+    """Find the answer, of those longer than 100 characters or else of all, in which α moves most; give α over it."""
+    given = [(case, answer) for case, answer in zip(cases, answers) if answer]
+    given = [pair for pair in given if len(pair[1]) > 100] or given
+
+    moves = []
+    for case, answer in tqdm(given, desc="expert weights", leave=False):
+        ids, values = expert_weights_over(model, case.prompt, answer, preference=case.preference)
+        moves.append((values.std(dim=0, correction=0).sum().item(), case, ids, values))
+    _, case, ids, values = max(moves, key=lambda move: move[0])
+
+    wanted = list(case.preference.weights)
+    columns = [model.config.expert_names.index(name) for name in wanted]
+    return {
+        "title": f"{case.prompt[-1]['content']} [{case.preference.label}]",
+        "names": wanted,
+        "tokens": [tokenizer_of(model).decode([token]) for token in ids],
+        "values": values[:, columns].tolist(),
+    }
+
+
+__all__ = ["evaluate", "expert_weights_over"]

@@ -1,0 +1,143 @@
+"""Preferences from a command line, and answers side by side in a terminal. Needs rich, of the `examples` extra."""
+
+import argparse
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from .preference import Preference
+
+
+def parse_preference(text: str, names: list[str]) -> Preference:
+    """
+    Read a preference as it is typed, such as `elementary=2,friendly`; for `type=` of an argument of argparse.
+
+    Args:
+        text (`str`): experts, and weights that are not 1.
+        names (`list[str]`): the ensemble's experts.
+
+    Raises:
+        ArgumentTypeError: if an expert is unknown, or a weight is no number above 0.
+    """
+    try:
+        pairs = [part.partition("=") for part in text.split(",")]
+        return Preference.parse({name.strip(): float(weight or 1) for name, _, weight in pairs}, names)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+class AnswerTable(BaseStreamer):
+    r"""
+    A streamer for `generate` that draws every row of a batch in a column of its own while it is written.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): decodes the tokens.
+        titles (`list[str]`): of the columns, one for each row of the batch.
+        live (`Live`): where it is drawn.
+        finished (`dict[str, str]`, *optional*): columns that stand before these, title → text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        titles: list[str],
+        live: Live,
+        finished: dict[str, str] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.titles = titles
+        self.live = live
+        self.finished = finished or {}
+        self.tokens: list[list[int]] | None = None  # one list for each row; None until the prompt has passed
+
+    def put(self, value: torch.Tensor):
+        if self.tokens is None:
+            self.tokens = [[] for _ in self.titles]
+            return
+
+        for row, token in zip(self.tokens, value.tolist()):
+            row.append(token)
+        table = Table(*self.answers(), expand=True)
+        for column in table.columns:
+            column.ratio = 1
+        table.add_row(*self.answers().values())
+        self.live.update(table)
+
+    def end(self):
+        self.live.refresh()
+
+    def answers(self) -> dict[str, str]:
+        """Return all columns so far, title → text."""
+        texts = self.tokenizer.batch_decode(self.tokens or [], skip_special_tokens=True)
+        return self.finished | dict(zip(self.titles, texts))
+
+
+def stream_answers(
+    model: PCMEnsembleForCausalLM,
+    inputs: BatchEncoding,
+    preferences: list[Preference],
+    tokens: int,
+    console: Console,
+) -> torch.LongTensor:
+    r"""
+    Answer with the plain model, then under every preference at once, greedily, and draw it while it is written.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): the ensemble.
+        inputs (`BatchEncoding`): one prompt, `input_ids` of shape `(1, seq)`.
+        preferences (`list[Preference]`): of different labels, which are the columns' titles.
+        tokens (`int`): most tokens of an answer.
+        console (`Console`): where it is drawn.
+
+    Returns:
+        Prompt and answer under each preference, `(preferences, seq + tokens)`.
+
+    Raises:
+        ValueError: if the ensemble has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ValueError("The ensemble has no tokenizer, which reads answers. Build or save it with one.")
+    base: Any = model.backbones[0]  # transformers types no model as one that generates
+    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False}
+    with Live(console=console, refresh_per_second=8) as live:
+        vanilla = AnswerTable(model.tokenizer, ["vanilla"], live)
+        base.generate(**inputs, streamer=vanilla, **options)
+
+        titles = [preference.label for preference in preferences]
+        table = AnswerTable(model.tokenizer, titles, live, vanilla.answers())
+        rows = {name: value.expand(len(preferences), -1) for name, value in inputs.items()}
+        return model.generate(**rows, preference=preferences, streamer=table, **options)
+
+
+def weights_table(
+    model: PCMEnsembleForCausalLM, sequences: torch.LongTensor, preferences: list[Preference], start: int
+) -> Table:
+    r"""
+    Lay out α, and what each expert contributed to the tokens that were written, as means over each answer.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`), preferences (`list[Preference]`): as for [`stream_answers`].
+        sequences (`torch.LongTensor` of shape `(preferences, seq)`): what it gave.
+        start (`int`): tokens of the prompt.
+    """
+    asked: dict[str, Any] = {"preference": preferences}
+    alphas = model.compute_expert_weights(sequences, **asked)[:, start - 1 : -1]  # (preferences, tokens, experts)
+    shares = model.attribute(sequences, **asked)[:, start - 1 :]  # (preferences, tokens, experts)
+    written = sequences[:, start:, None] != model.generation_config.pad_token_id  # rows that ended early are padded
+
+    alphas, shares = (100 * (x * written).sum(dim=1) / written.sum(dim=1) for x in (alphas, shares))
+    labels = [preference.label for preference in preferences]
+    table = Table("expert", *labels, title="α of each expert / its share of the text, percent", expand=True)
+    for expert, name in enumerate(model.config.expert_names):
+        pairs = zip(alphas[:, expert].tolist(), shares[:, expert].tolist())
+        table.add_row(name, *(f"{alpha:.0f} / {share:.0f}" if alpha else "" for alpha, share in pairs))
+    return table
+
+
+__all__ = ["AnswerTable", "parse_preference", "stream_answers", "weights_table"]
