@@ -157,6 +157,16 @@ class PCMEnsembleCache(Cache):
 
         Raises:
             ValueError: if other experts would be wanted than before.
+
+        Example:
+
+        ```python
+        >>> cache = model(prompt_ids, preference=["concise", "friendly"]).past_key_values
+        >>> cache.reweight(torch.tensor([[3.0, 1.0]]))
+        >>> cache.preferences[0].label
+        'concise=3 + friendly=1'
+
+        ```
         """
         self.route = self.known_route.reweighted(weights)
 
@@ -245,6 +255,17 @@ class PCMEnsembleCache(Cache):
         Raises:
             ValueError: if there are none, one is empty or of another ensemble than the first, `room` is below 1, or
                 caches are quantised, offloaded, of sliding windows, or keep states.
+
+        Example:
+
+        ```python
+        >>> names = ("concise", "friendly")
+        >>> caches = [model(prompt_ids, preference=name).past_key_values for name in names]
+        >>> cache = PCMEnsembleCache.join(caches)
+        >>> [preference.label for preference in cache.preferences]
+        ['concise', 'friendly']
+
+        ```
         """
         check_kind("room", room, int, optional=True)
         if room is not None and not 0 < room <= MOST_TOKENS:

@@ -112,6 +112,17 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
                 their configurations make (as with an adapter inside), or come from a checkpoint whose configuration
                 and weights disagree, an adapter is not plain LoRA on its base as it is, or an argument has a value out
                 of range.
+
+        Example:
+
+        ```python
+        >>> # `base` is a causal LM: a repository, a folder or a loaded model
+        >>> experts = {"concise": {"model": base, "description": "Be concise."}, "friendly": base}
+        >>> model = PCMEnsembleForCausalLM.from_experts(experts, pcm=base, pcm_layers=1, tokenizer=tokenizer)
+        >>> model.config.expert_names
+        ['concise', 'friendly']
+
+        ```
         """
         parts = build_parts(
             experts,
@@ -146,6 +157,16 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         Raises:
             TypeError, ValueError: as [`from_experts`], or if the name is taken, or tensor parallelism has split the
                 ensemble; it stays as it was.
+
+        Example:
+
+        ```python
+        >>> model.add_expert("witty", base)
+        >>> model.config.expert_names
+        ['concise', 'friendly', 'witty']
+        >>> model.remove_expert("witty")
+
+        ```
         """
         if (self.tp_size or 1) > 1:
             raise ValueError(
@@ -168,6 +189,8 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
 
         Raises:
             ValueError: if there is no such expert, it is the last, or the default preference names it.
+
+        Example: see [`add_expert`].
         """
         names = self.config.expert_names
         if name not in names:
@@ -220,6 +243,15 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
 
         Raises:
             ValueError: if there is no such expert, or it has no adapter.
+
+        Example:
+
+        ```python
+        >>> model.export_adapter("concise", folder)
+        >>> sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
+
+        ```
         """
         Preference.parse(name, self.config.expert_names)
         expert = self.config.experts[self.config.expert_names.index(name)]

@@ -116,6 +116,17 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
 
         Raises:
             TypeError, ValueError: on input that is not as above, before any model runs.
+
+        Example:
+
+        ```python
+        >>> output = model(prompt_ids, preference="concise")
+        >>> next_probs = output.logits[:, -1].exp()  # (batch, vocab)
+        >>> round(next_probs.sum().item(), 3)
+        1.0
+        >>> step = model(prompt_ids[:, -1:], past_key_values=output.past_key_values)  # under the same preference
+
+        ```
         """
         input_ids = check_inputs(self.config, input_ids, inputs_embeds, past_key_values, kwargs)
         check_flags(
@@ -233,6 +244,15 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
 
         Returns:
             `torch.FloatTensor` of shape `(batch, seq, experts)`: `[:, t]` weights the predictions of token t + 1.
+
+        Example:
+
+        ```python
+        >>> expert_weights = model.compute_expert_weights(prompt_ids, preference={"concise": 3, "friendly": 1})
+        >>> [round(weight, 2) for weight in expert_weights[0, -1].tolist()]  # an untrained PCM leaves the weights
+        [0.75, 0.25]
+
+        ```
         """
         check_inputs(self.config, input_ids, None, None, {})
         mask = check_mask(input_ids, attention_mask, None)
@@ -257,6 +277,15 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             `torch.FloatTensor` of shape `(batch, seq - 1, experts)`: `[:, t]` is α_i π_i / Σ_j α_j π_j of the token
             that stands at t + 1; 0 where that token, or the one before it, is padding. Under `merge="logits"` too
             these are the shares in a mixture of probabilities.
+
+        Example:
+
+        ```python
+        >>> shares = model.attribute(prompt_ids, preference=["concise", "friendly"])
+        >>> shares.shape == (1, prompt_ids.shape[1] - 1, 2)
+        True
+
+        ```
         """
         if self.config.merge == "adapters":
             raise ValueError('`attribute` needs experts that run apart; `merge="adapters"` runs one model.')

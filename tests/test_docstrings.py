@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from conftest import tiny_llama, tiny_tokenizer
+from test_lora import lora_ensemble, peft_adapter
 
 import modeling_pcm_ensemble
 
-MODULES = ["merging"]
+MODULES = ["cache", "experts", "generation", "merging", "modeling_pcm_ensemble", "preference"]
 ROOT = Path(__file__).parents[1]
 PATHS = [*(ROOT / "modeling_pcm_ensemble").rglob("*.py"), *(ROOT / "hub_upload").rglob("*.py")]
 FILES = sorted(path.relative_to(ROOT) for path in PATHS)
@@ -20,10 +23,17 @@ NOT_INSTALLED = re.compile(r"\b(?:benchmarks|docs|examples|tests)/[\w./-]+|pytho
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_print_what_they_say(name):
+def test_examples_print_what_they_say(name, tmp_path):
+    base = tiny_llama(1)
+    model = lora_ensemble(base, {"concise": peft_adapter(tmp_path / "concise", base, 1)}, friendly=tiny_llama(2))
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    known = {"PCMEnsembleForCausalLM": modeling_pcm_ensemble.PCMEnsembleForCausalLM, "model": model, "base": base}
+    known |= {"tokenizer": tiny_tokenizer(), "prompt_ids": torch.tensor([[21, 22, 23]]), "folder": tmp_path / "out"}
+
     module = importlib.import_module(f"modeling_pcm_ensemble.{name}")
-    failed, attempted = doctest.testmod(module)
+    failed, attempted = doctest.testmod(module, extraglobs=known)
     assert attempted > 0
     assert failed == 0
 
@@ -47,7 +57,9 @@ def defined(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_text_names_a_path_that_an_installation_does_not_have(path):
-    assert [found for text in texts(path) for found in NOT_INSTALLED.findall(text)] == []
+    """But as one of the repository."""
+    misleading = [text for text in texts(path) if "the repository" not in text]
+    assert [found for text in misleading for found in NOT_INSTALLED.findall(text)] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

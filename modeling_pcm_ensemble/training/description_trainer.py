@@ -68,7 +68,7 @@ class DescriptionTrainer(PCMTrainer):
             learns what is meant and not how it is put. Half of the rows are told in the descriptions, which it reads
             under weights too; in the other half, each description is drawn from it and its paraphrases.
 
-    What is logged stands in docs/metrics.md.
+    What is logged stands in docs/metrics.md of the repository.
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,

@@ -1,4 +1,4 @@
-"""What training logs, under the names that docs/metrics.md explains."""
+"""What training logs, under the names that docs/metrics.md of the repository explains."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

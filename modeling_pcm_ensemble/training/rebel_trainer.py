@@ -58,7 +58,7 @@ class RebelTrainer(CheckpointTrainer):
         preference_sets (`list`, *optional*): preferences that prompts are answered under; defaults to every
             combination of one expert for each dimension.
 
-    What is logged stands in docs/metrics.md.
+    What is logged stands in docs/metrics.md of the repository.
 
     Raises:
         TypeError, ValueError: on input that would fail later, before anything runs.
