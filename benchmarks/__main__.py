@@ -19,6 +19,7 @@ def main():
         command.add_argument("--hidden", type=int, default=1024, help="hidden size of the random Llama")
         command.add_argument("--output", default="benchmarks/results", help="folder of JSON and PNG")
         module.add_arguments(command)
+
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # PEFT's and X-LoRA's own advice

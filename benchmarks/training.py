@@ -32,6 +32,7 @@ def run(arguments):
     arguments.layers = arguments.layers or 2
     rows = []
     rollouts, updates = {}, {}
+
     with tempfile.TemporaryDirectory() as folder:
         for name, options in VARIANTS.items():
             rollouts[name], updates[name] = rollout_and_update(folder, arguments, **options)

@@ -206,6 +206,7 @@ def _marked(mark: str) -> list[str]:
             names = json.load(file)
         except ValueError:
             names = None
+
     if not isinstance(names, list):
         raise ValueError(
             f"{mark} is damaged. Remove {os.path.dirname(mark)!r}, and save or fetch the checkpoint again."

@@ -216,6 +216,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         sizes = {}
         for name, part in self.sub_config_items().items():
             check_is_causal_lm(part, f"`{name}`")
+
             size = getattr(part.get_text_config(), "vocab_size", None)
             if not _is_integer(size) or size < 1:
                 raise ValueError(
@@ -335,6 +336,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         merges = (*MERGES, ADAPTERS)
         if self.merge not in merges:
             raise ValueError(f"`merge` must be one of {', '.join(map(repr, merges))}, got {self.merge!r}.")
+
         if self.expert_top_k is not None and (not _is_integer(self.expert_top_k) or self.expert_top_k < 1):
             raise ValueError(f"`expert_top_k` must be at least 1, or None to keep all, got {self.expert_top_k!r}.")
         if self.expert_top_k is not None and self.merge != "probabilities":

@@ -89,6 +89,7 @@ def ablations(model, tokens: int) -> list[Baseline]:
         WithoutDescription("PCM without description", model, tokens),
         WithoutContext("PCM without context", model, tokens),
     ]
+
     for k in TOP_K:
         if k != model.config.expert_top_k:
             name = f"PCM, experts' top {k}"
@@ -126,6 +127,7 @@ def make_judges(rewards, arguments) -> list[Judge]:
         RewardJudge("training rewards", rewards),
         RewardJudge("held-out proxies", held_out_rewards()),
     ]
+
     if arguments.judge_url:
         name = f"{arguments.judge_model} at {arguments.judge_url}"
         endpoint = ChatEndpoint(arguments.judge_url, arguments.judge_model)
@@ -152,6 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--votes", type=Path, help="people's votes, see HumanVotes")
     parser.add_argument("--ablations", action="store_true", help="see above; the report is in OUTPUT/ablations")
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
+
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.output /= "quick"
@@ -182,6 +185,7 @@ def report_facts(arguments, num_prompts: int, baselines: list[Baseline]) -> dict
         if isinstance(baseline, StaticWeights) and baseline.weights:
             chosen = {label: dict(preference.weights) for label, preference in baseline.weights.items()}
             static[baseline.name] = chosen
+
     return {
         "title": f"The trained PCM against {against}, on {asked}",
         "command": " ".join(["python", "examples/smollm2/evaluate.py", *sys.argv[1:]]),

@@ -120,6 +120,7 @@ def weights_over(model, cases: list[Case], answers: list[str], told: list[dict] 
         ids, values = expert_weights_over(model, case.prompt, answer, **preference)
         if not ids:  # an empty answer
             continue
+
         line = {
             "prompt": case.prompt[-1]["content"],
             "preference": case.preference.label,

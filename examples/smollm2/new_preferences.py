@@ -61,6 +61,7 @@ def kinds_of_preferences(paper: list[Preference]) -> dict[str, list[Preference]]
     weighted = []
     for preference in paper:
         weighted.append(Preference({name: round(generator.uniform(0.1, 2), 1) for name in preference.weights}))
+
     return {
         "the paper's eight": paper,
         "two experts": [equal(pair) for pair in pairs],

@@ -131,6 +131,7 @@ def draw_curves(histories: list[list[dict]], path: Path, window: int = 8):
         "reward by dimension": {f"rewards/{name}/mean": name for name in demo.PREFERENCES},
         "nats a token": {"expert_weight_entropy": "entropy of α"},
     }
+
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items()):
         for name, label in names.items():

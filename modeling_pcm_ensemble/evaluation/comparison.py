@@ -123,6 +123,7 @@ def _summary(outcome: Outcome, labels: list[str]) -> dict:
         wins = outcome.wins[:, [column]]
         if not np.isnan(wins).all():
             preferences[label] = _rate(wins)
+
     return _rate(outcome.wins) | {
         "preferences": preferences,
         "dimensions": {dimension: _rate(values) for dimension, values in outcome.dimensions.items()},

@@ -182,12 +182,14 @@ class LanguageModelJudge(Judge):
     def _won(self, comparison: Comparison, dimension: str) -> float:
         if comparison.first == comparison.second:
             return TIE
+
         question = QUESTION.format(
             prompt="\n\n".join(f"{turn['role']}: {turn['content']}" for turn in comparison.prompt),
             first=comparison.first,
             second=comparison.second,
             description=self.descriptions[dimension],
         )
+
         key = json.dumps([self.name, question])
         if key not in self.replies:
             self.replies.add([{"key": key, "winner": parse_reply(self.ask(question))}])
@@ -224,6 +226,7 @@ class ChatEndpoint:
             raise ImportError(
                 "A judge behind an endpoint needs openai. Install it with `pip install openai`."
             ) from error
+
         self.url = url
         self.model = model
         self.failures = openai.APIError
