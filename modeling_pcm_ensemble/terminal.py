@@ -1,7 +1,7 @@
 """Preferences from a command line, and answers side by side in a terminal. Needs rich, of the `examples` extra."""
 
 import argparse
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -84,7 +84,7 @@ def stream_answers(
     preferences: list[Preference],
     tokens: int,
     console: Console,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     r"""
     Answer with the plain model, then under every preference at once, greedily, and draw it while it is written.
 
@@ -112,11 +112,11 @@ def stream_answers(
         titles = [preference.label for preference in preferences]
         table = AnswerTable(model.tokenizer, titles, live, vanilla.answers())
         rows = {name: value.expand(len(preferences), -1) for name, value in inputs.items()}
-        return model.generate(**rows, preference=preferences, streamer=table, **options)
+        return cast(torch.Tensor, model.generate(**rows, preference=preferences, streamer=table, **options))
 
 
 def weights_table(
-    model: PCMEnsembleForCausalLM, sequences: torch.LongTensor, preferences: list[Preference], start: int
+    model: PCMEnsembleForCausalLM, sequences: torch.Tensor, preferences: list[Preference], start: int
 ) -> Table:
     r"""
     Lay out α, and what each expert contributed to the tokens that were written, as means over each answer.
