@@ -29,8 +29,9 @@ EXPERTS, CONTEXT = 3, 64
 
 
 def load_backbone(arguments) -> PreTrainedModel:
-    """SmolLM2-135M, or a random Llama of the size asked for, in bfloat16 and in memory of its own; on a GPU if any."""
+    """Load SmolLM2-135M, or make a random Llama of the size asked for, in memory of its own; on a GPU if any."""
     torch.manual_seed(0)
+
     if arguments.layers is None:
         model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=DTYPE)
     else:
@@ -45,6 +46,7 @@ def load_backbone(arguments) -> PreTrainedModel:
         )
         with torch.device(DEVICE):
             model = LlamaForCausalLM(config).to(DTYPE)
+
     model.to(DEVICE)
     for parameter in model.parameters():  # a checkpoint is mapped from disk, which a first pass would have to read
         parameter.data = parameter.data.clone()
@@ -52,7 +54,7 @@ def load_backbone(arguments) -> PreTrainedModel:
 
 
 def random_adapter(backbone: PreTrainedModel, seed: int) -> dict:
-    """A LoRA on all linear layers, as `from_experts` takes it."""
+    """Make a LoRA on all linear layers, as `from_experts` takes it."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path, module in backbone.named_modules():
@@ -63,13 +65,14 @@ def random_adapter(backbone: PreTrainedModel, seed: int) -> dict:
     return {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "tensors": tensors}
 
 
-def lora_ensemble(backbone: PreTrainedModel, num_experts: int, **kwargs) -> PCMEnsembleForCausalLM:
+def random_lora_ensemble(backbone: PreTrainedModel, num_experts: int, **kwargs) -> PCMEnsembleForCausalLM:
+    """Build any number of LoRA experts, whose adapters are random: time depends on shapes only."""
     experts = {f"lora{i}": {"model": backbone, "adapter": random_adapter(backbone, i)} for i in range(num_experts)}
     return PCMEnsembleForCausalLM.from_experts(experts, pcm=backbone, pcm_layers=PCM_LAYERS, **kwargs).to(DEVICE)
 
 
 def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length: int = 18) -> PCMEnsembleForCausalLM:
-    """Experts prompted with as many tokens as those of the quickstart."""
+    """Build experts prompted with as many tokens as those of the quickstart."""
     model = PCMEnsembleForCausalLM.from_experts(
         {f"prompted{i}": {"model": backbone} for i in range(num_experts)}, pcm=backbone, pcm_layers=PCM_LAYERS
     )
@@ -78,25 +81,33 @@ def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length
     return model.to(DEVICE)
 
 
-def koala_chats() -> list[list[dict[str, str]]]:
-    """Read the 50 evaluation prompts as conversations, in the order of their file."""
+ENSEMBLES = {"prompted": prompted_ensemble, "lora": random_lora_ensemble}
+
+
+def shipped_ensemble(dtype: torch.dtype) -> PCMEnsembleForCausalLM:
+    """Build the six trained experts and the trained PCM that the repository holds."""
+    return demo.trained_ensemble(dtype=dtype)
+
+
+def koala_chats(number: int | None = None) -> list[list[dict[str, str]]]:
+    """Return chats of one user turn each, 50 or the first few of them."""
     prompts = json.loads((demo.ARTIFACTS.parent / "data/evaluation_only/koala_eval_50.json").read_text())
-    return [[{"role": "user", "content": entry["prompt"]}] for entry in prompts]
+    return [[{"role": "user", "content": entry["prompt"]}] for entry in prompts[:number]]
 
 
 def some_ids(batch: int, context: int = CONTEXT) -> torch.LongTensor:
-    """A context of which every row has the same, `(batch, context)`. Decode time depends on shapes only."""
+    """Return a context, the same for every row, `(batch, context)`. Decode time depends on shapes only."""
     ids = torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))
     return ids.expand(batch, -1).to(DEVICE)
 
 
 def one_token(batch: int) -> torch.LongTensor:
-    """What is decoded, `(batch, 1)`."""
+    """Return what is decoded, `(batch, 1)`."""
     return torch.full((batch, 1), 500, device=DEVICE)
 
 
 def cached_step(model, token: torch.Tensor, context: int = CONTEXT):
-    """A step of `model` behind a context."""
+    """Return a step of `model` behind a context."""
     is_ensemble = isinstance(model, PCMEnsembleForCausalLM)
     cache = PCMEnsembleCache(model.config) if is_ensemble else DynamicCache(config=model.config)
     model(some_ids(1, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -108,21 +119,22 @@ def cached_step(model, token: torch.Tensor, context: int = CONTEXT):
 def interleaved(
     steps: dict[str, Callable[[], None]], rounds: int, warm_up: int = 4, title: str = ""
 ) -> dict[str, list]:
-    """Seconds of each step in each round. All steps take turns, so that a slow moment hits all of them."""
-    seconds = {name: [] for name in steps}
+    """Measure the seconds of each step in each round. All take turns, so that a slow moment hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for done in tqdm(range(rounds + warm_up), desc=title, leave=False):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
+
             if done >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def summary(seconds: dict[str, list], reference: str) -> list[dict]:
-    """Median seconds, and the median and quartiles of the ratio to the reference in the same round."""
+    """Return median seconds, and the median and quartiles of the ratio to the reference in the same round."""
     rows = []
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, seconds[reference])]
@@ -144,15 +156,18 @@ def write_results(name: str, rows: list[dict], columns: list[str], arguments, pi
         "dtype": str(DTYPE),
         "model": model,
     }
+
     where = f"{machine['threads']} CPU threads" if DEVICE == "cpu" else machine["device"]
     table = Table(*columns, title=f"{name}: {model}, {where}, bfloat16")
     for row in rows:
         table.add_row(*(f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
     Console().print(table)
+
     folder = Path(arguments.output)
     stem = name if arguments.layers is None else f"{name}-llama-{arguments.layers}x{arguments.hidden}"
     stem += "" if DEVICE == "cpu" else "-gpu"
     write_text(folder / f"{stem}.json", json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
     if picture is not None:
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         picture(axes)
@@ -162,17 +177,21 @@ def write_results(name: str, rows: list[dict], columns: list[str], arguments, pi
 
 
 def grouped_bars(axes, rows: list[dict], group: str, label: str):
-    """Ratios as bars, one colour for each name, side by side in each group, with their quartiles."""
-    groups, names = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, "name"))
+    """Draw ratios as bars, one colour for each name, side by side in each group, with their quartiles."""
+    groups = list(dict.fromkeys(row[group] for row in rows))
+    names = list(dict.fromkeys(row["name"] for row in rows))
     width = 0.8 / len(names)
     axes.set_prop_cycle(color=plt.get_cmap("tab20" if len(names) > 10 else "tab10").colors)
+
     for i, name in enumerate(names):
-        mine = [row for row in rows if row["name"] == name]
-        places = [groups.index(row[group]) + (i - len(names) / 2 + 0.5) * width for row in mine]
-        heights = [row["ratio"] for row in mine]
-        spread = [[abs(row["ratio"] - row["quartiles"][end]) for row in mine] for end in (0, 1)]
-        bars = axes.bar(places, heights, width, label=name, yerr=spread, error_kw={"linewidth": 0.8})
+        of_name = [row for row in rows if row["name"] == name]
+        heights = [row["ratio"] for row in of_name]
+        below = [abs(row["ratio"] - row["quartiles"][0]) for row in of_name]
+        above = [abs(row["ratio"] - row["quartiles"][1]) for row in of_name]
+        places = [groups.index(row[group]) + (i - len(names) / 2 + 0.5) * width for row in of_name]
+        bars = axes.bar(places, heights, width, label=name, yerr=[below, above], error_kw={"linewidth": 0.8})
         axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
+
     axes.set_xticks(range(len(groups)), [f"{group} {value}".replace(" + ", "\n+ ") for value in groups])
     axes.set_ylabel(label)
     axes.axhline(1, color="black", linewidth=0.6)

@@ -2,6 +2,9 @@
 
 import copy
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import PeftModel, XLoraConfig, get_peft_model
@@ -18,9 +21,9 @@ from .common import (
     grouped_bars,
     interleaved,
     load_backbone,
-    lora_ensemble,
     one_token,
     prompted_ensemble,
+    random_lora_ensemble,
     some_ids,
     summary,
     write_results,
@@ -42,16 +45,19 @@ def run(arguments):
     if arguments.fast:
         fast.run(arguments)
         return
+
     backbone, experts = load_backbone(arguments), arguments.experts
-    lora = lora_ensemble(backbone, experts)
+    lora = random_lora_ensemble(backbone, experts)
     models = {"plain model": backbone}
     if "prompted" in arguments.kinds:
         models["prompted experts"] = prompted_ensemble(backbone, experts)
     if "LoRA" in arguments.kinds:
-        models |= {"LoRA experts": lora, 'LoRA, merge="adapters"': lora_ensemble(backbone, experts, merge="adapters")}
+        models["LoRA experts"] = lora
+        models['LoRA, merge="adapters"'] = random_lora_ensemble(backbone, experts, merge="adapters")
     copies = [copy.deepcopy(backbone) for _ in range(experts)]
     peft = with_peft_adapters(copy.deepcopy(backbone), lora)
     xlora = with_xlora(copy.deepcopy(backbone), lora) if arguments.xlora else None
+
     rows = []
     for batch in arguments.batches:
         token = one_token(batch)
@@ -63,19 +69,22 @@ def run(arguments):
         if xlora is not None and batch == 1:
             context = some_ids(batch)
             steps["PEFT X-LoRA"] = lambda context=context: xlora(context, use_cache=False)
+
         rounds = arguments.rounds if batch < 32 else arguments.rounds // 2
         measured = summary(interleaved(steps, rounds, title=f"batch {batch}"), "plain model")
         rows += [{"batch": batch, "experts": experts} | row for row in measured]
-    columns = ["batch", "name", "seconds", "ratio"]
-    write_results("decode", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "batch", "time of one plain step"))  # fmt: skip  # noqa: E501
+
+    picture = partial(grouped_bars, rows=rows, group="batch", label="time of one plain step")
+    write_results("decode", rows, ["batch", "name", "seconds", "ratio"], arguments, picture)
 
 
 def one_after_another(steps: list):
+    """Return a step that takes all of `steps`."""
     return lambda: [step() for step in steps]
 
 
 def mixture_step(vocab_size: int, batch: int, num_experts: int):
-    """What joins the experts' logits, with the weights of a PCM."""
+    """Return what joins the experts' logits, with the weights of a PCM."""
     logits = torch.randn(num_experts, batch, 1, vocab_size, device=DEVICE).to(DTYPE)
     scores = torch.randn(batch, 1, num_experts, device=DEVICE)
     weights = torch.ones(batch, num_experts, device=DEVICE)
@@ -88,40 +97,50 @@ def mixture_step(vocab_size: int, batch: int, num_experts: int):
 
 
 def sampler_step(vocab_size: int, batch: int):
-    """What draws a token from the mixture; part of no other step."""
+    """Return what draws a token from the mixture; part of no other step."""
     probs = torch.randn(batch, vocab_size, device=DEVICE).softmax(-1)
     return lambda: torch.multinomial(probs, 1)
 
 
-def with_peft_adapters(model, lora: PCMEnsembleForCausalLM) -> PeftModel:
+@contextmanager
+def exported_adapters(lora: PCMEnsembleForCausalLM) -> Iterator[dict[str, str]]:
+    """Give the folder of each expert's adapter, by the expert's name, as long as they stand there."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in lora.config.expert_names:
-            lora.export_adapter(name, f"{folder}/{name}")
-        first, *others = lora.config.expert_names
-        model = PeftModel.from_pretrained(model, f"{folder}/{first}", adapter_name=first)
+        folders = {name: f"{folder}/{name}" for name in lora.config.expert_names}
+        for name, path in folders.items():
+            lora.export_adapter(name, path)
+        yield folders
+
+
+def with_peft_adapters(model, lora: PCMEnsembleForCausalLM) -> PeftModel:
+    """Put the experts' adapters into a model by PEFT."""
+    with exported_adapters(lora) as folders:
+        first, *others = folders
+        model = PeftModel.from_pretrained(model, folders[first], adapter_name=first)
         for name in others:
-            model.load_adapter(f"{folder}/{name}", name)
+            model.load_adapter(folders[name], name)
     return model.to(DEVICE, DTYPE).eval()
 
 
 def peft_step(peft: PeftModel, backbone, names: list[str], token: torch.Tensor):
-    """Every row once for each expert in one batch, each under its adapter; the mixture is not computed."""
+    """Return a step of every row once for each expert in one batch, each under its adapter; nothing is mixed."""
     cache = DynamicCache(config=backbone.config)
     backbone(some_ids(1), past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(len(token) * len(names))
-    rows, adapters = token.repeat(len(names), 1), [name for name in names for _ in range(len(token))]
+
+    rows = token.repeat(len(names), 1)
+    adapters = [name for name in names for _ in range(len(token))]
     return lambda: peft(rows, past_key_values=cache, use_cache=True, logits_to_keep=1, adapter_names=adapters)
 
 
 def with_xlora(model, lora: PCMEnsembleForCausalLM):
+    """Put the experts' adapters into a model by X-LoRA."""
     model.config.use_cache = False
-    with tempfile.TemporaryDirectory() as folder:
-        for name in lora.config.expert_names:
-            lora.export_adapter(name, f"{folder}/{name}")
+    with exported_adapters(lora) as folders:
         config = XLoraConfig(
             task_type="CAUSAL_LM",
             hidden_size=model.config.hidden_size,
             xlora_depth=2,
-            adapters={str(i): f"{folder}/{name}" for i, name in enumerate(lora.config.expert_names)},
+            adapters={str(i): path for i, path in enumerate(folders.values())},
         )
         return get_peft_model(model, config).to(DTYPE).eval()

@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from modeling_pcm_ensemble import demo
 
-from .common import DTYPE, grouped_bars, interleaved, koala_chats, load_backbone, summary, write_results
+from .common import (
+    DTYPE,
+    grouped_bars,
+    interleaved,
+    koala_chats,
+    load_backbone,
+    shipped_ensemble,
+    summary,
+    write_results,
+)
 
 PREFERENCES = (["friendly"], ["knowledgeable", "informative"], ["elementary", "concise", "friendly"])
 PLAIN, COMPILED, LOOKUP, BASE, EXPERT, PCM = (
@@ -37,11 +46,11 @@ def add_arguments(parser):
 def run(arguments):
     if arguments.layers is not None:
         raise SystemExit("drafts: random weights accept no drafts; leave --layers out.")
-    backbone = load_backbone(arguments)
-    model = demo.trained_ensemble(dtype=DTYPE)
+
+    backbone, model = load_backbone(arguments), shipped_ensemble(DTYPE)
     contexts = [
         model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        for chat in koala_chats()[: arguments.prompts]
+        for chat in koala_chats(arguments.prompts)
     ]
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     passes, base = CountedPasses(model), model.backbones[0]  # its adapters are off when it is called on its own
@@ -57,6 +66,7 @@ def run(arguments):
         if drafter is not None:
             drafter.generation_config.num_assistant_tokens = number
             way = {"assistant_model": drafter}
+
         passes.number = 0
         model.generate(**next(turns), preference=preference, **options, **way)
         passes.of_answers.setdefault(f"{name}, {number}" if number else name, []).append(passes.number)
@@ -69,25 +79,26 @@ def run(arguments):
         steps |= {name: partial(answer, preference, name) for name in (PLAIN, COMPILED)}
         for name, number in itertools.product((LOOKUP, BASE, EXPERT, PCM), arguments.drafted):
             steps[f"{name}, {number}"] = partial(answer, preference, name, number)
+
         turns = itertools.cycle(context for context in contexts for _ in steps)
         title = " + ".join(preference)
         for row in summary(interleaved(steps, len(contexts), warm_up=0, title=title), PLAIN):
             numbers = passes.of_answers.get(row["name"])
             passed = numbers and arguments.tokens * len(numbers) / sum(numbers)
             rows.append(row | {"preference": title, "tokens a pass": passed})
+
     columns = ["preference", "name", "seconds", "ratio", "tokens a pass"]
-    write_results(
-        "drafts", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "preference", "time without drafts")
-    )
+    picture = partial(grouped_bars, rows=rows, group="preference", label="time without drafts")
+    write_results("drafts", rows, columns, arguments, picture)
 
 
 def expert_drafter(name: str, arguments) -> PreTrainedModel:
-    """A model of its own with an expert's adapter merged into its weights."""
+    """Make a model of its own with an expert's adapter merged into its weights."""
     return PeftModel.from_pretrained(load_backbone(arguments), demo.ARTIFACTS / name).merge_and_unload().eval()
 
 
 def pcm_drafter(model) -> PreTrainedModel:
-    """The PCM's body as a language model of its own, by the LM head of the backbone that it was made from."""
+    """Make the PCM's body a language model of its own, by the LM head of the backbone that it was made from."""
     drafter = AutoModelForCausalLM.from_config(model.config.pcm, dtype=DTYPE).eval()
     drafter.model, drafter.lm_head = model.pcm.body, model.backbones[0].lm_head
     drafter.generation_config = copy.deepcopy(model.backbones[0].generation_config)

@@ -7,18 +7,17 @@ import torch
 from transformers import CompileConfig, StaticCache
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.compile_steps import compiled_call, let_sizes_vary
+from modeling_pcm_ensemble.compile_steps import CompiledStep
 
 from .common import (
     CONTEXT,
     DEVICE,
+    ENSEMBLES,
     cached_step,
     grouped_bars,
     interleaved,
     load_backbone,
-    lora_ensemble,
     one_token,
-    prompted_ensemble,
     some_ids,
     summary,
     write_results,
@@ -30,42 +29,52 @@ COMPILED = CompileConfig(dynamic=True)
 
 @torch.no_grad()
 def run(arguments):
-    backbone = load_backbone(arguments)
-    experts = arguments.experts
-    make = {"prompted": prompted_ensemble, "LoRA": lora_ensemble}
+    backbone, experts = load_backbone(arguments), arguments.experts
     # On backbones of their own: what is compiled has no other ensemble's adapters hooked.
     compiled = {PLAIN: load_backbone(arguments)}
-    compiled |= {f"{kind} experts": make[kind](load_backbone(arguments), experts) for kind in arguments.kinds}
+    for kind in arguments.kinds:
+        compiled[f"{kind} experts"] = ENSEMBLES[kind.lower()](load_backbone(arguments), experts)
+    plain = CompiledStep(compiled[PLAIN], partial(run_plain, compiled[PLAIN]), COMPILED, weights_change=False)
+
     rows = []
     for batch in arguments.batches:
         token = one_token(batch)
         steps = {PLAIN: cached_step(backbone, token)}
         steps |= {f"{name}, eager": cached_step(model, token) for name, model in compiled.items() if name != PLAIN}
+
         warm_up = {}
         for name, model in compiled.items():
-            step = compiled_step(model, token, arguments.rounds)
+            if name == PLAIN:
+                step = compiled_plain_step(plain, token, arguments.rounds)
+            else:
+                step = compiled_step(model, token, arguments.rounds)
             start = time.perf_counter()
             step()
             warm_up[f"{name}, compiled"] = time.perf_counter() - start
             steps[f"{name}, compiled"] = step
         measured = interleaved(steps, arguments.rounds, title=f"batch {batch}")
+
         firsts = {PLAIN: first_token(backbone, batch)}
         for name, model in compiled.items():
             firsts[f"{name}, eager"] = first_token(model, batch)
             firsts[f"{name}, compiled"] = first_token(model, batch, is_static=True)
         first = {row["name"]: row["seconds"] for row in summary(interleaved(firsts, 5, 1, "first token"), PLAIN)}
+
         to_compiled = {row["name"]: row["ratio"] for row in summary(measured, f"{PLAIN}, compiled")}
         for row in summary(measured, PLAIN):
             name = row["name"]
             rows.append({"batch": batch, "experts": experts} | row)
             rows[-1] |= {"to compiled": to_compiled[name], "first token": first[name], "warm-up": warm_up.get(name)}
+
     columns = ["batch", "name", "seconds", "ratio", "to compiled", "first token", "warm-up"]
     picture = partial(grouped_bars, rows=rows, group="batch", label="time of one plain eager step")
     write_results("decode-fast", rows, columns, arguments, picture)
 
 
 def first_token(model, batch: int, is_static: bool = False):
-    """From the call of `generate` to one token. The prefill is not compiled; a static cache is filled by it."""
+    """
+    Return a call of `generate` for one token. The prefill is not compiled; a static cache is filled by it.
+    """
     ids = torch.randint(100, 40000, (batch, CONTEXT), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     if is_static:
@@ -73,22 +82,35 @@ def first_token(model, batch: int, is_static: bool = False):
     return lambda: model.generate(ids, **options)
 
 
-def compiled_step(model, token: torch.Tensor, rounds: int):
-    """As `cached_step`, into static caches."""
-    batch, length = len(token), CONTEXT + rounds + 8  # warm-up too
-    if isinstance(model, PCMEnsembleForCausalLM):
-        cache = PCMEnsembleCache(model.config, "static", length)
-        model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        call = model.get_compiled_call(COMPILED)
-        return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache = StaticCache(model.config, max_cache_len=length)
+def compiled_step(model: PCMEnsembleForCausalLM, token: torch.Tensor, rounds: int):
+    """Return a step as `cached_step` does, but compiled and into static caches."""
+    batch = len(token)
+    cache = PCMEnsembleCache(model.config, "static", static_length(rounds))
     model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    let_sizes_vary(cache)
+    call = model.get_compiled_call(COMPILED)
+    return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def compiled_plain_step(call: CompiledStep, token: torch.Tensor, rounds: int):
+    """Return a plain model's step, compiled as an ensemble compiles its submodels'."""
+    batch, length = len(token), static_length(rounds)
+    cache = StaticCache(call.model.config, max_cache_len=length)
+    call.model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
     mask = torch.ones(batch, length, dtype=torch.long, device=DEVICE)
 
     def step():
         positions = cache.get_seq_length().expand(batch, 1).clone()
         inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        return compiled_call(model, COMPILED)(input_ids=token, logits_to_keep=1, **inputs)
+        return call(None, input_ids=token, logits_to_keep=1, **inputs)
 
     return step
+
+
+def run_plain(model, adapter_masks: None, **inputs):
+    """Run a model that has no adapters."""
+    return model(**inputs)
+
+
+def static_length(rounds: int) -> int:
+    """Return the length of a static cache that holds the context and a token for each round, warm-up too."""
+    return CONTEXT + rounds + 8

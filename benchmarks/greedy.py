@@ -5,9 +5,7 @@ import time
 import torch
 from transformers import CompileConfig
 
-from modeling_pcm_ensemble import demo
-
-from .common import koala_chats, write_results
+from .common import koala_chats, shipped_ensemble, write_results
 
 PREFERENCES = (["elementary", "concise", "friendly"], ["knowledgeable", "informative"], ["friendly"])
 FAST = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=True)}
@@ -22,34 +20,45 @@ def add_arguments(parser):
 def run(arguments):
     if arguments.layers is not None:
         raise SystemExit("greedy: takes the experts that ship; leave --layers out.")
+
     rows = [compare(dtype, koala_chats(), arguments) for dtype in (torch.float32, torch.bfloat16)]
     columns = ["dtype", "answers", "equal", "largest margin of another choice", "compiled to eager"]
     write_results("greedy", rows, columns, arguments)
 
 
 def compare(dtype: torch.dtype, chats: list, arguments) -> dict:
-    """A margin is by how much, in nats, eager steps preferred their token where compiled ones chose another first."""
-    model = demo.trained_ensemble(dtype=dtype)
+    """
+    Answer each chat by eager and by compiled steps, and count equal answers.
+
+    A margin is by how much, in nats, eager steps preferred their token where compiled ones chose another first.
+    """
+    model = shipped_ensemble(dtype)
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     equal, margins, seconds = 0, [], {"eager": [], "compiled": []}
+
     for start in range(0, len(chats), arguments.batch):
         texts = chats[start : start + arguments.batch]
         inputs = model.tokenizer.apply_chat_template(
             texts, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
         )
         inputs["preference"] = [PREFERENCES[(start + row) % len(PREFERENCES)] for row in range(len(texts))]
+
         found = {}
         for name, fast in (("eager", {}), ("compiled", FAST)):
             begun = time.perf_counter()
             found[name] = model.generate(**inputs, **options, **fast)
             seconds[name].append(time.perf_counter() - begun)
+
         new = {name: output.sequences[:, -arguments.tokens :] for name, output in found.items()}
         top = torch.stack(found["eager"].logits, dim=1).topk(2).values  # (rows, tokens, 2)
         for row, differs in enumerate(new["eager"] != new["compiled"]):
-            equal += not differs.any()
-            if differs.any():
-                margins.append(float(top[row, differs.int().argmax(), 0] - top[row, differs.int().argmax(), 1]))
+            if not differs.any():
+                equal += 1
+                continue
+            first = differs.int().argmax()
+            margins.append(float(top[row, first, 0] - top[row, first, 1]))
+
     return {
         "dtype": str(dtype).rpartition(".")[2],
         "answers": len(chats),

@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import CompileConfig
 
-from .common import DEVICE, load_backbone, lora_ensemble, prompted_ensemble, write_results
+from .common import DEVICE, ENSEMBLES, load_backbone, write_results
 
 BATCH, TOKENS = 8, 96
 VARIANTS = {  # name: (kind, experts)
@@ -30,6 +30,7 @@ def run(arguments):
     if arguments.variant is not None:
         print(json.dumps(measure(arguments)))
         return
+
     rows = []
     for variant in VARIANTS:
         command = [sys.executable, "-m", "benchmarks", "memory", "--variant", variant]
@@ -37,28 +38,30 @@ def run(arguments):
             command += ["--layers", str(arguments.layers), "--hidden", str(arguments.hidden)]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append({"name": variant} | json.loads(printed.splitlines()[-1]))
+
     base = rows[0]["peak_mb"]
     rows = [row | {"over_empty_mb": row["peak_mb"] - base} for row in rows]
     write_results("memory", rows, ["name", "over_empty_mb", "weights_mb", "expected_weights_mb"], arguments)
 
 
 def measure(arguments) -> dict:
-    """Runs in a process of its own."""
+    """Return peak memory and bytes of weights, held and expected. It runs in a process of its own."""
     kind, experts = VARIANTS[arguments.variant]
     weights = expected = 0
     if kind is not None:
         backbone = load_backbone(arguments)
-        make = {"plain": lambda model, _: model, "prompted": prompted_ensemble, "lora": lora_ensemble}
-        model = make[kind](backbone, experts)
+        model = backbone if kind == "plain" else ENSEMBLES[kind](backbone, experts)
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
         weights, expected = sum(storages.values()), sum(p.nbytes for p in backbone.parameters())
         if kind != "plain":
             expected += sum(p.nbytes for p in model.pcm.parameters())
             expected += sum(p.nbytes for p in model.backbones.adapters.parameters())
+
         ids = torch.randint(100, 40000, (BATCH, 32), device=DEVICE)
         options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
         if arguments.variant.endswith("compiled"):
             options |= {"cache_implementation": "static", "compile_config": CompileConfig()}
         model.generate(ids, **options)
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"peak_mb": peak, "weights_mb": weights / 2**20, "expected_weights_mb": expected / 2**20}

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .common import EXPERTS, cached_step, load_backbone, lora_ensemble, one_token, prompted_ensemble
+from .common import ENSEMBLES, EXPERTS, cached_step, load_backbone, one_token
 from .fast import compiled_step
 
 
 def add_arguments(parser):
-    parser.add_argument("--experts", choices=["prompted", "lora"], default="lora")
+    parser.add_argument("--experts", choices=list(ENSEMBLES), default="lora")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--fast", action="store_true", help="a compiled step")
@@ -18,16 +18,17 @@ def add_arguments(parser):
 
 @torch.no_grad()
 def run(arguments):
-    make = {"prompted": prompted_ensemble, "lora": lora_ensemble}[arguments.experts]
-    model, token = make(load_backbone(arguments), EXPERTS), one_token(arguments.batch)
+    model, token = ENSEMBLES[arguments.experts](load_backbone(arguments), EXPERTS), one_token(arguments.batch)
     step = compiled_step(model, token, arguments.steps) if arguments.fast else cached_step(model, token)
     for _ in range(2):  # what compiles, and what is left of it
         step()
+
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(arguments.steps):
             step()
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
     print(table)
+
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"profile-{arguments.experts}-{arguments.batch}{'-fast' if arguments.fast else ''}.txt"

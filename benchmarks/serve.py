@@ -2,11 +2,12 @@
 
 import copy
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from .common import DEVICE, grouped_bars, load_backbone, lora_ensemble, summary, write_results
+from .common import DEVICE, grouped_bars, load_backbone, random_lora_ensemble, summary, write_results
 
 EXPERTS, ACTIVE = 6, 3
 
@@ -23,13 +24,15 @@ def add_arguments(parser):
 def run(arguments):
     """Seconds for each request. Users served by merging come one after another, so a few stand for all."""
     backbone = load_backbone(arguments)
-    mixture = lora_ensemble(backbone, EXPERTS)
-    adapters = lora_ensemble(backbone, EXPERTS, merge="adapters")
+    mixture = random_lora_ensemble(backbone, EXPERTS)
+    adapters = random_lora_ensemble(backbone, EXPERTS, merge="adapters")
+
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40000, (arguments.requests, arguments.prompt), generator=generator).to(DEVICE)
     weights = torch.zeros(arguments.requests, EXPERTS)
     for row in weights:
         row[torch.randperm(EXPERTS, generator=generator)[:ACTIVE]] = torch.rand(ACTIVE, generator=generator) + 0.1
+
     options = {
         "max_new_tokens": arguments.tokens,
         "min_new_tokens": arguments.tokens,
@@ -50,17 +53,18 @@ def run(arguments):
         'this library, merge="adapters"': (every, lambda: adapters.generate(ids, preference=weights, **options)),
         "one plain model": (every, lambda: backbone.generate(ids, **options)),
     }
-    seconds = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(arguments.rounds), desc="serve", leave=False):
         for name, (users, call) in runs.items():
             start = time.perf_counter()
             call()
             seconds[name].append((time.perf_counter() - start) / users)
+
     rows = summary(seconds, "one plain model")
     soup_seconds = next(row["seconds"] for row in rows if row["name"].startswith("Personalized"))
     rows = [{"requests": arguments.requests, "throughput": soup_seconds / row["seconds"]} | row for row in rows]
-    columns = ["name", "seconds", "throughput", "ratio"]
-    write_results("serve", rows, columns, arguments, lambda axes: grouped_bars(axes, rows, "requests", "time of one plain request in the batch"))  # fmt: skip  # noqa: E501
+    picture = partial(grouped_bars, rows=rows, group="requests", label="time of one plain request in the batch")
+    write_results("serve", rows, ["name", "seconds", "throughput", "ratio"], arguments, picture)
 
 
 class Soup:
@@ -75,6 +79,7 @@ class Soup:
         self.b = {p: torch.cat([t[f"{p}.lora_B.weight"] for t in tensors], dim=1) for p in self.paths}
 
     def merge(self, weights: torch.Tensor):
+        """Put one user's weights, `(experts,)`, into the model."""
         weights = weights / weights.sum()
         for path in self.paths:
             scales = weights.repeat_interleave(len(self.a[path]) // len(weights)).to(self.a[path].dtype)

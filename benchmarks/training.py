@@ -44,13 +44,14 @@ def run(arguments):
 def rollout_and_update(
     folder: str, arguments, experts: int = 3, prompts: int = 4, completions: int = 4, tokens: int = 32, scale: int = 1
 ):
-    """A call that samples and scores a rollout, and one that goes forward and back through the PCM on it."""
+    """Return a call that samples and scores a rollout, and one that goes forward and back through the PCM on it."""
     torch.manual_seed(0)
     backbone = random_llama(arguments.hidden, arguments.layers * scale)
     entries = {f"expert{i}": {"model": backbone, "prompt": "ab"[i % 2] * (i + 1)} for i in range(experts)}
     tokenizer = letters()
     model = PCMEnsembleForCausalLM.from_experts(entries, pcm=random_llama(256, layers=4), tokenizer=tokenizer)
     model.generation_config.eos_token_id = None  # all answers run to the last token
+
     config = RebelConfig(
         folder,
         per_device_train_batch_size=completions * prompts,
@@ -64,6 +65,7 @@ def rollout_and_update(
     trainer = RebelTrainer(
         model, rewards, config, Dataset.from_list(rows), preference_sets=[list(entries)], processing_class=tokenizer
     )
+
     draws = trainer.preferences.sets * len(rows)
     rollout, _ = trainer.rollouts.sample(rows, draws, seed=0)
     rollout.old_log_probs, _ = trainer._old_log_probs(rollout)
@@ -76,6 +78,7 @@ def rollout_and_update(
 
 
 def random_llama(width: int, layers: int) -> LlamaForCausalLM:
+    """Make a model of random weights."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=width,
@@ -88,7 +91,7 @@ def random_llama(width: int, layers: int) -> LlamaForCausalLM:
 
 
 def letters() -> PreTrainedTokenizerFast:
-    """One token for each letter, and as many more as the models have."""
+    """Make a tokenizer of one token for each letter, and as many more as the models have."""
     vocabulary = {token: i for i, token in enumerate(["<p>", *"ab", *(f"<{i}>" for i in range(3, VOCAB))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<p>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -16,6 +16,7 @@ from .upload import hub_upload
 
 
 def main():
+    """Upload as the command line says; a failed check is one line."""
     parser = argparse.ArgumentParser(
         prog="python -m hub_upload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,6 +28,7 @@ def main():
     parser.add_argument("--results", help="report.json of an evaluation, for the card")
     parser.add_argument("--datasets", nargs="+", help="what the PCM was trained on, for the card")
     parser.add_argument("--dry-run", action="store_true", help="check, write the card and show, but upload nothing")
+
     try:
         hub_upload(**vars(parser.parse_args()))
     except (ImportError, OSError, ValueError, HfHubHTTPError) as error:

@@ -4,12 +4,13 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
 
 logger = logging.get_logger(__name__)
 
@@ -62,12 +63,16 @@ def model_card(
         training (`dict`, *optional*): what a trainer wrote into `pcm_training.json`.
         datasets (`list[str]`, *optional*): what the PCM was trained on, for the metadata.
         api (`HfApi`, *optional*): asks the experts' repositories for their licences.
+
+    Returns:
+        `ModelCard`: with metadata and text.
     """
-    config = model.config
+    config, name = model.config, repo_id.split("/")[-1]
     sources = _sources(config)
     licences = {source: _licence(source, api or HfApi()) for source in sources}
     unnamed = sum(source is None for source in _backbone_sources(config))
     licence, note = _common_licence(licences, unnamed)
+
     data = ModelCardData(
         base_model=sources or None,
         base_model_relation="merge",
@@ -76,52 +81,63 @@ def model_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pcm-ensemble", "ensemble", "personalization", "custom_code"],
-        model_name=repo_id.split("/")[-1],
+        model_name=name,
         eval_results=_eval_results(report),
         datasets=datasets or None,
     )
-    names = config.expert_names
-    preference = json.dumps({names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0], ensure_ascii=False)
-    tokenizer = model.tokenizer
-    code = TOKEN_CODE if tokenizer is None else CHAT_CODE if tokenizer.chat_template else TEXT_CODE
+
+    backbones = [source["repository"] for source in _backbone_sources(config) if source]
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         generated=GENERATED,
-        name=repo_id.split("/")[-1],
+        name=name,
         repo_id=repo_id,
         experts=[_row(config, expert) for expert in config.experts],
-        code=code.format(
-            repo_id=repo_id, preference=preference, revision=f', revision="{revision}"' if revision else ""
-        ),
+        code=_code(model, repo_id, revision),
         default="all experts count equally" if config.default_preference is None else f"`{config.default_preference}`",
         pcm_layers=config.pcm.num_hidden_layers,
         pcm_type=config.pcm.model_type,
         training=_training_facts(model, training),
         evaluation=report and _evaluation_facts(report),
         max_length=config.max_position_embeddings,
-        thin=thin and ", ".join(sorted({entry["repository"] for entry in _backbone_sources(config) if entry})),
+        thin=thin and ", ".join(sorted(set(backbones))),
         licence_note=note,
     )
 
 
 def code_blocks(text: str) -> list[str]:
-    """The Python in a card."""
+    """Return the Python in a card."""
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def _backbone_sources(config) -> list[dict | None]:
+def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None) -> str:
+    """How to use the model, as its tokenizer allows."""
+    names, tokenizer = model.config.expert_names, model.tokenizer
+    preference = {names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0]
+    code = TOKEN_CODE
+    if tokenizer is not None:
+        code = CHAT_CODE if tokenizer.chat_template else TEXT_CODE
+
+    return code.format(
+        repo_id=repo_id,
+        preference=json.dumps(preference, ensure_ascii=False),
+        revision=f', revision="{revision}"' if revision else "",
+    )
+
+
+def _backbone_sources(config: PCMEnsembleConfig) -> list[dict[str, str] | None]:
     return [getattr(backbone, "source", None) for backbone in config.backbones]
 
 
-def _sources(config) -> list[str]:
+def _sources(config: PCMEnsembleConfig) -> list[str]:
     """Repositories of backbones, PCM and adapters, each once."""
     entries = [*_backbone_sources(config), getattr(config.pcm, "source", None)]
     entries += [expert["source"] for expert in config.experts]
     return list(dict.fromkeys(entry["repository"] for entry in entries if entry))
 
 
-def _row(config, expert: dict) -> dict[str, str]:
+def _row(config: PCMEnsembleConfig, expert: dict[str, Any]) -> dict[str, str]:
     """The cells of an expert's line in the table."""
     source = _backbone_sources(config)[expert["backbone"]]
     parts = [source["repository"] if source else f"backbone {expert['backbone']}"]
@@ -129,6 +145,7 @@ def _row(config, expert: dict) -> dict[str, str]:
         parts.append(f"a LoRA adapter of rank {expert['adapter']['r']}")
     if expert["prompt"]:
         parts.append("a prompt of its own")
+
     cells = {"name": expert["name"], "dimension": expert["dimension"] or "", "description": expert["description"]}
     cells["made_of"] = " with ".join(parts)
     return {name: " ".join(text.split()).replace("|", "\\|") for name, text in cells.items()}
@@ -149,6 +166,7 @@ def _common_licence(licences: dict[str, str | None], unnamed: int) -> tuple[str 
     known = set(licences.values()) - {None}
     unknown = [source for source, licence in licences.items() if licence is None]
     unknown += [f"{unnamed} backbones that are not from the Hub"] if unnamed else []
+
     notes = []
     if len(known) > 1:
         parts = ", ".join(f"{source}: {licence}" for source, licence in licences.items() if licence)
@@ -157,13 +175,14 @@ def _common_licence(licences: dict[str, str | None], unnamed: int) -> tuple[str 
         notes.append(f"The licence of {', '.join(unknown)} is not known.")
     for note in notes:
         logger.warning(f"{note} Check that you may share the ensemble, and complete its model card.")
+
     licence = known.pop() if len(known) == 1 and not unknown else None
     return ("other" if known or (licence and "," in licence) else licence), " ".join(notes) or None
 
 
 def read_report(path: str | os.PathLike) -> dict:
     """
-    An evaluation's report.json.
+    Read an evaluation's report.json.
 
     Raises:
         OSError, ValueError: if it is none.

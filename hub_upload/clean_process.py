@@ -6,11 +6,13 @@ What somebody does who has not got this package. Run as a script:
 """
 
 import sys
+from collections.abc import Callable
 
 MODULE = "modeling_pcm_ensemble"
 
 
 def logits(source: str, revision: str, inputs: str, outputs: str):
+    """Write what [`run`] gives of the model of a folder or repository."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
@@ -31,11 +33,13 @@ def run(model, input_ids, torch) -> dict:
 
 
 def code(path: str):
+    """Run a file."""
     with open(path, encoding="utf-8") as file:
         exec(compile(file.read(), path, "exec"), {"__name__": "__main__"})
 
 
 if __name__ == "__main__":
     sys.path[0] = ""  # this folder's files are not what the card's code may import
-    sys.modules[MODULE] = None
-    {"logits": logits, "code": code}[sys.argv[1]](*sys.argv[2:])
+    sys.modules[MODULE] = None  # type: ignore[assignment]  # by which Python hides the package
+    commands: dict[str, Callable[..., None]] = {"logits": logits, "code": code}
+    commands[sys.argv[1]](*sys.argv[2:])

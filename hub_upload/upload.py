@@ -17,7 +17,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder
 
 from .card import GENERATED, code_blocks, model_card, read_report
@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).with_name("clean_process.py")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npz", "*.npy")
 LEFT_OUT = (".*", "*/.*", "*__pycache__/*", "checkpoint-*", *PICKLES)
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-MODEL_TYPE = PCMEnsembleForCausalLM.config_class.model_type
+MODEL_TYPE = PCMEnsembleConfig.model_type
 OF_TRANSFORMERS = "This model card has been automatically generated"  # by `push_to_hub`
 PRINTED = "```text\nPRINTED\n```"
 
@@ -76,43 +76,33 @@ def hub_upload(
         raise ValueError(f"The repository must be given as owner/name, got {repo_id!r}.")
     token = token or get_token()
     api, console = HfApi(token=token), Console(soft_wrap=True)
-    folder, environment = Path(folder), {"HF_TOKEN": token} if token else {}
+    environment = {"HF_TOKEN": token} if token else {}
+
+    folder = Path(folder)
     check_folder(folder)
     report = None if results is None else read_report(results)
     if not dry_run:
         check_owner(api.whoami(), repo_id)
     check_repository(api, repo_id, private)
     model = load(folder, token)
-    with tempfile.TemporaryDirectory() as work:
-        work = Path(work)
+
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
         staged = stage_thin(model, folder, work / "thin", token) if thin else folder
         check_same(model, os.path.abspath(staged), work, "The folder", environment=environment)
         console.print("The folder loads, generates and gives this model's logits in a clean process.")
-        write_card(model, staged, repo_id, work, environment, revision=revision, report=report, datasets=datasets,
-                   api=api)  # fmt: skip
+
+        facts = {"revision": revision, "report": report, "datasets": datasets, "api": api}
+        write_card(model, staged, repo_id, work, environment, **facts)
         kept = show_files(staged, console)
         if dry_run:
             console.print("A dry run: nothing was uploaded.")
             return None
+
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        stale = [name for name in api.list_repo_files(repo_id, revision=revision) if WEIGHTS.fullmatch(name)]
-        stale = [name for name in stale if name not in kept]
-        if stale:
-            console.print(f"Deleted there, being of an earlier checkpoint: {', '.join(stale)}")
-        if "README.md" in kept and keeps_its_card(api, repo_id, staged, revision):
-            kept.remove("README.md")
-            console.print("The repository's README.md was written by a person, and stays.")
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=staged,
-            revision=revision,
-            commit_message="Upload a PCM ensemble",
-            allow_patterns=[glob_of(name) for name in kept],
-            delete_patterns=[glob_of(name) for name in stale],
-        )
-        console.print(f"Uploaded: {commit.commit_url}")
+        commit = upload_files(api, repo_id, staged, kept, revision, console)
         check_same(
             model,
             repo_id,
@@ -125,8 +115,37 @@ def hub_upload(
         return commit
 
 
+def upload_files(
+    api: HfApi, repo_id: str, folder: Path, names: list[str], revision: str | None, console: Console
+) -> CommitInfo:
+    """Upload files of a folder, in place of an earlier checkpoint's; a person's README.md stays."""
+    there = [name for name in api.list_repo_files(repo_id, revision=revision) if WEIGHTS.fullmatch(name)]
+    stale = [name for name in there if name not in names]
+    if stale:
+        console.print(f"Deleted there, being of an earlier checkpoint: {', '.join(stale)}")
+    if "README.md" in names and keeps_its_card(api, repo_id, folder, revision):
+        names = [name for name in names if name != "README.md"]
+        console.print("The repository's README.md was written by a person, and stays.")
+
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message="Upload a PCM ensemble",
+        allow_patterns=[glob_of(name) for name in names],
+        delete_patterns=[glob_of(name) for name in stale],
+    )
+    console.print(f"Uploaded: {commit.commit_url}")
+    return commit
+
+
 def check_folder(folder: Path):
-    """Refuse what is no ensemble's folder."""
+    """
+    Check that a folder is an ensemble's, and finish an interrupted save to it.
+
+    Raises:
+        ValueError: if it is none.
+    """
     path = folder / "config.json"
     finish_save(folder)
     if not path.exists():
@@ -137,7 +156,12 @@ def check_folder(folder: Path):
 
 
 def check_owner(user: dict, repo_id: str):
-    """Refuse a namespace that is neither the user's nor of one of the user's organisations."""
+    """
+    Check that a namespace is the user's, or of one of the user's organisations.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     names = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
     if (owner := repo_id.split("/")[0]) not in names:
         raise ValueError(
@@ -146,6 +170,12 @@ def check_owner(user: dict, repo_id: str):
 
 
 def load(folder: Path, token: str | None) -> PCMEnsembleForCausalLM:
+    """
+    Load a folder's ensemble.
+
+    Raises:
+        ValueError: if its files are not those of one.
+    """
     try:
         return PCMEnsembleForCausalLM.from_pretrained(folder, token=token)
     except (SafetensorError, TypeError, ValueError) as error:
@@ -153,7 +183,7 @@ def load(folder: Path, token: str | None) -> PCMEnsembleForCausalLM:
 
 
 def keeps_its_card(api: HfApi, repo_id: str, folder: Path, revision: str | None) -> bool:
-    """Whether the repository has a card of a person's, in place of which there is only a generated one."""
+    """Return whether the repository has a card of a person's, in place of which there is only a generated one."""
     if GENERATED not in (folder / "README.md").read_text(encoding="utf-8"):
         return False
     if not api.file_exists(repo_id, "README.md", revision=revision):
@@ -163,9 +193,15 @@ def keeps_its_card(api: HfApi, repo_id: str, folder: Path, revision: str | None)
 
 
 def check_repository(api: HfApi, repo_id: str, private: bool | None):
-    """Refuse a repository that is there and holds something else, or is public where a private one is wanted."""
+    """
+    Check that a repository that is there holds an ensemble or no model, and is private where that is wanted.
+
+    Raises:
+        ValueError: if it is not so.
+    """
     if not api.repo_exists(repo_id):
         return
+
     if private and not api.repo_info(repo_id).private:
         raise ValueError(f"{repo_id} is there already, and public. Make it private, or leave `private` out.")
     if api.file_exists(repo_id, "config.json"):
@@ -176,7 +212,7 @@ def check_repository(api: HfApi, repo_id: str, private: bool | None):
 
 
 def stage_thin(model: PCMEnsembleForCausalLM, folder: Path, target: Path, token: str | None) -> Path:
-    """The thin form of a folder, with what its author put beside the checkpoint."""
+    """Write the thin form of a folder, with what its author put beside the checkpoint, and return where."""
     model.save_pretrained(target, thin=True, token=token)
     for path in folder.iterdir():
         if path.is_file() and not (target / path.name).exists() and not WEIGHTS.fullmatch(path.name):
@@ -192,11 +228,24 @@ def check_same(
     revision: str = "",
     environment: dict[str, str] | None = None,
 ):
-    """Refuse what a clean process does not load, or what gives it other logits or tokens than the model here."""
+    """
+    Check that a clean process loads a folder or repository, and gets the logits and tokens of the model here.
+
+    Args:
+        model (`PCMEnsembleForCausalLM`): the model here.
+        source (`str`), revision (`str`): what the clean process loads.
+        work (`Path`): a folder for what the two tell each other.
+        label (`str`): names the source in errors.
+        environment (`dict[str, str]`, *optional*): of the clean process, on top of this one's.
+
+    Raises:
+        ValueError: if it does not load, or gives something else.
+    """
     input_ids = torch.arange(3, 11)[None] % model.config.vocab_size
     save_file({"input_ids": input_ids}, work / "inputs.safetensors")
     files = (str(work / "inputs.safetensors"), str(work / "outputs.safetensors"))
     clean_process("logits", source, revision, *files, cwd=work, label=label, environment=environment)
+
     found, expected = load_file(files[1]), run(model, input_ids, torch)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     try:
@@ -206,7 +255,7 @@ def check_same(
 
 
 def empty_cache(work: Path) -> dict[str, str]:
-    """Settings of a process that has nothing of the Hub's yet, whatever those of this one are."""
+    """Return the settings of a process that has nothing of the Hub's yet, whatever those of this one are."""
     cache = work / "empty cache"
     places = {"HF_HOME": cache, "HF_HUB_CACHE": cache / "hub", "HF_MODULES_CACHE": cache / "modules"}
     offline = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
@@ -216,15 +265,28 @@ def empty_cache(work: Path) -> dict[str, str]:
 def write_card(
     model: PCMEnsembleForCausalLM, folder: Path, repo_id: str, work: Path, environment: dict[str, str], **facts
 ):
-    """Write README.md, unless a person did, and run its code with `folder` in the repository's place."""
+    """
+    Write README.md, unless a person did, and run its code with `folder` in the repository's place.
+
+    Args:
+        work (`Path`): a folder for the code.
+        environment (`dict[str, str]`): of the process that runs it, on top of this one's.
+        facts: what [`model_card`] takes beyond the model and its repository.
+
+    Raises:
+        ValueError: if the code does not run, or the Hub would refuse the card.
+    """
     path = folder / "README.md"
     if path.exists() and GENERATED not in path.read_text(encoding="utf-8"):
         Console().print("README.md was not written here, and is kept; its code is not run.")
         ModelCard.load(path).validate()
         return
+
     training, config = folder / TRAINING, json.loads((folder / "config.json").read_text(encoding="utf-8"))
     known = json.loads(training.read_text(encoding="utf-8")) if training.exists() else None
     card = model_card(model, repo_id, training=known, thin=config.get("thin") is not None, **facts)
+
+    # Its code names the repository, which a link stands in for.
     stand_in = work / "code" / repo_id
     stand_in.parent.mkdir(parents=True)
     stand_in.symlink_to(folder.resolve(), target_is_directory=True)
@@ -232,6 +294,7 @@ def write_card(
     printed = clean_process(
         "code", str(work / "card.py"), cwd=work / "code", label="The card's code", environment=environment
     )
+
     card.content = card.content.replace(PRINTED, PRINTED.replace("PRINTED", printed.strip()), 1)
     card.validate()
     with staged_folder(folder) as staging:
@@ -240,7 +303,12 @@ def write_card(
 
 
 def clean_process(*arguments: str, cwd: Path, label: str, environment: dict[str, str] | None = None) -> str:
-    """What `clean_process.py` printed."""
+    """
+    Run `clean_process.py`, and return what it printed.
+
+    Raises:
+        ValueError: if it fails, with its last error.
+    """
     command = [sys.executable, str(SCRIPT), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | (environment or {}))
     if result.returncode:
@@ -250,11 +318,12 @@ def clean_process(*arguments: str, cwd: Path, label: str, environment: dict[str,
 
 
 def show_files(folder: Path, console: Console) -> list[str]:
-    """A table of what will be uploaded, and what is left out; the names of the first."""
+    """Show what will be uploaded, and what is left out, and return the names of the first."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     every = sorted(path.relative_to(folder).as_posix() for path in paths)
     inside = [name for name in every if (folder / name).resolve().is_relative_to(folder.resolve())]
     kept = list(filter_repo_objects(inside, ignore_patterns=list(LEFT_OUT)))
+
     table = Table(title="To be uploaded")
     table.add_column("file")
     table.add_column("MB", justify="right")
@@ -264,6 +333,7 @@ def show_files(folder: Path, console: Console) -> list[str]:
     table.add_section()
     table.add_row(f"{len(kept)} files", f"{sum(sizes.values()):.2f}")
     console.print(table)
+
     if left_out := [name for name in every if name not in kept]:
         console.print(
             f"Left out (hidden files, checkpoints of training, pickles, links to elsewhere): {', '.join(left_out)}"
@@ -272,5 +342,5 @@ def show_files(folder: Path, console: Console) -> list[str]:
 
 
 def glob_of(name: str) -> str:
-    """A pattern that matches this name alone."""
+    """Return a pattern that matches this name alone."""
     return re.sub(r"([*?[])", r"[\1]", name)

@@ -46,9 +46,9 @@ class ExpertBackbones(PreTrainedModel):
             adapters = {e["name"]: e["adapter"] for e in config.experts if e["backbone"] == index and e["adapter"]}
             if adapters:
                 self.adapters[str(index)] = LoraBank(self[index], adapters)
-        banks = dict(self.adapters.items())
-        names = map(str, range(len(self)))
-        self.submodels = [Submodel(self, name, has_lm_head=True, bank=banks.get(name)) for name in names]
+        self.submodels = [
+            Submodel(self, str(index), has_lm_head=True, bank=self.banks.get(index)) for index in range(len(self))
+        ]
         self.post_init()
         self.train(False)
 
@@ -56,10 +56,15 @@ class ExpertBackbones(PreTrainedModel):
         return len(self.config.backbones)
 
     def __getitem__(self, index: int) -> PreTrainedModel:
-        return self.get_submodule(str(range(len(self))[index]))
+        return getattr(self, str(range(len(self))[index]))
 
     def __iter__(self) -> Iterator[PreTrainedModel]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def banks(self) -> dict[int, LoraBank]:
+        """The adapters, by their backbone's index."""
+        return {int(index): bank for index, bank in self.adapters.items() if isinstance(bank, LoraBank)}
 
     def init_parallel_plans(self):
         """Take over the backbones' plans, with `*` for a backbone's number, as rules are looked up in transformers."""
@@ -78,8 +83,9 @@ class ExpertBackbones(PreTrainedModel):
                 "`DistributedConfig(fsdp_size=…)` or `device_map`, or experts that are checkpoints of their own."
             )
 
+        plans = self._tp_plan or {}
         for backbone in self:
-            plan = {name: self._tp_plan.get(f"*.{name}") for name in backbone.tp_plan}
+            plan = {name: plans.get(f"*.{name}") for name in backbone.tp_plan}
             if plan != backbone.tp_plan:
                 kinds = ", ".join(sorted({config.model_type for config in self.config.backbones}))
                 raise ValueError(
@@ -90,13 +96,13 @@ class ExpertBackbones(PreTrainedModel):
     def train(self, mode: bool = True) -> "ExpertBackbones":
         """Stay in evaluation mode and frozen: loading replaces parameters and modules, and then calls `eval()`."""
         self.requires_grad_(False)
-        for index, bank in self.adapters.items():
-            bank.attach(self[int(index)])
+        for index, bank in self.banks.items():
+            bank.attach(self[index])
         return super().train(False)
 
     def bank_of(self, name: str) -> LoraBank:
         """The bank that holds the adapter of an expert."""
-        return next(bank for bank in self.adapters.values() if name in bank.names)
+        return next(bank for bank in self.banks.values() if name in bank.names)
 
     @torch.no_grad()
     def forward(

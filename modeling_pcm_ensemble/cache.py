@@ -162,7 +162,7 @@ class PCMEnsembleCache(Cache):
 
     # Whatever `Cache` does layer by layer (reset, crop, is_sliding, …) it does to the layers of all memories.
     @property
-    def layers(self) -> list:
+    def layers(self) -> list:  # type: ignore[override]  # `Cache` sets it once, and these come and go
         return [layer for memory in self.memories for layer in memory.layers]
 
     @property

@@ -191,22 +191,24 @@ def _readers(
     config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None
 ) -> Iterator[tuple[str, int, int]]:
     """Every submodel that runs and has a limit: how to call it, its positions, and those that its prefix takes."""
-    memories: dict[int | None, Memory] = {} if cache is None else {None: cache.pcm, **cache.backbones}
+    memories: dict[int | None, Memory] = {}
+    if cache is not None:
+        memories |= {None: cache.pcm} | cache.backbones
     readers: list[tuple[str, int | None, int]] = [("the PCM", None, max(map(len, route.descriptions)))]
     for backbone, entries in route.expert_rows.items():
-        for index, _, _ in entries:
-            if index is None:
+        for entry in entries:
+            if entry.expert is None:
                 readers.append(("the experts' model", backbone, 0))
                 continue
-            expert = config.experts[index]
+            expert = config.experts[entry.expert]
             readers.append((f"expert {expert['name']!r}", backbone, len(expert["prompt_ids"])))
 
-    for reader, backbone, prefix_length in readers:
-        part = config.pcm if backbone is None else config.backbones[backbone]
+    for reader, index, prefix_length in readers:
+        part = config.pcm if index is None else config.backbones[index]
         limit = getattr(part, "max_position_embeddings", None)
         if limit is None or limit <= 0:
             continue
-        memory = memories.get(backbone)
+        memory = memories.get(index)
         if memory is not None and memory.length > 0:  # joined caches have what no row needs left out
             prefix_length = memory.prefix_length
         yield reader, limit, prefix_length

@@ -10,13 +10,13 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+TEMPLATE_ERRORS: tuple[type[Exception], ...] = ()
 try:
     from jinja2 import Environment, TemplateError, meta
+
+    TEMPLATE_ERRORS = (TemplateError,)
 except ImportError:  # rendering a template without jinja2 fails with transformers' own message
-
-    class TemplateError(Exception):
-        pass
-
+    pass
 
 logger = logging.get_logger(__name__)
 
@@ -38,48 +38,58 @@ class _Turns(NamedTuple):
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS token that begins every text once, so that a prefix and a context would both bring it; else None."""
+    """Return the BOS token that begins every text once, and would begin a prefix and a context; None without one."""
     bos = tokenizer.bos_token_id
     texts = [tokenizer("a")["input_ids"]]
+
     template = _templates(tokenizer).get("default")
     if template is not None:
-        with suppress(TemplateError):  # a template that wants other chats than this one
+        with suppress(*TEMPLATE_ERRORS):  # a template that wants other chats than this one
             chat = _render(tokenizer, template, ("user", USER), ("assistant", ASSISTANT))
             texts.append(_encode_text(tokenizer, chat))
+
     begins = bos is not None and any(ids[:1] == [bos] for ids in texts)
     return bos if begins and all(ids.count(bos) <= 1 for ids in texts) else None
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: int | None) -> list[int]:
     """
-    Tokens of an expert's prompt: the system turn of the chat template where it has one, else the text as it stands.
+    Tokenise an expert's prompt: as the system turn of the chat template where it has one, else as it stands.
 
     The template is handed the prompt as a system message, and writes of it what it always does; what it writes from
     the user's turn on is left to the context.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): as its author wrote it.
+        prompt (`str`): an expert's.
+        bos (`int`, *optional*): see [`leading_bos`].
     """
     template = _templates(tokenizer).get("default")
-    turns = None if template is None else _first_turns(tokenizer, template)
-    if turns is not None:
+    if template is not None and (turns := _first_turns(tokenizer, template)) is not None:
         with_prompt = _render(tokenizer, template, ("system", prompt), ("user", USER))
         if with_prompt.endswith(turns.rest):
             return _encode_text(tokenizer, with_prompt.removesuffix(turns.rest))
-    return [bos] * (bos is not None) + _encode_text(tokenizer, prompt)
+
+    begin = [] if bos is None else [bos]
+    return begin + _encode_text(tokenizer, prompt)
 
 
 def without_default_system_turn(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
-    A copy whose chat templates write nothing but BOS before the user's first turn, unless the chat begins with a
-    system message, or tools, documents or other arguments change what stands there. Templates that do so already stay
-    as their author wrote them.
+    Return a copy whose chat templates write nothing but BOS before the user's first turn.
+
+    What stands there stays where the chat begins with a system message, or tools, documents or other arguments change
+    it. Templates that write nothing there stay as their author wrote them.
     """
     tokenizer = copy.copy(tokenizer)
-    bos = tokenizer.bos_token if leading_bos(tokenizer) is not None else None
+    bos = (tokenizer.bos_token or "") if leading_bos(tokenizer) is not None else ""
+
     templates = _templates(tokenizer)
     for name, template in templates.items():
         turns = _first_turns(tokenizer, template)
         if turns is not None and turns.default not in ("", bos):
-            begins = bos is not None and turns.default.startswith(bos)
-            templates[name] = _wrapped(template, turns, bos if begins else "", tokenizer.special_tokens_map)
+            begin = bos if turns.default.startswith(bos) else ""
+            templates[name] = _wrapped(template, turns, begin, tokenizer.special_tokens_map)
 
     if templates:
         tokenizer.chat_template = templates if isinstance(tokenizer.chat_template, dict) else templates["default"]
@@ -93,12 +103,14 @@ def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: int | Non
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): as its author wrote it.
-        prompt (`str`): an expert's, whose `label` the warning names.
+        prompt (`str`): an expert's.
         bos (`int`, *optional*): see [`leading_bos`].
+        label (`str`): the expert's, in the warning.
     """
     template = _templates(tokenizer).get("default")
     if template is None:
         return
+
     turns = _first_turns(tokenizer, template)
     if turns is None:
         logger.warning(
@@ -110,11 +122,12 @@ def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: int | Non
     of_ensemble, prompt_ids = without_default_system_turn(tokenizer), render_prompt(tokenizer, prompt, bos)
     question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}
     for chat in ([question], [question, answer, question]):
-        with suppress(TemplateError):  # one that takes no second question
+        with suppress(*TEMPLATE_ERRORS):  # one that takes no second question
             expected = _encode(tokenizer, [{"role": "system", "content": prompt}, *chat])
             context = _encode(of_ensemble, chat)
             if bos is not None and prompt_ids[:1] == context[:1] == [bos]:  # which the ensemble masks out
                 context = context[1:]
+
             if prompt_ids + context != expected:
                 logger.warning(
                     f"{label} reads its prompt and then a chat in other tokens than the chat template makes of both. "
@@ -134,8 +147,8 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+def _encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    return _encode_text(tokenizer, _apply(tokenizer, messages, add_generation_prompt=True))
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -149,7 +162,7 @@ def _first_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> _Turns | 
     try:
         system = _render(tokenizer, template, ("system", SYSTEM), ("user", USER))
         default = _render(tokenizer, template, ("user", USER))
-    except TemplateError:  # how templates refuse a system message
+    except TEMPLATE_ERRORS:  # how templates refuse a system message
         return None
 
     behind = system.partition(SYSTEM)[2]
@@ -170,7 +183,7 @@ def _users_turn(tokenizer: PreTrainedTokenizerBase, template: str, default: str,
     if behind.endswith(bare):  # there is no default system turn
         return bare
 
-    with suppress(TemplateError):  # one that takes no second question
+    with suppress(*TEMPLATE_ERRORS):  # one that takes no second question
         exchange = _render(tokenizer, template, ("user", USER), ("assistant", ASSISTANT))
         again = _render(tokenizer, template, ("user", USER), ("assistant", ASSISTANT), ("user", USER))
         if again.startswith(exchange):
@@ -206,9 +219,12 @@ def _wrapped(template: str, turns: _Turns, bos: str, special_tokens: dict) -> st
     """
     for inside, outside in (("generation", "call pcm_generation()"), ("endgeneration", "endcall")):
         template = re.sub(rf"\{{%([-+]?)\s*{inside}\s*([-+]?)%\}}", rf"{{%\1 {outside} \2%}}", template)
+
+    # The macro takes what the template reads from outside, but for what every template finds there.
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     free = meta.find_undeclared_variables(environment.parse(template)) | {"messages"}
     names = sorted(free - ALWAYS_THERE - set(special_tokens) - {"pcm_generation"})
+
     probe = json.dumps([{"role": "user", "content": USER}])
     nothing = "".join(f", {name}=none" for name in ("tools", "documents") if name in names)
     mark, end = json.dumps(GENERATION), json.dumps(END)
@@ -233,7 +249,13 @@ def _wrapped(template: str, turns: _Turns, bos: str, special_tokens: dict) -> st
 
 def _render(tokenizer: PreTrainedTokenizerBase, template: str, *turns: tuple[str, str], **options) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
-    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+    return _apply(tokenizer, messages, chat_template=template, **options)
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert isinstance(text, str)  # of one chat, which transformers' annotation leaves open
+    return text
 
 
 __all__ = ["check_prompt", "leading_bos", "render_prompt", "without_default_system_turn"]

@@ -4,8 +4,10 @@ import copy
 import os
 import shutil
 import tempfile
-from functools import partial
+from contextlib import suppress
+from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,13 +16,16 @@ from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import resolve_revision
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint_build import HUB_OPTIONS, load_tokenizer
+from .backbones import ExpertBackbones
+from .checkpoint_hub import HUB_OPTIONS
+from .checkpoint_sources import load_tokenizer
 from .checkpoint_staging import check_no_adapter, finish_save, last_saved, staged_folder
-from .checkpoint_structure import check_loading, check_not_injected, check_structure
+from .checkpoint_structure import check_loading, check_not_injected, check_structure, load_with_info
 from .checkpoint_thin import thin_checkpoint, whole_state
 from .checkpoint_trust import check_weight_names
 from .compile_attention import GROUPED_SDPA  # noqa: F401, which registers it
 from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .pcm import PreferenceControlModel
 from .preference import check_config
 
 logger = logging.get_logger(__name__)
@@ -33,42 +38,51 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
     """What every transformers model has: loading, saving, pushing; and the tokenizer that goes with it."""
 
     config: PCMEnsembleConfig
+    pcm: PreferenceControlModel
+    backbones: ExpertBackbones
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012, as transformers declares it
 
     def __init__(self, config: PCMEnsembleConfig):
         super().__init__(config)
-        self._tokenizer = None
-        self._tokenizer_options = {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer_options: dict[str, Any] = {}  # where the checkpoint's own comes from
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args, output_loading_info: bool = False, **kwargs
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
     ):
         """
         Load an ensemble as any model.
+
+        Args:
+            pretrained_model_name_or_path, config, output_loading_info, kwargs: as for any model.
+
+        Returns:
+            The ensemble; with `output_loading_info=True` a pair of it and of what was missing or left over.
 
         Raises:
             ValueError: if configuration and weights disagree, or a thin checkpoint's backbones are not those it names.
             OSError: if files cannot be fetched, nor found in the cache; if an interrupted save cannot be finished, or
                 another process saves to the folder meanwhile.
         """
-        source, config = pretrained_model_name_or_path, kwargs.get("config")
+        source = pretrained_model_name_or_path
         folder = None if source is None else os.path.join(source, kwargs.get("subfolder") or "")
         saved = _finish_save(folder, config)
 
         kwargs |= {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", True), "use_safetensors": True}
         options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
-        if isinstance(config, PreTrainedConfig):
-            thin, found = config.thin, vars(config)
-        else:
-            found = cls._config_dict(config or source, options)
-            thin = found.get("thin")
-        if (model_type := found.get("model_type", cls.config_class.model_type)) != cls.config_class.model_type:
+        found = cls._config_dict(config or source, options)
+        if (model_type := found.get("model_type", PCMEnsembleConfig.model_type)) != PCMEnsembleConfig.model_type:
             raise ValueError(
                 f"{str(source)!r} holds a model of the type {model_type!r}, and no ensemble. Make one of it: "
                 "`PCMEnsembleForCausalLM.from_experts`."
@@ -80,8 +94,12 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         if (quantization := kwargs.get("quantization_config")) is not None:
             kwargs["quantization_config"] = _of_backbones(quantization)
 
-        load = super().from_pretrained if thin is None else partial(cls._from_thin, thin)
-        model, loading = load(source, *args, output_loading_info=True, **kwargs)
+        if (thin := found.get("thin")) is None:
+            model, loading = load_with_info(super().from_pretrained, source, *args, config=config, **kwargs)
+        elif source is not None:
+            model, loading = cls._from_thin(thin, source, *args, config=config, **kwargs)
+        else:
+            raise ValueError("The `config` is a thin checkpoint's. Give the folder or repository that it belongs to.")
         if last_saved(folder) != saved:
             raise OSError(
                 f"{folder!r} was saved to while it was loaded. Its configuration and weights may not belong together; "
@@ -92,11 +110,18 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         return (model, loading) if output_loading_info else model
 
     @classmethod
-    def _config_dict(cls, source: str | os.PathLike, options: dict) -> dict:
-        try:
-            found = cls.config_class.get_config_dict(source, **options)[0]
-        except TypeError:  # transformers looks into what the file holds
-            found = None
+    def _config_dict(
+        cls, source: PreTrainedConfig | str | os.PathLike | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What a configuration says, or config.json of a folder or repository."""
+        if isinstance(source, PreTrainedConfig):
+            return vars(source)
+        if source is None:
+            raise ValueError("There is nothing to load. Give a folder or repository, or a `config`.")
+
+        found = None
+        with suppress(TypeError):  # transformers looks into what the file holds
+            found = PCMEnsembleConfig.get_config_dict(source, **options)[0]
         if not isinstance(found, dict):
             raise ValueError(f"config.json of {str(source)!r} must hold a JSON object. Save or fetch it again.")
         return found
@@ -114,27 +139,40 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @classmethod
-    def _from_thin(cls, thin: dict, source: str | os.PathLike, *args, config=None, variant=None, **kwargs):
-        """`from_pretrained` of a thin checkpoint."""
+    def _from_thin(
+        cls, thin: dict[str, Any], source: str | os.PathLike, *args, config=None, variant: str | None = None, **kwargs
+    ) -> tuple[Any, dict[str, Any]]:
+        """`from_pretrained` of a thin checkpoint, with loading information."""
         options = {name: kwargs.pop(name) for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         options.pop("trust_remote_code", None)  # trusts the ensemble's code, not the backbones'
         revision_options = {key: options[key] for key in ("token", "local_files_only", "cache_dir") if key in options}
         options["revision"] = resolve_revision(source, options.get("revision"), **revision_options)
+
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
         else:
-            config, kwargs = cls.config_class.from_pretrained(
+            config, kwargs = PCMEnsembleConfig.from_pretrained(
                 config or source, return_unused_kwargs=True, **kwargs, **options
             )
         config.thin = None  # what is loaded is whole
+
         state = whole_state(thin, source, variant, **options)
-        model, loading = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+        model, loading = load_with_info(
+            super().from_pretrained, None, *args, config=config, state_dict=state, **kwargs
+        )
         model.name_or_path = config._name_or_path = str(source)
         model.generation_config = GenerationConfig.from_pretrained(source, **options)
         return model, loading
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, thin: bool = False, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args,
+        thin: bool = False,
+        **kwargs,
     ):
         r"""
         Save as any model, with the tokenizer if there is one. Of a checkpoint that stood there, nothing is left that
@@ -145,6 +183,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         to the same folder waits.
 
         Args:
+            save_directory, is_main_process, state_dict, push_to_hub, kwargs: as for any model.
             thin (`bool`): save only the PCM and the adapters, and name each backbone by its repository and commit on
                 the Hub, from where `from_pretrained` fetches it.
 
@@ -156,66 +195,91 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         check_no_adapter(save_directory)
         check_config(self.config)
         sharded = getattr(self.config, "distributed_config", None)
-        check_not_injected(self.pcm.body, "the PCM")
-        if sharded is None and getattr(self, "hf_quantizer", None) is None:
-            for index, backbone in enumerate(self.backbones):
-                check_structure(backbone, f"backbone {index}")
-
-        if thin and sharded is not None:
-            raise ValueError("A model that is split over processes is saved whole. Load that, and save it thin.")
-        if getattr(self, "hf_quantizer", None) is None and any(hasattr(b, "hf_quantizer") for b in self.backbones):
-            raise ValueError(
-                "Backbones that were quantised one by one cannot be saved. Save the ensemble of the whole models, and "
-                "load that with `quantization_config`; what is loaded so can be saved."
-            )
+        self._check_can_be_saved(thin, sharded is not None)
+        if thin and state_dict is not None:
+            raise ValueError("`thin=True` chooses what is saved itself. Leave `state_dict` out.")
         if not self.should_save_on_this_rank(is_main_process):
-            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+            super().save_pretrained(save_directory, False, state_dict, False, *args, **kwargs)
             self.barrier_after_gathered_checkpoint_save(sharded)
             return
 
-        push = kwargs.pop("push_to_hub", False)
-        hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
-        try:
-            tokenizer = self.tokenizer
-        except OSError as error:  # weights must not be lost because a repository cannot be reached
-            logger.warning(f"The ensemble is saved without its tokenizer, which could not be loaded: {error}")
-            tokenizer = None
-
+        push_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        tokenizer = self._tokenizer_to_save()
         for part in (self.pcm.body, *self.backbones):
             part.config.dtype = part.dtype  # `to()` leaves it behind, and `dtype="auto"` reads it
-        if thin and "state_dict" in kwargs:
-            raise ValueError("`thin=True` chooses what is saved itself. Leave `state_dict` out.")
         if thin:
             token = {"token": kwargs["token"]} if "token" in kwargs else {}
-            kwargs["state_dict"], sources = thin_checkpoint(self, **token)
+            state_dict, sources = thin_checkpoint(self.state_dict(), self.backbones, self.pcm.body, **token)
             kwargs.pop("max_shard_size", None)  # it is always one file
 
         with staged_folder(save_directory) as staging:
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
-            super().save_pretrained(staging, **kwargs)
+            super().save_pretrained(staging, is_main_process, state_dict, False, *args, **kwargs)
             if thin:  # in a copy: another thread may be saving this model whole
                 config = copy.deepcopy(self.config)
                 config.thin = sources
                 config.save_pretrained(staging)
-        self.barrier_after_gathered_checkpoint_save(sharded)
-        if push:
-            repo_id = hub_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, thin=thin, token=kwargs.get("token"), **hub_options)
 
-    def push_to_hub(self, repo_id: str, *, thin: bool = False, **kwargs) -> str:
-        """Push as any model; `thin` as in [`save_pretrained`]."""
+        self.barrier_after_gathered_checkpoint_save(sharded)
+        if push_to_hub:
+            repo_id = push_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, thin=thin, token=kwargs.get("token"), **push_options)
+
+    def _check_can_be_saved(self, thin: bool, sharded: bool):
+        """Refuse what could not be loaded again."""
+        check_not_injected(self.pcm.body, "the PCM")
+        quantised = getattr(self, "hf_quantizer", None) is not None
+        if not sharded and not quantised:
+            for index, backbone in enumerate(self.backbones):
+                check_structure(backbone, f"backbone {index}")
+
+        if thin and sharded:
+            raise ValueError("A model that is split over processes is saved whole. Load that, and save it thin.")
+        if not quantised and any(hasattr(backbone, "hf_quantizer") for backbone in self.backbones):
+            raise ValueError(
+                "Backbones that were quantised one by one cannot be saved. Save the ensemble of the whole models, and "
+                "load that with `quantization_config`; what is loaded so can be saved."
+            )
+
+    def _tokenizer_to_save(self) -> PreTrainedTokenizerBase | None:
+        try:
+            return self.tokenizer
+        except OSError as error:  # weights must not be lost because a repository cannot be reached
+            logger.warning(f"The ensemble is saved without its tokenizer, which could not be loaded: {error}")
+            return None
+
+    # mypy takes transformers' own, which is wrapped, for no method.
+    def push_to_hub(self, repo_id: str, *args, thin: bool = False, **kwargs) -> str:  # type: ignore[override]
+        """
+        Push as any model.
+
+        Args:
+            repo_id, kwargs: as for any model.
+            thin (`bool`): as in [`save_pretrained`].
+
+        Returns:
+            The commit, as for any model.
+
+        Raises:
+            ValueError: as [`save_pretrained`].
+        """
         if not thin:
-            return super().push_to_hub(repo_id, **kwargs)
+            return PreTrainedModel.push_to_hub(self, repo_id, *args, **kwargs)
+
+        kwargs.setdefault("commit_message", f"Upload {type(self).__name__}")
         with tempfile.TemporaryDirectory() as folder:  # before the repository is made, so that what fails leaves none
             self.save_pretrained(folder, thin=True, token=kwargs.get("token"))
-            pushed = copy.copy(self)
-            pushed.save_pretrained = lambda target, **_: shutil.copytree(folder, target, dirs_exist_ok=True)
-            return PushToHubMixin.push_to_hub(pushed, repo_id, **kwargs)
+            return _SavedFolder(folder).push_to_hub(repo_id, *args, **kwargs)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer given to `from_experts`, else the checkpoint's own, loaded at first use; None without one."""
+        """
+        The tokenizer given to `from_experts`, else the checkpoint's own; None without one.
+
+        The checkpoint's own is loaded at first use: most loaded ensembles are given tokens, and one whose tokenizer
+        cannot be fetched or read works with them.
+        """
         if self._tokenizer is None and self.name_or_path:
             self._tokenizer = load_tokenizer(self.name_or_path, config=self.config, **self._tokenizer_options)
         return self._tokenizer
@@ -225,9 +289,10 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         return self.pcm.body.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
+        """Set the PCM's."""
         self.pcm.body.set_input_embeddings(value)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """
         Resize every part's, experts' output layers and the adapters on them too; arguments and result (the PCM's) as
         for any model.
@@ -236,22 +301,27 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             ValueError: if tokens of an expert's prompt or description would be out of the vocabulary.
         """
         self._check_holds_prefixes(new_num_tokens)
-        for part in (self.pcm.body, *self.backbones):
-            part.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        for index, bank in self.backbones.adapters.items():
-            bank.fit(self.backbones[int(index)])
+
+        embeddings = self.pcm.body.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for backbone in self.backbones:
+            backbone.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for index, bank in self.backbones.banks.items():
+            bank.fit(self.backbones[index])
         self.backbones.train()  # what is new is frozen too
+
         self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())
         self.vocab_size = self.config.vocab_size
-        return self.get_input_embeddings()
+        return embeddings
 
     def _check_holds_prefixes(self, num_tokens: int | None):
-        used = {token for expert in self.config.experts for token in expert["prompt_ids"] + expert["description_ids"]}
-        used.add(self.config.prefix_bos_token_id or 0)
-        if num_tokens is not None and num_tokens <= max(used):
+        highest = self.config.prefix_bos_token_id or 0
+        for expert in self.config.experts:
+            highest = max([highest, *expert["prompt_ids"], *expert["description_ids"]])
+
+        if num_tokens is not None and num_tokens <= highest:
             raise ValueError(
                 f"`new_num_tokens` {num_tokens} is too small: experts' prompts and descriptions have tokens up to "
-                f"{max(used)}. Use at least {max(used) + 1}, or build the ensemble with a smaller vocabulary."
+                f"{highest}. Use at least {highest + 1}, or build the ensemble with a smaller vocabulary."
             )
 
     def load_pcm(self, path: str | os.PathLike):
@@ -263,6 +333,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
         """
         self.pcm.load_state_dict(self.pcm.state_dict() | load_file(path))
+
+
+class _SavedFolder(PushToHubMixin):
+    """What stands in a folder, pushed as transformers pushes what it saves itself."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
 
 
 def _finish_save(folder: str | None, config) -> tuple[int, int] | None:
@@ -284,11 +364,13 @@ def _finish_save(folder: str | None, config) -> tuple[int, int] | None:
 def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
     """The same, but that the PCM and, as in any model, the output layers keep full precision."""
     if isinstance(quantization, dict):
-        quantization = AutoQuantizationConfig.from_dict(quantization)
-    quantization = copy.deepcopy(quantization)
-    name = next(n for n in ("llm_int8_skip_modules", "modules_to_not_convert") if hasattr(quantization, n))
-    setattr(quantization, name, [*(getattr(quantization, name) or ()), *FULL_PRECISION])
-    return quantization
+        whole = AutoQuantizationConfig.from_dict(quantization)
+    else:
+        whole = copy.deepcopy(quantization)
+
+    name = next(n for n in ("llm_int8_skip_modules", "modules_to_not_convert") if hasattr(whole, n))
+    setattr(whole, name, [*(getattr(whole, name) or ()), *FULL_PRECISION])
+    return whole
 
 
 __all__ = ["PCMEnsemblePreTrainedModel"]

@@ -47,15 +47,20 @@ def staged_folder(target: str | os.PathLike) -> Iterator[str]:
 
     Interrupted while writing, `target` stays as it was. Interrupted while moving, [`finish_save`] goes on. Another
     writer of `target`, thread or process, waits. Folders are replaced as a whole.
+
+    Raises:
+        OSError: if it cannot be written to.
     """
     target = os.fspath(target) or os.curdir
     os.makedirs(target, exist_ok=True)
+
     with _one_writer(target):
         staging = os.path.join(target, STAGING)
         _move_up(target)
         if os.path.lexists(staging):
             shutil.rmtree(staging)  # of a writer that is dead, or the lock would be held
         os.mkdir(staging)
+
         try:
             yield staging
             _mark_whole(staging)
@@ -64,6 +69,7 @@ def staged_folder(target: str | os.PathLike) -> Iterator[str]:
                 os.unlink(os.path.join(staging, MARK))  # first, for it would vouch for what is removed
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
         _move_up(target)
 
 
@@ -80,6 +86,7 @@ def finish_save(folder: str | os.PathLike) -> bool:
     mark = os.path.join(folder, STAGING, MARK)
     if not os.path.exists(mark):
         return False
+
     try:
         with _one_writer(os.fspath(folder)):
             _move_up(folder)
@@ -93,7 +100,12 @@ def finish_save(folder: str | os.PathLike) -> bool:
 
 
 def last_saved(folder: str | None) -> tuple[int, int] | None:
-    """What changes whenever an ensemble is saved to a folder; None where there is none, as for a repository."""
+    """
+    Identify the save that a folder holds.
+
+    Returns:
+        What changes whenever an ensemble is saved there; None where there is none, as for a repository.
+    """
     if folder is None or not os.path.exists(path := os.path.join(folder, CONFIG)):
         return None
     found = os.stat(path)
@@ -131,6 +143,7 @@ def _one_writer(folder: str) -> Iterator[None]:
         except TimeoutError:
             logger.warning(f"Another process or thread is saving to {folder!r}. This one waits until it is done.")
             held.enter_context(WeakFileLock(path))
+
         try:
             yield
         finally:
@@ -143,6 +156,7 @@ def _mark_whole(staging: str):
     names, mark = os.listdir(staging), os.path.join(staging, MARK)
     with open(mark + ".part", "w", encoding="utf-8") as file:
         json.dump(names, file)
+
     mode = os.stat(mark + ".part").st_mode  # by the umask, which safetensors passes over
     for folder, _, files in os.walk(staging):
         for name in files:
@@ -150,6 +164,7 @@ def _mark_whole(staging: str):
             os.chmod(path, mode)
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
+
     os.replace(mark + ".part", mark)
 
 
@@ -159,13 +174,14 @@ def _move_up(target: str | os.PathLike):
     mark = os.path.join(staging, MARK)
     if not os.path.exists(mark):
         return
-    names = _marked(mark)
 
+    names = _marked(mark)
     waiting = [name for name in os.listdir(staging) if name in names]
     # New weights beside the old scale would load as an adapter that nobody made; without a scale nothing loads.
     if ADAPTER_CONFIG in waiting:
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(target, ADAPTER_CONFIG))
+
     for name in sorted(waiting, key=_turn):
         source, destination = os.path.join(staging, name), os.path.join(target, name)
         if os.path.isdir(source) and os.path.lexists(destination):
@@ -178,6 +194,7 @@ def _move_up(target: str | os.PathLike):
             shutil.rmtree(path)
         else:
             os.unlink(path)
+
     os.unlink(mark)
     shutil.rmtree(staging)
 

@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -32,6 +33,7 @@ def check_structure(model: PreTrainedModel, label: str):
     for name, tensor in ours.items():
         if not _is_plain(tensor):
             raise _differs(model, label, f"{name} is a {type(tensor).__name__}, without a `quantization_config`")
+
     shapes = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs))
     if found := _first_difference(*shapes):
         raise _differs(model, label, "the tensor {} has the shape {}, not {}".format(*found))
@@ -54,7 +56,7 @@ def check_not_injected(model: PreTrainedModel, label: str):
         raise _differs(model, label, f"it has an adapter on {injected.removesuffix('.base_layer')}")
 
 
-def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
+def check_nothing_shared(models: Sequence[PreTrainedModel], labels: Sequence[str]):
     """
     Look for tensors that stand in the same memory.
 
@@ -72,7 +74,16 @@ def check_nothing_shared(models: list[PreTrainedModel], labels: list[str]):
                 )
 
 
-def check_loading(loading: dict, names: Iterable[str], label: str):
+def load_with_info(load: Callable[..., Any], *args, **kwargs) -> tuple[Any, dict[str, Any]]:
+    """
+    Call a `from_pretrained`, and return the model and what was missing or left over.
+
+    Its annotation knows nothing of `output_loading_info`, by which it gives a pair.
+    """
+    return load(*args, output_loading_info=True, **kwargs)
+
+
+def check_loading(loading: dict[str, Any], names: Iterable[str], label: str):
     """
     Refuse weights that do not fill what the configuration makes, or of which it takes but a part: layers beyond its
     last, and adapters of experts that it does not name. Of other tensors that are left over, such as a value head,
@@ -87,12 +98,14 @@ def check_loading(loading: dict, names: Iterable[str], label: str):
         ValueError: if there are such.
     """
     problems = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in ("missing", "mismatched", "unexpected")}
+
     known = {_without_numbers(name) for name in names}
     problems["unexpected"] = [
         key
         for key in problems["unexpected"]
         if key.startswith("backbones.adapters.") or _without_numbers(key) in known
     ]
+
     found = [f"{len(keys)} {kind} (the first is {keys[0]})" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(
@@ -142,4 +155,10 @@ def _place(tensor: torch.Tensor) -> tuple:
     return (tensor.device, tensor.data_ptr())
 
 
-__all__ = ["check_loading", "check_not_injected", "check_nothing_shared", "check_structure"]
+__all__ = [
+    "check_loading",
+    "check_not_injected",
+    "check_nothing_shared",
+    "check_structure",
+    "load_with_info",
+]

@@ -3,34 +3,34 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import resolve_revision
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .checkpoint_hub import fetch_file, hub_source
 from .checkpoint_trust import check_weight_names, read_object, weight_files
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+WEIGHT_FILES = ["config.json", "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
-def hub_source(name: str | os.PathLike, **hub_options) -> dict | None:
-    """Repository, commit and subfolder, if one is given, of what `from_pretrained(name)` loads; None for a folder."""
-    if not name or os.path.exists(name):
-        return None
-    known = ("revision", "token", "local_files_only", "cache_dir")
-    revision = resolve_revision(name, **{key: hub_options[key] for key in known if key in hub_options})
-    source = {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
-    return source | ({"subfolder": hub_options["subfolder"]} if hub_options.get("subfolder") else {})
-
-
-def thin_checkpoint(model: PreTrainedModel, **hub_options) -> tuple[dict[str, torch.Tensor], dict]:
+def thin_checkpoint(
+    state: Mapping[str, torch.Tensor], backbones: Iterable[PreTrainedModel], pcm_body: PreTrainedModel, **hub_options
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     r"""
-    What a thin checkpoint of an ensemble holds.
+    Make what a thin checkpoint of an ensemble holds.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`): the ensemble's `state_dict`.
+        backbones (`Iterable[PreTrainedModel]`): those of the ensemble, in their order.
+        pcm_body (`PreTrainedModel`): the PCM's.
+        hub_options: where files come from, see [`~checkpoint_hub.HUB_OPTIONS`].
 
     Returns:
         The tensors, and `config.thin`: each backbone's `repository`, `revision` (a commit) and `digest`, see
@@ -40,8 +40,10 @@ def thin_checkpoint(model: PreTrainedModel, **hub_options) -> tuple[dict[str, to
         ValueError: if a backbone is not what a Hub repository holds.
         OSError: if that repository cannot be reached, nor found in the cache.
     """
-    backbones, owned, embeddings = [], set(), {}
-    for index, backbone in enumerate(model.backbones):
+    sources: list[dict[str, Any]] = []
+    owned: set[str] = set()  # names of the tensors that backbones bring
+    embeddings: dict[str, torch.Tensor] = {}
+    for index, backbone in enumerate(backbones):
         source = getattr(backbone.config, "source", None) or hub_source(backbone.name_or_path, **hub_options)
         if source is None:
             raise ValueError(
@@ -54,6 +56,7 @@ def thin_checkpoint(model: PreTrainedModel, **hub_options) -> tuple[dict[str, to
                 f"The commit of {source['repository']}, which a thin checkpoint names, could not be found out. Is the "
                 "Hub within reach, and may you read that repository?"
             )
+
         folder = _fetch(source, **hub_options)
         original = _load(folder, backbone.dtype)
         _check_equal(
@@ -61,31 +64,37 @@ def thin_checkpoint(model: PreTrainedModel, **hub_options) -> tuple[dict[str, to
         )
         owned |= {f"backbones.{index}.{name}" for name in original.state_dict()}
         embeddings |= {f"backbones.{index}.{name}": tensor for name, tensor in _embeddings(backbone).items()}
-        backbones.append(source | {"digest": weights_digest(folder)})
-    shared = {
-        f"pcm.body.{name}": other
-        for name, tensor in _embeddings(model.pcm.body).items()
-        for other, theirs in embeddings.items()
-        if torch.equal(tensor, theirs)
-    }
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in owned and name not in shared}
-    return state, {"backbones": backbones, "shared": shared}
+        sources.append(source | {"digest": weights_digest(folder)})
+
+    shared = {}
+    for name, tensor in _embeddings(pcm_body).items():
+        equal = [other for other, theirs in embeddings.items() if torch.equal(tensor, theirs)]
+        if equal:
+            shared[f"pcm.body.{name}"] = equal[-1]
+
+    stored = {name: tensor for name, tensor in state.items() if name not in owned and name not in shared}
+    return stored, {"backbones": sources, "shared": shared}
 
 
-def whole_state(thin: dict, source: str, variant: str | None = None, **hub_options) -> dict[str, torch.Tensor]:
+def whole_state(
+    thin: dict[str, Any], source: str | os.PathLike, variant: str | None = None, **hub_options
+) -> dict[str, torch.Tensor]:
     """
-    The tensors of the ensemble that a thin checkpoint stands for.
+    Collect the tensors of the ensemble that a thin checkpoint stands for.
 
     Args:
         thin (`dict`): its `config.thin`.
-        source (`str`): its folder or repository.
+        source (`str` or `os.PathLike`): its folder or repository.
+        variant (`str`, *optional*): of its weights.
+        hub_options: where files come from, see [`~checkpoint_hub.HUB_OPTIONS`].
 
     Raises:
         ValueError: if a repository's weights are not those that it was saved with.
         OSError: if files cannot be fetched, nor found in the cache.
     """
     name = SAFE_WEIGHTS_NAME if variant is None else SAFE_WEIGHTS_NAME.replace(".safe", f".{variant}.safe")
-    state = load_file(cached_file(source, name, **hub_options))
+    state = load_file(fetch_file(source, name, **hub_options))
+
     for index, entry in enumerate(thin["backbones"]):
         folder = _fetch(entry, **hub_options)
         if (digest := weights_digest(folder)) != entry["digest"]:
@@ -94,15 +103,22 @@ def whole_state(thin: dict, source: str, variant: str | None = None, **hub_optio
                 f"saved with: their digest is {digest}, not {entry['digest']}. Clear them from the cache if they were "
                 "changed there, or ask the ensemble's author."
             )
+
         backbone = _load(folder, "auto")
         state |= {f"backbones.{index}.{name}": tensor for name, tensor in backbone.state_dict().items()}
+
     if unknown := sorted(set(thin["shared"].values()) - state.keys()):
         raise ValueError(f"`thin.shared` names the tensor {unknown[0]!r}, which no backbone has. Save it again.")
     return state | {name: state[other].clone() for name, other in thin["shared"].items()}
 
 
 def weights_digest(folder: str) -> str:
-    """SHA-256 over the name, size and header of each safetensors file of a checkpoint; tensors are not read."""
+    """
+    Return the SHA-256 over the name, size and header of each safetensors file of a checkpoint; tensors are not read.
+
+    Raises:
+        ValueError: if one of them is no safetensors file.
+    """
     digest = hashlib.sha256()
     for path in _weight_files(folder):
         with open(path, "rb") as file:
@@ -114,13 +130,14 @@ def weights_digest(folder: str) -> str:
     return digest.hexdigest()
 
 
-def _fetch(entry: dict, **hub_options) -> str:
+def _fetch(entry: dict[str, Any], **hub_options) -> str:
     """The folder, in the cache, of a backbone's repository at its commit. Nothing else is ever read."""
     if not COMMIT.fullmatch(str(entry.get("revision"))):
         raise ValueError(
             f"A thin checkpoint names its backbones by commit, 40 hexadecimal digits; {entry.get('repository')!r} has "
             f"{entry.get('revision')!r}."
         )
+
     options = {name: hub_options[name] for name in DOWNLOAD_OPTIONS if name in hub_options}
     folder = snapshot_download(entry["repository"], revision=entry["revision"], allow_patterns=WEIGHT_FILES, **options)
     check_weight_names(folder, read_object(os.path.join(folder, "config.json")))
@@ -154,4 +171,4 @@ def _check_equal(backbone: PreTrainedModel, original: PreTrainedModel, message: 
             )
 
 
-__all__ = ["hub_source", "thin_checkpoint", "weights_digest", "whole_state"]
+__all__ = ["thin_checkpoint", "weights_digest", "whole_state"]

@@ -2,19 +2,23 @@
 
 import json
 import os
+from typing import Any
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from .checkpoint_hub import find_file
 
 
-def check_weight_names(source: str | os.PathLike, config: dict, variant: str | None = None, **hub_options):
+def check_weight_names(source: str | os.PathLike, config: dict[str, Any], variant: str | None = None, **hub_options):
     """
     Refuse a checkpoint, of a folder or of the Hub, whose weights would not be the safetensors beside its config.json:
     named elsewhere, or, where PEFT is installed, those of another model and an adapter on it.
 
     Args:
-        source (`str`): the folder or repository.
+        source (`str` or `os.PathLike`): the folder or repository.
         config (`dict`): what its config.json says.
         variant (`str`, *optional*): of the weights.
+        hub_options: where files come from, see [`~checkpoint_hub.HUB_OPTIONS`].
 
     Raises:
         ValueError: naming the file and what it names.
@@ -24,16 +28,16 @@ def check_weight_names(source: str | os.PathLike, config: dict, variant: str | N
             f"The configuration of {str(source)!r} names its weights itself, by `transformers_weights` "
             f"{config['transformers_weights']!r}. Rename that file to model.safetensors."
         )
-    missing = {"_raise_exceptions_for_missing_entries": False}
-    if cached_file(source, "adapter_config.json", **missing, **hub_options) is not None:
+    if find_file(source, "adapter_config.json", **hub_options) is not None:
         raise ValueError(
             f"{str(source)!r} holds a PEFT adapter. Give an expert its base as `model`, and it as `adapter`."
         )
+
     suffix = ".json" if variant is None else f".{variant}.json"
-    name = SAFE_WEIGHTS_INDEX_NAME.replace(".json", suffix)
-    index = cached_file(source, name, **missing, **hub_options)
+    index = find_file(source, SAFE_WEIGHTS_INDEX_NAME.replace(".json", suffix), **hub_options)
     if index is None:
         return
+
     for name in weight_files(index):
         if os.path.basename(name) != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names the weights {name!r}. They must be safetensors beside it.")
@@ -41,7 +45,7 @@ def check_weight_names(source: str | os.PathLike, config: dict, variant: str | N
 
 def weight_files(index: str) -> list[str]:
     """
-    The files that an index of weights names.
+    Return the files that an index of weights names, sorted.
 
     Raises:
         ValueError: if it is none.
@@ -56,7 +60,7 @@ def weight_files(index: str) -> list[str]:
 
 def read_object(path: str | os.PathLike) -> dict:
     """
-    What a JSON file holds.
+    Return the object that a JSON file holds.
 
     Raises:
         ValueError: naming the file, if that is no JSON object.
@@ -71,7 +75,7 @@ def read_object(path: str | os.PathLike) -> dict:
     return content
 
 
-def check_trust(model_kwargs: dict):
+def check_trust(model_kwargs: dict[str, Any]):
     """
     Refuse `trust_remote_code` for all parts of an ensemble at once.
 

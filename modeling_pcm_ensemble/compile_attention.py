@@ -23,7 +23,7 @@ def grouped_sdpa(
 ) -> tuple[torch.Tensor, None]:
     r"""
     As transformers' `sdpa`; but one query on a CPU is two matrix products over the heads that share keys and values,
-    which for dozens of rows takes less time than torch's kernel (`python -m benchmarks decode --fast`).
+    which for dozens of rows takes less time than torch's kernel.
 
     Args:
         query (`torch.Tensor` of shape `(rows, heads, queries, dim)`): the new tokens'.

@@ -55,7 +55,7 @@ class CompiledStep:
         self.weights = WeightSnapshot(model) if self.settings else None
         self.has_run = {True: False, False: False}  # by whether it is for one row, which has code of its own
 
-    def __call__(self, adapter_masks: list[torch.Tensor] | None, **inputs) -> ModelOutput:
+    def __call__(self, adapter_masks: list[torch.Tensor], **inputs) -> ModelOutput:
         """Run the step; `adapter_masks` are what [`~lora.run_traced`] takes, `inputs` the model's."""
         single = len(inputs["input_ids"]) == 1
 
@@ -81,7 +81,7 @@ class CompiledStep:
         self.has_run[single] = True
         return _copied(output) if self.model.device.type == "cuda" else output
 
-    def _run(self, single: bool, adapter_masks: list[torch.Tensor] | None, **inputs) -> ModelOutput:
+    def _run(self, single: bool, adapter_masks: list[torch.Tensor], **inputs) -> ModelOutput:
         if not self.compiles:
             return self.model(**inputs)
         if self.has_run[single]:

@@ -4,8 +4,9 @@
 from .requirements import OLDEST  # noqa: F401
 
 # isort: split
+import dataclasses
 import os
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -13,14 +14,16 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from .checkpoint_staging import finish_save
 from .lora_config import adapter_config
+from .merging import MERGES
 
-MERGES = ("probabilities", "logits", "adapters")
+ADAPTERS = "adapters"  # the value of `merge` that mixes weights, not predictions
 AUTO_MAP = {
     "AutoConfig": "configuration_pcm_ensemble.PCMEnsembleConfig",
     "AutoModel": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",
     "AutoModelForCausalLM": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",
 }
-EXPERT_FIELDS = {
+# What an entry of `experts` may hold, and what it holds where nothing is given.
+EXPERT_FIELDS: dict[str, Any] = {
     "name": None,
     "backbone": 0,
     "prompt": None,
@@ -51,9 +54,14 @@ class PCMEnsembleConfig(PreTrainedConfig):
         pcm (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the Preference Control Model's body.
         merge (`str`, *optional*, defaults to `"probabilities"`):
-            What is mixed: `"probabilities"` (the method), `"logits"` (its ablation), or `"adapters"`: LoRA weights, as
-            Personalized Soup does, for experts that are adapters on one backbone. Only the first goes with
-            `expert_top_k`.
+            What is mixed at each token, with the experts' weights α. An ensemble can be changed between calls.
+
+            - `"probabilities"`: the experts' distributions, π = Σ_i α_i π_i. This is the paper's method, and the only
+              value that goes with `expert_top_k`.
+            - `"logits"`: their logits, π ∝ exp Σ_i α_i logits_i. This is the paper's ablation.
+            - `"adapters"`: the experts' LoRA weights, W + Σ_i α_i s_i B_i A_i, as Personalized Soup does. It runs one
+              model where the others run every expert, needs experts that are adapters on one backbone and have no
+              prompts, and is for inference alone.
         expert_top_k (`int`, *optional*):
             Keep each expert's k most probable tokens and renormalise. `None` keeps all; a larger k is closer to that.
         default_preference (`str`, `list` or `dict`, *optional*):
@@ -73,13 +81,21 @@ class PCMEnsembleConfig(PreTrainedConfig):
     model_type = "pcm_ensemble"
     base_model_fsdp_plan: ClassVar[dict] = {}  # every part has its own
 
-    backbones: list[PreTrainedConfig | dict] | None = None
-    experts: list[dict] | None = None
-    pcm: PreTrainedConfig | dict | None = None
+    # A type checker is told what these fields hold once `__post_init__` has read them. `@strict` checks them when they
+    # are set, where a file or a caller may give dicts, or nothing.
+    if TYPE_CHECKING:
+        backbones: list[PreTrainedConfig] = dataclasses.field(default_factory=list)
+        experts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+        pcm: PreTrainedConfig = dataclasses.field(default_factory=PreTrainedConfig)
+        vocab_size: int = 0
+    else:
+        backbones: list[PreTrainedConfig | dict] | None = None
+        experts: list[dict] | None = None
+        pcm: PreTrainedConfig | dict | None = None
+        vocab_size: int | None = None
     merge: str = "probabilities"
     expert_top_k: int | None = None
     default_preference: str | list | dict | None = None
-    vocab_size: int | None = None
     prefix_bos_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -92,32 +108,41 @@ class PCMEnsembleConfig(PreTrainedConfig):
         self.experts = [_complete_expert(f"experts[{i}]", expert) for i, expert in enumerate(self.experts or [])]
         backbones = [_as_config(f"backbones[{i}]", backbone) for i, backbone in enumerate(self.backbones or [])]
         pcm = _as_config("pcm", self.pcm) if self.pcm is not None else None
-        # The base class resets the attention implementation of the sub-configs it sees, even where none is asked for.
-        self.backbones, self.pcm = [], None
+
+        # The base class resets the attention implementation of the parts that it sees, even where none is asked for.
+        vars(self).update(backbones=[], pcm=None)
         super().__post_init__(**kwargs)
-        self.backbones, self.pcm = backbones, pcm
+        vars(self).update(backbones=backbones, pcm=pcm)
+
         if self._attn_implementation is not None:  # one that was asked for; setting it passes it on
             self._attn_implementation = self._attn_implementation
-        if self.vocab_size is None:
-            self.vocab_size = min(self._part_sizes().values(), default=None)
+
+        if self.vocab_size is None and (sizes := self._part_sizes()):
+            self.vocab_size = min(sizes.values())
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        """As for any model, of a folder after an interrupted save to it is finished."""
+        """
+        Read config.json as for any model, of a folder after an interrupted save to it is finished.
+
+        Raises:
+            OSError: if there is none, or the interrupted save cannot be finished.
+        """
         finish_save(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "PCMEnsembleConfig":
         """
-        Make the configuration that a file holds, as any. `AutoConfig` reads a folder itself, and gives its name and
-        what it has read.
+        Make the configuration that a file holds, as any.
 
         Raises:
             TypeError, ValueError: naming the field that has a wrong value.
         """
+        # `AutoConfig` reads a folder itself, and gives its name and what it has read.
         if (folder := kwargs.get("name_or_path")) and finish_save(folder):
             config_dict, _ = cls.get_config_dict(folder)
+
         try:
             return super().from_dict(config_dict, **kwargs)
         except StrictDataclassError as error:
@@ -125,39 +150,43 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
     @property
     def expert_names(self) -> list[str]:
+        """The experts' names, in the order of the PCM head's outputs."""
         return [expert["name"] for expert in self.experts]
 
     @property
     def num_experts(self) -> int:
+        """Number of experts, the width of α."""
         return len(self.experts)
 
     @property
     def hidden_size(self) -> int:
+        """The PCM's width."""
         return self.pcm.get_text_config().hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
+        """The PCM's layers."""
         return self.pcm.get_text_config().num_hidden_layers
 
     @property
     def num_attention_heads(self) -> int:
+        """The PCM's heads."""
         return self.pcm.get_text_config().num_attention_heads
 
     @property
     def max_position_embeddings(self) -> int | None:
         """Longest context that every expert and the PCM can read behind their longest prefix; None without a limit."""
-        prompts = [(self.backbones[expert["backbone"]], len(expert["prompt_ids"])) for expert in self.experts]
+        # The PCM's longest prefix: every expert's description, behind one BOS.
         description = sum(len(expert["description_ids"]) for expert in self.experts)
-        description += self.prefix_bos_token_id is not None
-        limits = [
-            part.max_position_embeddings - prefix_length
-            for part, prefix_length in [*prompts, (self.pcm, description)]
-            if (getattr(part, "max_position_embeddings", None) or -1) > 0
-        ]
-        return min(limits, default=None)
+        description += 0 if self.prefix_bos_token_id is None else 1
+
+        prefixes = [(self.backbones[expert["backbone"]], len(expert["prompt_ids"])) for expert in self.experts]
+        prefixes.append((self.pcm, description))
+        limits = [(_max_positions(part), length) for part, length in prefixes]
+        return min((limit - length for limit, length in limits if limit is not None), default=None)
 
     def sub_config_items(self) -> dict[str, PreTrainedConfig]:
-        """The parts' configurations by the name of the submodule that holds each part."""
+        """Return the parts' configurations by the name of the submodule that holds each part."""
         parts = {f"backbones.{index}": backbone for index, backbone in enumerate(self.backbones)}
         return parts | ({"pcm": self.pcm} if self.pcm is not None else {})
 
@@ -165,14 +194,17 @@ class PCMEnsembleConfig(PreTrainedConfig):
     # a class attribute with fixed keys; here the keys depend on the number of backbones.
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
+        """The class of each part's configuration, by the same names."""
         return {name: type(config) for name, config in self.sub_config_items().items()}
 
     def __getattr__(self, name: str):
+        """Give transformers a backbone's configuration by its name in `sub_configs`, `backbones.0`."""
         if name.startswith("backbones.") and (config := self.sub_config_items().get(name)) is not None:
             return config
         raise AttributeError(f"`{type(self).__name__}` has no attribute `{name}`.")
 
     def to_dict(self) -> dict:
+        """Return what config.json holds: every part's configuration, and which code of the folder loads it."""
         output = super().to_dict()
         output["backbones"] = [backbone.to_dict() for backbone in self.backbones]
         output["auto_map"] = dict(AUTO_MAP)
@@ -184,12 +216,12 @@ class PCMEnsembleConfig(PreTrainedConfig):
         sizes = {}
         for name, part in self.sub_config_items().items():
             check_is_causal_lm(part, f"`{name}`")
-            sizes[name] = getattr(part.get_text_config(), "vocab_size", None)
-            if not _is_integer(sizes[name]) or sizes[name] < 1:
+            size = getattr(part.get_text_config(), "vocab_size", None)
+            if not _is_integer(size) or size < 1:
                 raise ValueError(
-                    f"`{name}`, a {type(part).__name__}, has the `vocab_size` {sizes[name]!r}. Parts must be language "
-                    "models."
+                    f"`{name}`, a {type(part).__name__}, has the `vocab_size` {size!r}. Parts must be language models."
                 )
+            sizes[name] = size
         return sizes
 
     def _check_vocabulary(self):
@@ -201,8 +233,17 @@ class PCMEnsembleConfig(PreTrainedConfig):
         if self.prefix_bos_token_id is not None:
             self._check_ids("prefix_bos_token_id", [self.prefix_bos_token_id])
 
+    # `@strict` calls every `validate_*` once all fields are set.
+
     def validate_experts(self):
+        """
+        Check the experts, and before them the vocabulary, in which their tokens must be.
+
+        Raises:
+            ValueError: naming the field that has a wrong value.
+        """
         self._check_vocabulary()
+
         for position, expert in enumerate(self.experts):
             label = f"experts[{position}]"
             self._check_fields(label, expert)
@@ -228,8 +269,10 @@ class PCMEnsembleConfig(PreTrainedConfig):
         for field in ("prompt", "description", "dimension"):
             if not isinstance(expert[field], str | None):
                 raise ValueError(f"`{label}.{field}` must be a string or None, got {expert[field]!r}.")
+
         if expert["prompt"] and not expert["prompt_ids"]:
             raise ValueError(f"`{label}.prompt_ids` must hold the tokens of its `prompt`, {expert['prompt']!r:.60}.")
+
         if source is not None and not (
             isinstance(source, dict)
             and isinstance(source.get("repository"), str)
@@ -241,8 +284,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
         """Refuse what leaves no position to the context."""
         readers = {"prompt_ids": self.backbones[expert["backbone"]], "description_ids": self.pcm}
         for name, reader in readers.items():
-            limit = getattr(reader, "max_position_embeddings", None) or -1
-            if 0 < limit <= len(expert[name]):
+            limit = _max_positions(reader)
+            if limit is not None and limit <= len(expert[name]):
                 raise ValueError(
                     f"`{label}.{name}` has {len(expert[name])} tokens, which leaves no room for a context in the "
                     f"{limit} positions of the model that reads them. Use a shorter text."
@@ -259,23 +302,39 @@ class PCMEnsembleConfig(PreTrainedConfig):
                 )
 
     def validate_thin(self):
+        """
+        Check what a thin checkpoint says of its backbones.
+
+        Raises:
+            ValueError: if that is not a repository, revision and digest for each.
+        """
         if self.thin is None:
             return
+
         entries, shared = self.thin.get("backbones"), self.thin.get("shared")
         fields = ("repository", "revision", "digest")
-        named = isinstance(entries, list) and all(
-            isinstance(entry, dict) and all(isinstance(entry.get(field), str) for field in fields) for entry in entries
-        )
+
+        def is_named(entry) -> bool:
+            return isinstance(entry, dict) and all(isinstance(entry.get(field), str) for field in fields)
+
+        named = isinstance(entries, list) and len(entries) == len(self.backbones) and all(map(is_named, entries))
         paired = isinstance(shared, dict) and all(isinstance(name, str) for name in [*shared, *shared.values()])
-        if not named or len(entries) != len(self.backbones) or not paired:
+        if not named or not paired:
             raise ValueError(
                 f"`thin` must give {', '.join(fields)} for each of the {len(self.backbones)} `backbones`, and the "
                 f"tensors `shared` with them by name; got {self.thin}."
             )
 
     def validate_merge(self):
-        if self.merge not in MERGES:
-            raise ValueError(f"`merge` must be one of {', '.join(map(repr, MERGES))}, got {self.merge!r}.")
+        """
+        Check `merge` and `expert_top_k`.
+
+        Raises:
+            ValueError: if one has a value out of range, or they do not go together.
+        """
+        merges = (*MERGES, ADAPTERS)
+        if self.merge not in merges:
+            raise ValueError(f"`merge` must be one of {', '.join(map(repr, merges))}, got {self.merge!r}.")
         if self.expert_top_k is not None and (not _is_integer(self.expert_top_k) or self.expert_top_k < 1):
             raise ValueError(f"`expert_top_k` must be at least 1, or None to keep all, got {self.expert_top_k!r}.")
         if self.expert_top_k is not None and self.merge != "probabilities":
@@ -286,7 +345,12 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
 
 def check_is_causal_lm(config: PreTrainedConfig, label: str):
-    """Refuse what cannot be a part, by the kind of its configuration."""
+    """
+    Check that a model can be a part, by the kind of its configuration.
+
+    Raises:
+        ValueError: if it is an ensemble, an encoder-decoder, or no causal LM of transformers.
+    """
     if config.model_type == PCMEnsembleConfig.model_type:
         raise ValueError(f"The model of {label} is an ensemble itself. Use its experts.")
     if config.is_encoder_decoder:
@@ -296,6 +360,12 @@ def check_is_causal_lm(config: PreTrainedConfig, label: str):
             f"The model of {label} (`model_type` {config.model_type!r}) is not a causal LM of the transformers "
             "library. Use one that `AutoModelForCausalLM` loads without code of its own."
         )
+
+
+def _max_positions(config: PreTrainedConfig) -> int | None:
+    """Longest text that a part can read; None without a limit, which some configurations write as -1 or 0."""
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    return limit if limit > 0 else None
 
 
 def _as_config(label: str, config: PreTrainedConfig | dict) -> PreTrainedConfig:
@@ -309,6 +379,7 @@ def _as_config(label: str, config: PreTrainedConfig | dict) -> PreTrainedConfig:
             f"`{label}` has `model_type` {model_type!r}, which transformers does not have. Parts must be models of "
             "the transformers library itself."
         )
+
     try:
         return CONFIG_MAPPING[model_type].from_dict(config)
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -319,6 +390,7 @@ def _complete_expert(label: str, expert: dict) -> dict:
     unknown = sorted(map(str, set(expert) - set(EXPERT_FIELDS)))
     if unknown:
         raise ValueError(f"`{label}` has the unknown fields {unknown}; the known ones are {list(EXPERT_FIELDS)}.")
+
     completed = EXPERT_FIELDS | expert
     for field in ("prompt_ids", "description_ids"):
         if isinstance(completed[field], list | tuple):
@@ -328,7 +400,7 @@ def _complete_expert(label: str, expert: dict) -> dict:
     return completed
 
 
-def _is_integer(value) -> bool:
+def _is_integer(value) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

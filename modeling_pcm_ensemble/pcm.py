@@ -1,5 +1,7 @@
 """The Preference Control Model: a small causal LM with one output per expert in place of its LM head."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import AutoModel, CompileConfig, PreTrainedModel
@@ -42,12 +44,12 @@ class PreferenceControlModel(PreTrainedModel):
         if module is self.head:
             nn.init.zeros_(module.weight)
 
-    def set_head_rows(self, rows: list[int | None]):
+    def set_head_rows(self, rows: Sequence[int | None]):
         """Give the head one output for each entry: an old row by its index, or a zero one for None."""
         old = self.head.weight.data
         self.head = nn.Linear(old.shape[1], len(rows), bias=False, dtype=old.dtype, device=old.device)
         self.head.weight.data = torch.stack([old.new_zeros(old.shape[1]) if row is None else old[row] for row in rows])
-        self.head._is_hf_initialized = True
+        self.head._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark, no tensor or module
 
     def forward(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Real
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -184,7 +185,7 @@ def _is_rows(preference) -> bool:
 def _kind(entry) -> str | None:
     if has_class(entry, "Preference"):
         return "Preference"
-    kinds = {"name": str, "number": Real, "mapping": Mapping, "list": (list, tuple)}
+    kinds: dict[str, Any] = {"name": str, "number": Real, "mapping": Mapping, "list": (list, tuple)}
     return next((kind for kind, types in kinds.items() if isinstance(entry, types)), None)
 
 
@@ -222,7 +223,7 @@ def _row_weights(preference, names: list[str]) -> torch.Tensor:
     return torch.tensor(weights, dtype=torch.float64)
 
 
-def _as_float(weight: Real) -> float:
+def _as_float(weight: Any) -> float:
     """The weight, infinite where a float would not hold it, which is refused later."""
     try:
         return float(weight)
@@ -366,14 +367,14 @@ def _after_bos(config: PCMEnsembleConfig, ids: Sequence[int]) -> tuple[int, ...]
     return (config.prefix_bos_token_id, *ids)
 
 
-def _given_descriptions(config: PCMEnsembleConfig, ids: torch.Tensor, batch_size: int) -> list[tuple[int, ...]]:
+def _given_descriptions(config: PCMEnsembleConfig, ids: torch.Tensor, batch_size: int) -> list[tuple[int, ...] | None]:
     check_tensor("preference_ids", ids, "token ids")
     if ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != batch_size):
         raise ValueError(
             f"`preference_ids` has the shape {tuple(ids.shape)}. Pass (tokens,) or ({batch_size}, tokens)."
         )
     if ids.numel():
-        _check_tokens(config, "preference_ids", 0, ids.max().item())
+        _check_tokens(config, "preference_ids", 0, int(ids.max()))
 
     ids = ids.cpu().long().expand(batch_size, -1)
     padding = ((ids < 0) | (ids == config.pad_token_id)).long()

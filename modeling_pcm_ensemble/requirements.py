@@ -3,9 +3,24 @@
 from transformers.utils.versions import require_version
 
 # The lower bounds of pyproject.toml; tests/oldest_versions.py runs the tests with them.
-OLDEST = {"torch": "2.13", "transformers": "5.21", "huggingface_hub": "1.31", "filelock": "3.24"}
+OLDEST = {"torch": "2.11", "transformers": "5.21", "huggingface_hub": "1.31", "filelock": "3.24"}
+OLDEST_TO_COMPILE = "2.13"  # the first torch whose `torch.compile` takes `isolate_recompiles`
 
 for _name, _version in OLDEST.items():
     require_version(f"{_name}>={_version}", f"Run `pip install -U {_name}` to use a PCM ensemble.")
 
-__all__ = ["OLDEST"]
+
+def check_compiles():
+    """
+    Check that steps can be compiled with the torch that is installed.
+
+    Raises:
+        ImportError: if it is older than 2.13, whose `torch.compile` keeps apart what it compiles for each submodel.
+    """
+    require_version(
+        f"torch>={OLDEST_TO_COMPILE}",
+        "Run `pip install -U torch` to compile steps, or pass `disable_compile=True` to `generate`.",
+    )
+
+
+__all__ = ["OLDEST", "OLDEST_TO_COMPILE", "check_compiles"]

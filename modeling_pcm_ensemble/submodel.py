@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput
 
 from .compile_steps import CompiledStep
+from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .lora import AdapterSelection, LoraBank, run_traced
 from .memory import LayerStates, Memory
 from .prefix_store import PrefixStore, Reader, may_keep
@@ -23,6 +24,12 @@ from .rows import Rows, SubmodelInputs, equal_rows, stack_padded
 MIN_TOKENS_SAVED = 512
 # Tokens of all prefixes of a call that are worth to be kept, and read apart for that.
 MIN_TOKENS_KEPT = 128
+
+
+class Owner(Protocol):
+    """What holds a submodel by its name, and the ensemble's configuration."""
+
+    config: PCMEnsembleConfig
 
 
 class SubmodelOutput(NamedTuple):
@@ -54,13 +61,13 @@ class Submodel:
     One causal LM of an ensemble, with or without its LM head.
 
     Args:
-        owner (`PreTrainedModel`): the module that holds it and the ensemble's configuration.
+        owner (`Owner`): the module that holds it and the ensemble's configuration.
         name (`str`): its name there, by which it is looked up at each call: users may wrap or replace it.
         has_lm_head (`bool`): whether it predicts tokens, or gives hidden states.
         bank (`LoraBank`, *optional*): the adapters on it.
     """
 
-    def __init__(self, owner: PreTrainedModel, name: str, has_lm_head: bool, bank: LoraBank | None = None):
+    def __init__(self, owner: Owner, name: str, has_lm_head: bool, bank: LoraBank | None = None):
         self.owner = owner
         self.name = name
         self.has_lm_head = has_lm_head
@@ -126,7 +133,7 @@ class Submodel:
         call: Callable[..., ModelOutput] = model
         if compile_config is not None and num_tokens == 1 and memory.max_length is not None:
             inputs = inputs.of_fixed_form(memory.max_length)
-            masks = None if self.bank is None or selection is None else self.bank.kind_masks(selection)
+            masks = [] if self.bank is None or selection is None else self.bank.kind_masks(selection)
             call = partial(self._compiled(compile_config), masks)
 
         if self.has_lm_head:
@@ -261,8 +268,8 @@ def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingP
 
 def _cache_name(model: nn.Module) -> str:
     """What the model, which PEFT may have wrapped, calls its cache."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return _cache_argument(type(model).forward)
+    base_model = getattr(model, "get_base_model", None)
+    return _cache_argument(type(model if base_model is None else base_model()).forward)
 
 
 @cache

@@ -69,7 +69,7 @@ def test_nothing_of_a_traced_step_stays(tmp_path):
     found = model.generate(torch.tensor([[21, 22]]), preference="a", **options, **COMPILED)
     assert found.tolist() == expected.tolist()
     assert model.backbones.submodels[0].compiled_step.compiles
-    assert (_traced.is_step, _traced.bank, _traced.masks) == (False, None, None)
+    assert (_traced.is_step, _traced.bank, _traced.masks) == (False, None, [])
 
 
 def test_a_fused_optimizer_does_not_count_what_it_writes():

@@ -11,9 +11,10 @@ import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM, __version__
+from modeling_pcm_ensemble.checkpoint_build import set_end_tokens
 
 CONTEXT = torch.tensor([[21, 22, 23, 24, 25]])
 PREFERENCE = {"a": 1.0, "c": 0.5}
@@ -280,3 +281,37 @@ def test_pickles_are_never_loaded(ensemble, tmp_path):
 def test_trust_in_remote_code_is_not_passed_on_to_experts(tmp_path):
     with pytest.raises(ValueError, match="`trust_remote_code` is not passed on to experts"):
         PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(4), trust_remote_code=True)
+
+
+def test_python_that_runs_in_a_checkpoints_folder_is_told_what_it_imports(ensemble, tmp_path):
+    """Python looks there first, and finds the checkpoint's own modeling_pcm_ensemble.py."""
+    ensemble.save_pretrained(tmp_path)
+    code = "import modeling_pcm_ensemble; print(modeling_pcm_ensemble.__version__)"
+    alone, safe = (
+        subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        for flags in ([], ["-P"])
+    )
+    assert "ImportError: " in alone.stderr
+    assert "is a checkpoint's code, and hides the package of the same name" in alone.stderr
+    assert safe.stdout.strip() == __version__, safe.stderr
+
+
+def test_a_changed_end_token_leaves_a_generation_config_one_that_may_be_saved_as_it_was_published(tmp_path):
+    """
+    It fails when transformers saves changed ones too, so that `set_end_tokens` need not write what marks one as
+    published, or when transformers marks it in another way.
+    """
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5, "eos_token_id": 2}')
+    published, changed = (GenerationConfig.from_pretrained(tmp_path) for _ in range(2))
+    try:
+        published.save_pretrained(tmp_path / "unchanged")
+    except ValueError:
+        pytest.skip("This transformers (5.21) saves no such generation config, changed or not.")
+
+    set_end_tokens(published, [2, 7])
+    published.save_pretrained(tmp_path / "published")
+    assert GenerationConfig.from_pretrained(tmp_path / "published").eos_token_id == [2, 7]
+
+    changed.eos_token_id = [2, 7]
+    with pytest.raises(ValueError, match="temperature"):
+        changed.save_pretrained(tmp_path / "changed")

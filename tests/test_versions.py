@@ -1,26 +1,57 @@
 """Libraries that are too old."""
 
+import importlib.metadata
+import inspect
 import subprocess
 import sys
 
 import pytest
-from oldest_versions import oldest
+import torch
+from oldest_versions import ROOT, oldest
+from packaging.version import Version
 
-from modeling_pcm_ensemble.requirements import OLDEST
+import modeling_pcm_ensemble
+from modeling_pcm_ensemble.requirements import OLDEST, OLDEST_TO_COMPILE
 
 IMPORT = """
 import importlib.metadata
 version = importlib.metadata.version
-importlib.metadata.version = lambda name: "0.1" if name == {name!r} else version(name)
+importlib.metadata.version = lambda name: {version!r} if name == {name!r} else version(name)
 import modeling_pcm_ensemble
 """
+COMPILE = """
+from modeling_pcm_ensemble.requirements import check_compiles
+print("imported")
+check_compiles()
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", OLDEST)
 def test_a_library_that_is_too_old_is_named(name):
-    found = subprocess.run([sys.executable, "-c", IMPORT.format(name=name)], capture_output=True, text=True)
+    found = run(IMPORT.format(name=name, version="0.1"))
     assert f"{name}>={OLDEST[name]} is required" in found.stderr
     assert f"pip install -U {name}" in found.stderr
+
+
+def test_a_torch_that_is_too_old_to_compile_steps_is_named_where_they_are_compiled():
+    found = run(IMPORT.format(name="torch", version="2.12.1") + COMPILE)
+    assert found.stdout.strip() == "imported"
+    assert f"torch>={OLDEST_TO_COMPILE} is required" in found.stderr
+    assert "pass `disable_compile=True` to `generate`" in found.stderr
+
+
+def test_steps_are_compiled_with_an_option_that_older_versions_of_torch_lack():
+    has_option = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    assert has_option == (Version(torch.__version__) >= Version(OLDEST_TO_COMPILE))
+
+
+def test_the_version_is_the_installed_one_and_the_one_to_cite():
+    assert modeling_pcm_ensemble.__version__ == importlib.metadata.version("pcm-ensemble")
+    assert f"\nversion: {modeling_pcm_ensemble.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_bounds_are_those_of_the_package():

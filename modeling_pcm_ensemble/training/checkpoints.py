@@ -73,13 +73,13 @@ class CheckpointTrainer(PCMTrainer):
             self._staging = self._output_dir / STAGING
             staged.callback(setattr, self, "_staging", None)
             if self.args.should_save:
-                staged.enter_context(staged_folder(self.args.output_dir))
+                staged.enter_context(staged_folder(self._output_dir))
             self._write_checkpoint(model, trial, self._staging)
         self._micro_batches_saved = self._micro_batches_done
 
         if self.args.should_save:
             rotate_checkpoints(
-                output_dir=self.args.output_dir,
+                output_dir=str(self._output_dir),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
@@ -181,4 +181,4 @@ class CheckpointTrainer(PCMTrainer):
             raise ValueError(f"{folder / WEIGHTS_FILE} holds another PCM's weights: {[*missing, *unexpected][:4]} …")
 
     def _load_best_model(self):
-        self._load_learnt(Path(self.state.best_model_checkpoint))
+        self._load_learnt(Path(str(self.state.best_model_checkpoint)))

@@ -84,7 +84,7 @@ class PCMTrainer(Trainer):
         """Train as any trainer. Afterwards the PCM is without the precision wrapper of training, and evaluates."""
         if self.train_dataset is None:
             raise ValueError("There is nothing to train on. Pass `train_dataset`.")
-        check_no_adapter(self.args.output_dir)  # or it could not be saved there in the end
+        check_no_adapter(str(self.args.output_dir))  # or it could not be saved there in the end
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -111,7 +111,7 @@ class RebelTrainer(CheckpointTrainer):
 
     def train(self, *args, **kwargs):
         """Train as any trainer; from a checkpoint, after what a killed run had saved whole is in its place."""
-        finish_save(self.args.output_dir)
+        finish_save(self._output_dir)
         self._rollout, self._micro_batches_done, self._micro_batches_saved = None, 0, 0  # or a checkpoint's
         return super().train(*args, **kwargs)
 
