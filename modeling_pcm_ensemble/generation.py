@@ -305,7 +305,8 @@ class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
         """Refused: the paged cache of transformers' continuous batching is one model's."""
         raise NotImplementedError(
             "transformers' continuous batching pages one model's cache, and an ensemble has several. Pass a batch to "
-            "`generate`, or let requests join and leave by `PCMEnsembleCache.join`."
+            "`generate`, or let requests join and leave by `PCMEnsembleCache.join`, as "
+            "`modeling_pcm_ensemble.scheduler.Scheduler` of the package does."
         )
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
