@@ -8,6 +8,8 @@ from transformers import CompileConfig, StaticCache
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.compile_steps import CompiledStep
+from modeling_pcm_ensemble.lora import clear_traced
+from modeling_pcm_ensemble.weight_changes import WeightSnapshot
 
 from .common import (
     CONTEXT,
@@ -34,7 +36,8 @@ def run(arguments):
     compiled = {PLAIN: load_backbone(arguments)}
     for kind in arguments.kinds:
         compiled[f"{kind} experts"] = ENSEMBLES[kind.lower()](load_backbone(arguments), experts)
-    plain = CompiledStep(compiled[PLAIN], partial(run_plain, compiled[PLAIN]), COMPILED, weights_change=False)
+    run_plain = partial(run_without_adapters, compiled[PLAIN])
+    plain = CompiledStep(compiled[PLAIN], run_plain, clear_traced, COMPILED, WeightSnapshot(compiled[PLAIN]))
 
     rows = []
     for batch in arguments.batches:
@@ -96,17 +99,18 @@ def compiled_plain_step(call: CompiledStep, token: torch.Tensor, rounds: int):
     batch, length = len(token), static_length(rounds)
     cache = StaticCache(call.model.config, max_cache_len=length)
     call.model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    call.mark(cache.layers)
     mask = torch.ones(batch, length, dtype=torch.long, device=DEVICE)
 
     def step():
         positions = cache.get_seq_length().expand(batch, 1).clone()
         inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        return call(None, input_ids=token, logits_to_keep=1, **inputs)
+        return call([], input_ids=token, logits_to_keep=1, **inputs)
 
     return step
 
 
-def run_plain(model, adapter_masks: None, **inputs):
+def run_without_adapters(model, adapter_masks: list, **inputs):
     """Run a model that has no adapters."""
     return model(**inputs)
 

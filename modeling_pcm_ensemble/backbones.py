@@ -46,9 +46,7 @@ class ExpertBackbones(PreTrainedModel):
             adapters = {e["name"]: e["adapter"] for e in config.experts if e["backbone"] == index and e["adapter"]}
             if adapters:
                 self.adapters[str(index)] = LoraBank(self[index], adapters)
-        self.submodels = [
-            Submodel(self, str(index), has_lm_head=True, bank=self.banks.get(index)) for index in range(len(self))
-        ]
+        self.submodels = [Submodel(config, has_lm_head=True, bank=self.banks.get(i)) for i in range(len(self))]
         self.post_init()
         self.train(False)
 
@@ -135,7 +133,7 @@ class ExpertBackbones(PreTrainedModel):
         """
         memory = Memory() if memory is None else memory
         rows = Rows(input_ids, attention_mask, adapters=expert_weights)
-        if expert_weights is None:
+        if expert_weights is None and (memory.length == 0 or memory.adapters is None):
             experts = []
             for index, _, num_rows in expert_rows:
                 if index is not None:
@@ -144,7 +142,7 @@ class ExpertBackbones(PreTrainedModel):
             if memory.length == 0:
                 rows.prefixes = [tuple(expert["prompt_ids"]) for expert in experts]
 
-        logits = self.submodels[backbone](rows, memory, logits_to_keep, compile_config).values
+        logits = self.submodels[backbone](self[backbone], rows, memory, logits_to_keep, compile_config).values
         chunks = logits[..., : self.config.vocab_size].split([entry.num_rows for entry in expert_rows])
         return [ExpertLogits(entry.expert, entry.rows, chunk) for entry, chunk in zip(expert_rows, chunks)]
 

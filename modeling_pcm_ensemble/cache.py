@@ -96,8 +96,8 @@ class PCMEnsembleCache(Cache):
     @contextmanager
     def started(self, route: Route) -> Iterator[None]:
         """Start under `route` where that has not been done; if what runs inside fails, then begin anew."""
-        begins = self.route is None
-        if begins:
+        begins = self.pcm.length == 0
+        if self.route is None:
             self.start(route)
         try:
             yield
@@ -152,8 +152,10 @@ class PCMEnsembleCache(Cache):
 
     def reweight(self, weights: torch.Tensor):
         """
-        Go on under other weights, `(batch, experts)`, of the experts that each row runs. The PCM keeps what it has
-        read of the first ones.
+        Go on under other weights. The PCM keeps what it has read of the first ones.
+
+        Args:
+            weights (`torch.FloatTensor` of shape `(batch, experts)`): above 0 for the experts that each row runs.
 
         Raises:
             ValueError: if other experts would be wanted than before.
@@ -221,10 +223,10 @@ class PCMEnsembleCache(Cache):
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor):
-        self._select(torch.arange(self.batch_size, device=indices.device)[indices])
+        self._select(torch.arange(self.known_route.batch_size, device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int):
-        self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self._select(torch.arange(self.known_route.batch_size).repeat_interleave(repeats))
 
     def _select(self, rows: torch.Tensor):
         """Make row `rows[i]` the cache's row i."""

@@ -19,7 +19,7 @@ OTHER_ARGUMENTS = {"position_ids", "token_type_ids", "return_dict", "shift_label
 
 
 def check_inputs(config: PCMEnsembleConfig, input_ids, inputs_embeds, cache, kwargs: dict) -> torch.Tensor:
-    """Return `input_ids`, and refuse what `forward` cannot read."""
+    """Return `input_ids`, which a type checker then knows to be given, and refuse what `forward` cannot read."""
     if inputs_embeds is not None:
         raise ValueError("`inputs_embeds` cannot be used, because experts do not share embeddings. Pass `input_ids`.")
     unknown = kwargs.keys() - TransformersKwargs.__optional_keys__ - OTHER_ARGUMENTS
@@ -187,7 +187,7 @@ def cached_length(cache: PCMEnsembleCache | None) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _readers(
+def _limited(
     config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None
 ) -> Iterator[tuple[str, int, int]]:
     """Every submodel that runs and has a limit: how to call it, its positions, and those that its prefix takes."""
@@ -216,7 +216,7 @@ def _readers(
 
 def longest_context(config: PCMEnsembleConfig, route: Route, cache: PCMEnsembleCache | None = None) -> float:
     """Return the most context tokens that a static cache holds and every submodel can read; infinity for any."""
-    rooms = [limit - prefix_length for _, limit, prefix_length in _readers(config, route, cache)]
+    rooms = [limit - prefix_length for _, limit, prefix_length in _limited(config, route, cache)]
     if cache is not None and cache.get_max_length() >= 0:
         rooms.append(cache.get_max_length())
     return min(rooms, default=math.inf)
@@ -231,7 +231,7 @@ def check_length(config: PCMEnsembleConfig, route: Route, length: int, cache: PC
             "with a larger `max_length`, or leave it out, so that `generate` makes one that is long enough."
         )
 
-    for reader, limit, prefix_length in _readers(config, route, cache):
+    for reader, limit, prefix_length in _limited(config, route, cache):
         if prefix_length >= limit:
             raise ValueError(
                 f"The {prefix_length} tokens that {reader} reads of its own are too long for its {limit} positions. "

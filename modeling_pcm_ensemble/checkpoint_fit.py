@@ -1,7 +1,6 @@
 """Whether models can be parts of one ensemble: they run as rows, and share a vocabulary and a dtype, but no tensor."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -73,14 +72,6 @@ def check_same_vocabulary(
         )
 
 
-@dataclass
-class _Candidate:
-    """A model that is no part of an ensemble yet."""
-
-    model: PreTrainedModel
-    config: PCMEnsembleConfig
-
-
 @torch.no_grad()
 def check_serves_rows(model: PreTrainedModel, label: str):
     """
@@ -97,10 +88,10 @@ def check_serves_rows(model: PreTrainedModel, label: str):
     ids, mask = torch.tensor([[a, b, c, d], [0, b, c, d]]), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
     ids, mask = ids.to(model.device), mask.to(model.device)
     try:
-        read = Submodel(_Candidate(model, PCMEnsembleConfig()), "model", has_lm_head=True)
+        read = Submodel(PCMEnsembleConfig(), has_lm_head=True)
         memory = Memory(DynamicCache(config=model.config))
-        read(Rows(ids[:, :2], mask[:, :2]), memory)
-        found = read(Rows(ids[:, 2:], mask), memory).values[:, -1].float()  # (2, vocab)
+        read(model, Rows(ids[:, :2], mask[:, :2]), memory)
+        found = read(model, Rows(ids[:, 2:], mask), memory).values[:, -1].float()  # (2, vocab)
         alone = [model(input_ids=row).logits[0].float() for row in (ids[:1], ids[1:, 1:], ids[:1, :3])]
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(

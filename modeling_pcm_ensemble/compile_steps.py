@@ -4,11 +4,13 @@ from collections.abc import Callable
 from threading import RLock
 
 import torch
-from transformers import Cache, CompileConfig, PreTrainedModel
+from torch import nn
+from transformers import CompileConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.logging import tqdm
 
 from .compile_attention import grouped_attention
+from .requirements import check_compiles
 from .weight_changes import WeightSnapshot
 
 logger = logging.get_logger(__name__)
@@ -27,16 +29,29 @@ class CompiledStep:
     Args:
         model (`PreTrainedModel`): the submodel's.
         run (`Callable`): what is compiled: it calls the model, as `run(adapter_masks, **inputs)`.
+        clear (`Callable`): clears what `run` leaves behind where it fails.
         config (`CompileConfig`): how it is compiled.
-        weights_change (`bool`): whether weights must not be compiled in, since torch never frees them.
+        weights (`WeightSnapshot`, *optional*): weights that may be compiled in; None where they change, since torch
+            never frees them.
+
+    Raises:
+        ImportError: if torch is too old.
     """
 
     def __init__(
-        self, model: PreTrainedModel, run: Callable[..., ModelOutput], config: CompileConfig, weights_change: bool
+        self,
+        model: PreTrainedModel,
+        run: Callable[..., ModelOutput],
+        clear: Callable[[], None],
+        config: CompileConfig,
+        weights: WeightSnapshot | None,
     ):
+        check_compiles()
         self.model = model
+        self.clear = clear
         self.config = config
-        self.settings = {} if weights_change else _inductor_settings(model, config)
+        self.settings = {} if weights is None else _inductor_settings(model, config)
+        self.weights = weights if self.settings else None
 
         options = config.to_dict()
         if self.settings:
@@ -52,7 +67,6 @@ class CompiledStep:
         self.code = step.__code__
         self.call = torch.compile(step, **options)
         self.compiles = True
-        self.weights = WeightSnapshot(model) if self.settings else None
         self.has_run = {True: False, False: False}  # by whether it is for one row, which has code of its own
 
     def __call__(self, adapter_masks: list[torch.Tensor], **inputs) -> ModelOutput:
@@ -67,9 +81,6 @@ class CompiledStep:
             torch._dynamo.config.patch(specialize_float=True),
             grouped_attention(self.model),
         ):
-            for value in inputs.values():
-                if isinstance(value, Cache):
-                    let_sizes_vary(value)
             try:
                 output = self._run(single, adapter_masks, **inputs)
             except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
@@ -77,6 +88,8 @@ class CompiledStep:
                 logger.warning(f"{name} does not compile; its steps run uncompiled. {type(error).__name__}: {error}")
                 self.compiles = False
                 output = self.model(**inputs)
+            finally:
+                self.clear()
 
         self.has_run[single] = True
         return _copied(output) if self.model.device.type == "cuda" else output
@@ -91,6 +104,15 @@ class CompiledStep:
         title = f"Compiling the step of {type(self.model).__name__} for {rows}"
         with tqdm(total=1, desc=title, bar_format="{desc}: {elapsed}"):
             return self.call(adapter_masks, **inputs)
+
+    def holds_weights_of(self, model: PreTrainedModel, bank: nn.Module | None) -> bool:
+        """Whether what is compiled in is, if anything, these weights as they are."""
+        return self.weights is None or self.weights == WeightSnapshot(model, bank)
+
+    def mark(self, layers: list):
+        """Let the sizes of a cache vary, before the first step into its layers."""
+        with _one_at_a_time:
+            let_sizes_vary(layers)
 
     def forget(self):
         """Drop what was compiled; the compiler does not notice when hooks come and go."""
@@ -117,16 +139,10 @@ def _inductor_settings(model: PreTrainedModel, config: CompileConfig) -> dict:
     return {"freezing": True, "cpp.enable_concat_linear": True}
 
 
-def let_sizes_vary(cache: Cache):
-    """
-    Compile once for all numbers of rows (but one) and all lengths, which static layers would else fix. A cache whose
-    keys are marked already is left as it is.
-    """
-    for layer in cache.layers:
+def let_sizes_vary(layers: list):
+    """Compile once for all numbers of rows (but one) and all lengths, which static layers would else fix."""
+    for layer in layers:
         held = vars(layer)
-        if hasattr(held.get("keys"), "_dynamo_static_indices"):  # that mark; reordered rows are other tensors
-            continue
-
         for owner in (held, *(value for value in held.values() if isinstance(value, dict))):
             for name, tensor in owner.items():
                 if isinstance(tensor, torch.Tensor):
@@ -139,4 +155,4 @@ def let_sizes_vary(cache: Cache):
                 torch._dynamo.mark_static(held[name], [1, 3])  # heads, which may be as many as rows by chance
 
 
-__all__ = ["CompiledStep", "let_sizes_vary"]
+__all__ = ["CompiledStep"]

@@ -262,28 +262,21 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
 
     # Routing
 
-    def _route(
-        self,
-        batch_size: int,
-        cache: PCMEnsembleCache | None,
-        preference=None,
-        preference_text=None,
-        preference_ids=None,
-        tokenizer=None,
-    ) -> Route:
-        """The route of a call: the cache's, which a preference given again must not change, or a new one."""
+    def _route(self, batch_size: int, cache: PCMEnsembleCache | None, preferences: list[Preference] | None) -> Route:
+        """The route of a call: the cache's, which preferences given again must not change, or a new one."""
         if self.config.merge == "adapters" and self.training:
             raise ValueError(
                 '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
                 '`merge="probabilities"`.'
             )
         known = None if cache is None else cache.route
-        if known is not None and preference is None and preference_text is None and preference_ids is None:
+        if known is not None and preferences is None:
             if known.batch_size != batch_size:
                 raise ValueError(f"`past_key_values` has {known.batch_size} rows, but `input_ids` has {batch_size}.")
             return known
 
-        preferences = self._preferences(batch_size, preference, preference_text, preference_ids, tokenizer)
+        if preferences is None:
+            preferences = self._preferences(batch_size)
         if known is None:
             return Route(self.config, preferences, self.pcm.head.weight.device)
         if not known.is_of(preferences):

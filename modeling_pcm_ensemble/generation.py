@@ -129,7 +129,6 @@ class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
         cache_knows = cache is not None and cache.route is not None
         if not cache_knows or any(value is not None for value in told.values()):
             told = _filled_in(told, self.generation_config)
-        if not cache_knows or any(value is not None for value in told.values()):
             kwargs["preference"] = self._preferences(batch_size, **told, tokenizer=tokenizer)
 
         if tokenizer is not None:
@@ -317,8 +316,6 @@ class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
             ImportError: if torch is too old to compile them.
         """
         check_compiles()
-        for submodel in self.submodels:
-            submodel.forget_changed_weights()
         return partial(self, compile_config=compile_config or CompileConfig())
 
 

@@ -86,7 +86,7 @@ _active: ContextVar[AdapterSelection | None] = ContextVar("adapter_selection", d
 class _Traced:
     """
     What a step hands to the hooks in it while it is traced, since a context variable cannot be. It is set and read in
-    traced code alone: to the compiled step it is an argument, and here nothing ever stays.
+    traced code alone: to the compiled step it is an argument. [`clear_traced`] clears it where a step has failed.
     """
 
     def __init__(self):
@@ -115,10 +115,15 @@ def run_traced(model: nn.Module, bank: "LoraBank | None", adapter_masks: list[to
 
     output = model(**inputs)
 
+    clear_traced()
+    return output
+
+
+def clear_traced():
+    """Let hooks find no traced step."""
     _traced.is_step = False
     _traced.bank = None
     _traced.masks = []
-    return output
 
 
 class LoraGroup(nn.Module):
@@ -169,11 +174,6 @@ class LoraLayer(nn.Module):
         self.lora_B = nn.Parameter(lora_B)
         self.start, self.stop = start, stop
         self.group = (group,)  # in a tuple, so that it is not a submodule of its own child
-
-    @property
-    def adapter_weights(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The group's A, `(columns, in)`, and the layer's B, `(out, columns of the layer)`."""
-        return self.group[0].lora_A, self.lora_B
 
     def add_to_output(self, linear: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling() and _traced.is_step:

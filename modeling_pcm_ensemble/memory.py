@@ -48,10 +48,10 @@ class GrowingLayer(DynamicLayer):
         self.rooms.clear()
 
 
-class OfRows(Protocol):
+class NotedOfRows(Protocol):
     """Something that is noted of each row."""
 
-    def rows(self, index: torch.Tensor) -> "OfRows":
+    def rows(self, index: torch.Tensor) -> "NotedOfRows":
         """Return what is noted of rows `index`."""
 
 
@@ -68,7 +68,8 @@ class Memory:
         attention_mask (`torch.LongTensor` of shape `(rows, cached tokens)`, *optional*): None while nothing is masked.
         orders (`list[tuple[int, torch.Tensor]]`):
             (first token, order `(rows, tokens)`) of each stretch of cached tokens whose rows were closed up.
-        adapters (`OfRows`, *optional*): which adapter each row runs under, as the submodel has worked it out.
+        adapters (`NotedOfRows`, *optional*): which adapter each row runs under, as the submodel has worked it out.
+        is_marked (`bool`): whether the cache's tensors are marked for compiled steps.
     """
 
     cache: Cache | None = None
@@ -77,7 +78,8 @@ class Memory:
     prefix_length: int = 0
     attention_mask: torch.Tensor | None = None
     orders: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    adapters: OfRows | None = None
+    adapters: NotedOfRows | None = None
+    is_marked: bool = False
 
     # What the cache can do
 
@@ -210,6 +212,8 @@ class Memory:
         """Make row `rows[i]` row i, in the cache too."""
         for layer in self.layers:
             layer.reorder_cache(rows)  # which every kind of layer has, and which takes any number of rows
+
+        self.is_marked = False  # these are other tensors
         self.orders = [(start, order[rows]) for start, order in self.orders]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[rows]

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .cache import PCMEnsembleCache
+from .call_arguments import check_kind
 from .call_checks import (
     cached_length,
     check_flags,
@@ -137,14 +138,18 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             output_expert_logits=output_expert_logits,
             exact=exact,
         )
+        check_kind("compile_config", compile_config, CompileConfig, optional=True)
         length = cached_length(past_key_values) + input_ids.shape[1]
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
         check_positions(kwargs.get("position_ids"), attention_mask, len(input_ids), length)
         logits_to_keep = check_logits_to_keep(logits_to_keep, input_ids.shape[1])
         labels = check_labels(self.config, labels, input_ids, logits_to_keep, kwargs.get("ignore_index", -100))
 
-        route = self._route(len(input_ids), past_key_values, preference, preference_text, preference_ids, tokenizer)
         cache = past_key_values
+        preferences = None
+        if preference is not None or preference_text is not None or preference_ids is not None:
+            preferences = self._preferences(len(input_ids), preference, preference_text, preference_ids, tokenizer)
+        route = self._route(len(input_ids), cache, preferences)
         if cache is None or cache.room is None or length > cache.room:
             check_length(self.config, route, length, cache)
         if cache is not None and attention_mask is not None:
@@ -256,7 +261,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         """
         check_inputs(self.config, input_ids, None, None, {})
         mask = check_mask(input_ids, attention_mask, None)
-        route = self._route(len(input_ids), None, preference, preference_text, preference_ids, tokenizer)
+        preferences = self._preferences(len(input_ids), preference, preference_text, preference_ids, tokenizer)
+        route = self._route(len(input_ids), None, preferences)
         check_length(self.config, route, input_ids.shape[1])
         return self._log_expert_weights(route, input_ids, mask)[0].exp()
 
@@ -300,6 +306,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             output_expert_logits=True,
             return_dict=True,
         )
+        # One position, and the mixture, are computed for nothing: this is a call like any other.
         expert_logits = [entry._replace(logits=entry.logits[:, :-1]) for entry in output.expert_logits]
         tokens = input_ids[:, 1:].long()
         log_probs = token_log_probs(expert_logits, tokens, self.config.num_experts, self.config.expert_top_k)

@@ -36,7 +36,7 @@ class PreferenceControlModel(PreTrainedModel):
         self.body = AutoModel.from_config(config.pcm) if body is None else body
         config.pcm = self.body.config
         self.head = nn.Linear(config.pcm.hidden_size, config.num_experts, bias=False, dtype=self.body.dtype)
-        self.submodel = Submodel(self, "body", has_lm_head=False)
+        self.submodel = Submodel(config, has_lm_head=False)
         self.post_init()
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class PreferenceControlModel(PreTrainedModel):
         """
         rows = Rows(input_ids, attention_mask, descriptions)
         memory = Memory() if memory is None else memory
-        hidden_states, output = self.submodel(rows, memory, logits_to_keep, compile_config, **options)
+        hidden_states, output = self.submodel(self.body, rows, memory, logits_to_keep, compile_config, **options)
         return self.head(hidden_states), output  # (batch, positions, experts)
 
 

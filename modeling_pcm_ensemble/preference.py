@@ -1,9 +1,10 @@
 """What a user may ask for, in any form, as one `Preference` for each row."""
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any
@@ -39,8 +40,12 @@ class Preference:
     ```
     """
 
-    weights: Mapping[str, float]
+    weights: Mapping[str, float] = field(hash=False)
     description_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.description_ids is not None:
+            object.__setattr__(self, "description_ids", _as_tokens(self.description_ids))
 
     @property
     def label(self) -> str:
@@ -296,6 +301,13 @@ def description_of(config: PCMEnsembleConfig, preference: Preference) -> tuple[i
     # Sorted, so that the order in which the experts are listed does not matter.
     wanted = sorted(expert["description_ids"] for expert, weight in zip(config.experts, weights) if weight > 0)
     return _after_bos(config, [token for ids in wanted for token in ids])
+
+
+def _as_tokens(ids) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(token) for token in ids)
+    except TypeError as error:
+        raise TypeError(f"`description_ids` must be token ids, whole numbers, got {ids!r}.") from error
 
 
 def _named(weights: list[float], names: list[str]) -> dict[str, float]:

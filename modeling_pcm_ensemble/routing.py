@@ -48,7 +48,10 @@ class Route:
         self.descriptions = [description_of(config, preference) for preference in preferences]
         self.mixes_adapters = config.merge == "adapters"
 
-        weights = torch.tensor([[p.weights.get(name, 0.0) for name in config.expert_names] for p in preferences])
+        names = config.expert_names
+        weights = torch.tensor(
+            [[p.weights.get(name, 0.0) for name in names] for p in preferences], dtype=torch.float32
+        )
         active = weights > 0  # (batch, experts)
         if self.mixes_adapters:
             _check_adapters(config, active)
@@ -108,8 +111,16 @@ class Route:
         Raises:
             ValueError: if other experts would be wanted than before.
         """
-        if weights.shape != self.log_weights.shape or not torch.equal(weights > 0, self.log_weights > -torch.inf):
-            raise ValueError("`weights` must be above 0 for the experts that each row runs, and 0 for the others.")
+        weights = weights.to(self.log_weights)
+        same_shape = weights.shape == self.log_weights.shape
+        if (
+            not same_shape
+            or not torch.equal(weights > 0, self.log_weights > -torch.inf)
+            or not weights.isfinite().all()
+        ):
+            raise ValueError(
+                "`weights` must be finite, above 0 for the experts that each row runs, and 0 for the others."
+            )
         names = self.config.expert_names
         preferences = []
         for preference, description, row in zip(self.preferences, self.descriptions, weights.tolist()):

@@ -28,7 +28,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def readers(self) -> list[tuple[str | None, tuple[int, ...]]]:
+    def readings(self) -> list[tuple[str | None, tuple[int, ...]]]:
         """Return each row's adapter and prefix. Adapters that are mixed count as none."""
         adapters = self.adapters if isinstance(self.adapters, list) else [None] * len(self)
         prefixes = [()] * len(self) if self.prefixes is None else self.prefixes
@@ -155,8 +155,8 @@ def close_up(
 def equal_rows(rows: Rows) -> list[int]:
     """Return for each row the number of its set of rows that read the same; sets are numbered as they appear."""
     numbers: dict[tuple, int] = {}
-    readers = [numbers.setdefault(reader, len(numbers)) for reader in rows.readers()]
-    columns = [torch.tensor(readers, device=rows.input_ids.device)[:, None], rows.input_ids.long()]
+    readings = [numbers.setdefault(reading, len(numbers)) for reading in rows.readings()]
+    columns = [torch.tensor(readings, device=rows.input_ids.device)[:, None], rows.input_ids.long()]
     if rows.attention_mask is not None:
         columns.append(rows.attention_mask.long())
 

@@ -3,9 +3,9 @@
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,21 +15,18 @@ from transformers.utils import ModelOutput
 
 from .compile_steps import CompiledStep
 from .configuration_pcm_ensemble import PCMEnsembleConfig
-from .lora import AdapterSelection, LoraBank, run_traced
+from .lora import AdapterSelection, LoraBank, clear_traced, run_traced
 from .memory import LayerStates, Memory
-from .prefix_store import PrefixStore, Reader, may_keep
+from .prefix_store import PrefixStore, Reading
 from .rows import Rows, SubmodelInputs, equal_rows, stack_padded
+from .weight_changes import WeightSnapshot
 
 # Tokens that must be saved for a call of its own to pay: SmolLM2 on 2 CPU cores breaks even at about 420.
 MIN_TOKENS_SAVED = 512
-# Tokens of all prefixes of a call that are worth to be kept, and read apart for that.
+# Tokens of all prefixes of a call that are worth to be kept from call to call, and read apart for that.
 MIN_TOKENS_KEPT = 128
-
-
-class Owner(Protocol):
-    """What holds a submodel by its name, and the ensemble's configuration."""
-
-    config: PCMEnsembleConfig
+# Tokens of the prefixes used last that are kept: descriptions may be anything that users write.
+MOST_TOKENS_KEPT = 16384
 
 
 class SubmodelOutput(NamedTuple):
@@ -45,43 +42,41 @@ class ReadingPlan:
     What of a first call is read once and copied.
 
     Args:
-        sets (`list[int]`, *optional*): each row's set of rows that read the same; the first of each set runs.
-        apart (`list[Reader]`, *optional*):
+        row_sets (`list[int]`): each row's set of rows that read the same; empty where every row is read.
+        firsts (`list[int]`): the first row of each set, which is read.
+        prefixes_apart (`list[Reading]`):
             the distinct prefixes, without their last tokens, that are read before the contexts.
-        keeps (`bool`): whether they are kept from call to call.
+        keeps_prefixes (`bool`): whether these are kept from call to call.
     """
 
-    sets: list[int] | None = None
-    apart: list[Reader] | None = None
-    keeps: bool = False
+    row_sets: list[int] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
+    prefixes_apart: list[Reading] = field(default_factory=list)
+    keeps_prefixes: bool = False
 
 
 class Submodel:
     r"""
-    One causal LM of an ensemble, with or without its LM head.
+    What the ensemble knows of one of its causal LMs beside the model, which each call gives: users may wrap or replace
+    it.
 
     Args:
-        owner (`Owner`): the module that holds it and the ensemble's configuration.
-        name (`str`): its name there, by which it is looked up at each call: users may wrap or replace it.
+        config (`PCMEnsembleConfig`): the ensemble's.
         has_lm_head (`bool`): whether it predicts tokens, or gives hidden states.
         bank (`LoraBank`, *optional*): the adapters on it.
     """
 
-    def __init__(self, owner: Owner, name: str, has_lm_head: bool, bank: LoraBank | None = None):
-        self.owner = owner
-        self.name = name
+    def __init__(self, config: PCMEnsembleConfig, has_lm_head: bool, bank: LoraBank | None = None):
+        self.config = config
         self.has_lm_head = has_lm_head
         self.bank = bank
         self.store = PrefixStore()
         self.compiled_step: CompiledStep | None = None
         self.weights_change = False
 
-    @property
-    def model(self) -> PreTrainedModel:
-        return getattr(self.owner, self.name)
-
     def __call__(
         self,
+        model: PreTrainedModel,
         rows: Rows,
         memory: Memory,
         logits_to_keep: int | torch.Tensor = 0,
@@ -92,6 +87,7 @@ class Submodel:
         Read rows, and predict what follows them.
 
         Args:
+            model (`PreTrainedModel`): what reads.
             rows (`Rows`): a first call gives their prefixes too.
             memory (`Memory`): of these rows; an empty one begins.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to predict from.
@@ -99,29 +95,29 @@ class Submodel:
             options: the model's own, such as `output_hidden_states`. Whoever looks inside sees each row read whole.
 
         Returns:
-            [`SubmodelOutput`]; its `output` is of the rows that ran.
+            [`SubmodelOutput`]; its `output` is of the rows that were read.
         """
-        looks_inside = any(options.values()) or self.model.config.output_hidden_states
-        looks_inside = looks_inside or self.model.config.output_attentions
-        plan = ReadingPlan() if looks_inside else plan_reading(rows, memory, self.model)
+        looks_inside = any(options.values()) or model.config.output_hidden_states or model.config.output_attentions
+        plan = ReadingPlan() if looks_inside else plan_reading(rows, memory, model)
 
-        if plan.sets is not None:
-            sets = torch.tensor(plan.sets, device=rows.input_ids.device)
-            firsts = [plan.sets.index(number) for number in range(max(plan.sets) + 1)]
-            rows = rows.select(torch.tensor(firsts, device=sets.device))
-        if plan.apart is not None:
-            self._read_apart(rows, memory, plan.apart, plan.keeps)
+        device = rows.input_ids.device
+        if plan.row_sets:
+            rows = rows.select(torch.tensor(plan.firsts, device=device))
+        if plan.prefixes_apart:
+            self._read_apart(model, rows, memory, plan)
 
-        inputs = memory.arrange(rows, logits_to_keep, self.owner.config.prefix_bos_token_id)
+        inputs = memory.arrange(rows, logits_to_keep, self.config.prefix_bos_token_id)
         selection = self._selection(rows, memory, inputs)
-        read = self._run(inputs, memory, selection, compile_config, **options)
-        if plan.sets is None:
+        read = self._run(model, inputs, memory, selection, compile_config, **options)
+        if not plan.row_sets:
             return read
-        memory.copy_rows(sets)
-        return SubmodelOutput(read.values[sets], read.output)
+        row_sets = torch.tensor(plan.row_sets, device=device)
+        memory.copy_rows(row_sets)
+        return SubmodelOutput(read.values[row_sets], read.output)
 
     def _run(
         self,
+        model: PreTrainedModel,
         inputs: SubmodelInputs,
         memory: Memory,
         selection: AdapterSelection | None,
@@ -129,12 +125,12 @@ class Submodel:
         **options,
     ) -> SubmodelOutput:
         """Call the model, or its compiled step."""
-        model, num_tokens, kept = self.model, inputs.input_ids.shape[1], inputs.kept
+        num_tokens, kept = inputs.input_ids.shape[1], inputs.kept
         call: Callable[..., ModelOutput] = model
         if compile_config is not None and num_tokens == 1 and memory.max_length is not None:
             inputs = inputs.of_fixed_form(memory.max_length)
             masks = [] if self.bank is None or selection is None else self.bank.kind_masks(selection)
-            call = partial(self._compiled(compile_config), masks)
+            call = partial(self._compiled(model, memory, compile_config), masks)
 
         if self.has_lm_head:
             if isinstance(kept, int) and kept < num_tokens:
@@ -161,28 +157,33 @@ class Submodel:
     # Prefixes
 
     @torch.no_grad()
-    def _read_apart(self, rows: Rows, memory: Memory, distinct: list[Reader], keeps: bool):
+    def _read_apart(self, model: PreTrainedModel, rows: Rows, memory: Memory, plan: ReadingPlan):
         """Begin an empty memory with the rows' prefixes but for their last tokens, after which contexts are read."""
-        device = rows.input_ids.device
-        if keeps:
-            some = [reader for reader in distinct if reader[1]]
-            states = self.store.get(some, self.model, lambda reader: self._states([reader], device)[0])
+        device, distinct = rows.input_ids.device, plan.prefixes_apart
+        if plan.keeps_prefixes:
+            some = [reading for reading in distinct if reading[1]]
+            snapshot = partial(WeightSnapshot, model, self.bank)
+
+            def read(reading: Reading) -> LayerStates:
+                return self._states(model, [reading], device)[0]
+
+            states = self.store.get(some, snapshot, read, MOST_TOKENS_KEPT)
         else:
-            states = dict(zip(distinct, self._states(distinct, device)))
+            states = dict(zip(distinct, self._states(model, distinct, device)))
 
-        readers = [(adapter, prefix[:-1]) for adapter, prefix in rows.readers()]
-        memory.fill([states.get(reader) for reader in readers], [len(prefix) for _, prefix in readers], device)
+        readings = _without_last_token(rows.readings())
+        memory.fill([states.get(reading) for reading in readings], [len(prefix) for _, prefix in readings], device)
 
-    def _states(self, readers: list[Reader], device: torch.device) -> list[LayerStates]:
+    def _states(self, model: PreTrainedModel, readings: list[Reading], device: torch.device) -> list[LayerStates]:
         """Read prefixes in one call."""
-        memory = Memory(DynamicCache(config=self.model.config))
-        ids, mask = stack_padded([prefix for _, prefix in readers], device)
+        memory = Memory(DynamicCache(config=model.config))
+        ids, mask = stack_padded([prefix for _, prefix in readings], device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         inputs = SubmodelInputs(ids, None if mask.all() else mask, positions, 1)
 
-        rows = Rows(ids, adapters=[adapter for adapter, _ in readers])
-        self._run(inputs, memory, self._selection(rows, memory, inputs))
-        starts = [ids.shape[1] - len(prefix) for _, prefix in readers]
+        rows = Rows(ids, adapters=[adapter for adapter, _ in readings])
+        self._run(model, inputs, memory, self._selection(rows, memory, inputs))
+        starts = [ids.shape[1] - len(prefix) for _, prefix in readings]
         return [
             [(layer.keys[row, :, start:], layer.values[row, :, start:]) for layer in memory.layers]
             for row, start in enumerate(starts)
@@ -192,29 +193,43 @@ class Submodel:
 
     def _selection(self, rows: Rows, memory: Memory, inputs: SubmodelInputs) -> AdapterSelection | None:
         """The adapters of a call's rows; where they stay the same, they are worked out once for a memory."""
-        if self.bank is None or rows.adapters is None:
+        if self.bank is None:
             return None
         if isinstance(rows.adapters, torch.Tensor):
             weights = rows.adapters  # (rows, tokens, experts)
             if inputs.order is not None:
                 weights = weights.take_along_dim(inputs.order[..., None], dim=1)
-            names = self.owner.config.expert_names
+            names = self.config.expert_names
             return AdapterSelection(self.bank.number, weights[..., [names.index(name) for name in self.bank.names]])
 
-        if not isinstance(memory.adapters, AdapterSelection):
-            memory.adapters = self.bank.selection(rows.adapters, rows.input_ids.device)
-        return memory.adapters
+        known = memory.adapters
+        if isinstance(known, AdapterSelection):
+            return known
+        if rows.adapters is None:
+            return None
+        memory.adapters = selection = self.bank.selection(rows.adapters, rows.input_ids.device)
+        return selection
 
     def _selected(self, selection: AdapterSelection | None) -> AbstractContextManager:
         return nullcontext() if selection is None else selection.active()
 
     # Compiled steps
 
-    def _compiled(self, config: CompileConfig) -> CompiledStep:
-        if self.compiled_step is None or self.compiled_step.config != config:
+    def _compiled(self, model: PreTrainedModel, memory: Memory, config: CompileConfig) -> CompiledStep:
+        """The compiled step; compiled anew where it is of another model, or of weights that have changed since."""
+        step = self.compiled_step
+        if step is not None and not memory.is_marked and not step.holds_weights_of(model, self.bank):
+            self.forget_weights()
+        if step is not None and (step.config != config or step.model is not model):
             self.forget_compiled()
-            run = partial(run_traced, self.model, self.bank)
-            self.compiled_step = CompiledStep(self.model, run, config, self.weights_change)
+
+        if self.compiled_step is None:
+            run = partial(run_traced, model, self.bank)
+            weights = None if self.weights_change else WeightSnapshot(model, self.bank)
+            self.compiled_step = CompiledStep(model, run, clear_traced, config, weights)
+        if not memory.is_marked:
+            self.compiled_step.mark(memory.layers)
+            memory.is_marked = True
         return self.compiled_step
 
     def forget_compiled(self):
@@ -230,13 +245,6 @@ class Submodel:
             self.weights_change = True
             self.forget_compiled()
 
-    def forget_changed_weights(self):
-        """Forget a compiled step whose weights are no longer as they were."""
-        step = self.compiled_step
-        if step is not None and step.weights is not None and not step.weights.is_of(self.model):
-            self.weights_change = True
-            self.forget_compiled()
-
 
 def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingPlan:
     """
@@ -247,23 +255,35 @@ def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingP
     if memory.length > 0 or isinstance(rows.adapters, torch.Tensor):
         return plan
 
-    num_tokens, readers = rows.input_ids.shape[1], rows.readers()
+    num_tokens, readings = rows.input_ids.shape[1], rows.readings()
     if memory.copies_rows and (len(rows) - 1) * num_tokens >= MIN_TOKENS_SAVED:
-        sets = equal_rows(rows)
-        if (len(rows) - 1 - max(sets)) * num_tokens >= max(MIN_TOKENS_SAVED, 1):
-            plan.sets = sets
-            readers = [readers[sets.index(number)] for number in range(max(sets) + 1)]
+        row_sets = equal_rows(rows)
+        firsts = [row_sets.index(number) for number in range(max(row_sets) + 1)]
+        saved = (len(rows) - len(firsts)) * num_tokens
+        if saved > 0 and saved >= MIN_TOKENS_SAVED:
+            plan.row_sets, plan.firsts = row_sets, firsts
+            readings = [readings[first] for first in firsts]
 
-    if torch.is_grad_enabled() or not memory.takes_prefixes:
+    # Owners of shards must make the same calls, and each sees its own rows.
+    sharded = any(hasattr(weight, "to_local") for weight in model.parameters())
+    if torch.is_grad_enabled() or not memory.takes_prefixes or sharded:
         return plan
-    shortened = [(adapter, prefix[:-1]) for adapter, prefix in readers]
+
+    shortened = _without_last_token(readings)
     distinct = list(dict.fromkeys(shortened))
     lengths = [len(prefix) for _, prefix in distinct]
-    longest, total = max(lengths), sum(lengths)
-    plan.keeps = total >= MIN_TOKENS_KEPT and may_keep(model, rows.input_ids.device)
-    if plan.keeps or (len(shortened) - len(distinct)) * longest >= max(MIN_TOKENS_SAVED, 1):
-        plan.apart = distinct
+    saved = (len(shortened) - len(distinct)) * max(lengths)
+
+    # Under autocast the same weights make other states.
+    plan.keeps_prefixes = sum(lengths) >= MIN_TOKENS_KEPT and not torch.is_autocast_enabled(rows.input_ids.device.type)
+    if plan.keeps_prefixes or (saved > 0 and saved >= MIN_TOKENS_SAVED):
+        plan.prefixes_apart = distinct
     return plan
+
+
+def _without_last_token(readings: list[Reading]) -> list[Reading]:
+    """A prefix's last token is read with the context: where that begins with padding, it predicts in its place."""
+    return [(adapter, prefix[:-1]) for adapter, prefix in readings]
 
 
 def _cache_name(model: nn.Module) -> str:

@@ -9,28 +9,27 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 class WeightSnapshot:
     """
-    A model's weights and stored buffers, and those of adapters that are hooked to it, as they are now. What is written
-    through `.data` leaves no trace; see [`~PCMEnsembleForCausalLM.forget_weights`].
+    A model's weights and stored buffers, and those of the adapters on it, as they are now. Two are equal where nothing
+    has changed in between. What is written through `.data` leaves no trace; see
+    [`~PCMEnsembleForCausalLM.forget_weights`].
+
+    Args:
+        model (`nn.Module`): the model.
+        bank (`nn.Module`, *optional*): its adapters.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, bank: nn.Module | None = None):
         _count_optimizer_steps()
-        self.weights = _weights(model)  # held, so that no other takes the place of one
+        self.weights = list(model.state_dict(keep_vars=True).values())  # held, so that no other takes the place of one
+        self.weights += [] if bank is None else bank.parameters()
         self.states = [_state(weight) for weight in self.weights]
 
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether `model` has the same weights, unchanged."""
-        weights = _weights(model)
-        same = len(weights) == len(self.weights) and all(new is old for new, old in zip(weights, self.weights))
-        return same and self.states == [_state(weight) for weight in weights]
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightSnapshot) or len(other.weights) != len(self.weights):
+            return False
+        return all(one is two for one, two in zip(self.weights, other.weights)) and self.states == other.states
 
-
-def _weights(model: nn.Module) -> list[torch.Tensor]:
-    weights = list(model.state_dict(keep_vars=True).values())
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            weights += getattr(getattr(hook, "__self__", None), "adapter_weights", ())
-    return weights
+    __hash__ = None  # type: ignore[assignment]  # weights change
 
 
 def _state(weight: torch.Tensor) -> tuple[int, int]:

@@ -15,6 +15,9 @@ from test_lora import lora_ensemble, peft_adapter
 from transformers import CompileConfig, GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modeling_pcm_ensemble import PCMEnsembleCache
+from modeling_pcm_ensemble.lora import _traced
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
 
@@ -59,8 +62,6 @@ def test_the_compiler_traces_no_context_variable():
 
 
 def test_nothing_of_a_traced_step_stays(tmp_path):
-    from modeling_pcm_ensemble.lora import _traced
-
     torch.compiler.reset()
     backbone = tiny_llama(1)
     model = lora_ensemble(backbone, {"a": peft_adapter(tmp_path / "a", backbone, 1)})
@@ -69,6 +70,23 @@ def test_nothing_of_a_traced_step_stays(tmp_path):
     found = model.generate(torch.tensor([[21, 22]]), preference="a", **options, **COMPILED)
     assert found.tolist() == expected.tolist()
     assert model.backbones.submodels[0].compiled_step.compiles
+    assert (_traced.is_step, _traced.bank, _traced.masks) == (False, None, [])
+
+
+def test_nothing_of_a_traced_step_that_failed_stays(tmp_path):
+    torch.compiler.reset()
+    backbone = tiny_llama(1)
+    model = lora_ensemble(backbone, {"a": peft_adapter(tmp_path / "a", backbone, 1)})
+    cache = PCMEnsembleCache(model.config, "static", 8)
+    model(torch.tensor([[21, 22]]), past_key_values=cache)
+
+    @torch.compiler.disable
+    def fail(*_):
+        raise MemoryError
+
+    backbone.lm_head.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        model(torch.tensor([[23]]), past_key_values=cache, compile_config=CompileConfig(backend="eager"))
     assert (_traced.is_step, _traced.bank, _traced.masks) == (False, None, [])
 
 

@@ -369,6 +369,35 @@ def test_a_failed_call_leaves_an_empty_cache_empty(mixed):
     assert cache.route is None
 
 
+def test_a_failed_generate_leaves_an_empty_cache_empty(mixed):
+    cache = PCMEnsembleCache(mixed.config)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = mixed.backbones[0].register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        mixed.generate(torch.tensor([[50, 51]]), past_key_values=cache, preference="e0", max_new_tokens=2)
+    hook.remove()
+    options = {"preference": "e0", "max_new_tokens": 4, "do_sample": False}
+    found = mixed.generate(torch.tensor([[50, 51]]), past_key_values=cache, **options)
+    assert found.tolist() == mixed.generate(torch.tensor([[50, 51]]), **options).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(mixed, dtype):
+    preference = {"e0": 0.123456, "e1": 1e-7}
+    expected = mixed(torch.tensor([CONTEXT]), preference=preference)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = mixed(torch.tensor([CONTEXT]), preference=preference)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.logits.dtype == expected.logits.dtype == torch.float32
+    assert_close(found.expert_weights, expected.expert_weights, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("bos", [None, 21], ids=["no-bos", "contexts-begin-with-the-prompts-bos"])
 def test_prompts_of_many_rows_are_encoded_once_for_each_expert(monkeypatch, bos):
     monkeypatch.setattr(submodel, "MIN_TOKENS_SAVED", 1)

@@ -68,6 +68,15 @@ def test_what_is_not_a_preference_is_refused_by_name(preference, error, words):
         preference_weights(preference, NAMES, 2)
 
 
+def test_a_preferences_tokens_are_whole_numbers_in_any_sequence():
+    preference = Preference({"concise": 1.0}, [3, 4])
+    assert preference == Preference({"concise": 1.0}, torch.tensor([3, 4]))
+    assert hash(preference) == hash(Preference({"concise": 1.0}, (3, 4)))
+    for wrong in ((1.9,), "ab", 5):
+        with pytest.raises(TypeError, match="`description_ids` must be token ids"):
+            Preference({"concise": 1.0}, wrong)
+
+
 @pytest.fixture(scope="module")
 def config() -> PCMEnsembleConfig:
     experts = [

@@ -10,7 +10,7 @@ from conftest import left_pad, make_ensemble, tiny_gpt2, tiny_llama
 from test_lora import lora_ensemble, peft_adapter
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import PCMEnsembleCache, prefix_store, submodel
+from modeling_pcm_ensemble import PCMEnsembleCache, submodel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 ROWS = [[21, 22, 23, 24, 25], [31, 32], [41, 42, 43]]
@@ -117,7 +117,7 @@ def test_the_pcm_reads_what_it_would_read_without_kept_descriptions(model, kind,
 
 @torch.no_grad()
 def test_descriptions_are_read_once_until_the_pcm_learns_and_the_last_ones_used_are_kept(model, monkeypatch):
-    monkeypatch.setattr(prefix_store, "MOST_TOKENS_KEPT", 4)  # two of these
+    monkeypatch.setattr(submodel, "MOST_TOKENS_KEPT", 4)  # two of these
     shapes, ids = shapes_read(model.pcm.body), torch.tensor([ROWS[0]])
     for description in ([5, 6, 7], [8, 9, 10], [5, 6, 7], [11, 12, 13], [5, 6, 7]):
         model(ids, preference_ids=torch.tensor([description]))
@@ -174,7 +174,7 @@ def test_weights_made_in_inference_mode_are_kept_track_of(monkeypatch):
 
 @torch.no_grad()
 def test_threads_that_read_and_drop_texts_at_once_do_not_disturb_one_another(model, monkeypatch):
-    monkeypatch.setattr(prefix_store, "MOST_TOKENS_KEPT", 5100)
+    monkeypatch.setattr(submodel, "MOST_TOKENS_KEPT", 5100)
     torch.nn.init.normal_(model.pcm.head.weight)
     ids = torch.tensor([ROWS[0]])
     descriptions = [torch.tensor([[5 + number, 6, 7]]) for number in range(60)]

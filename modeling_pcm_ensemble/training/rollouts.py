@@ -211,7 +211,7 @@ def completion_weight_logits(
     expert_weight_logits, _ = pcm(
         torch.cat([prompt_ids, completion_ids], dim=1),
         torch.cat([prompt_mask, completion_mask], dim=1),
-        descriptions=[tuple(row[row >= 0].tolist()) for row in prefix_ids],
+        descriptions=[tuple(token for token in row if token >= 0) for row in prefix_ids.tolist()],
         logits_to_keep=completion_ids.shape[1] + 1,
     )
     return expert_weight_logits[:, :-1]  # the last token predicts no other

@@ -200,6 +200,43 @@ def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
     assert warnings[0].startswith("GPT2LMHeadModel does not compile")
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_part_that_is_replaced_is_compiled_anew(backend):
+    torch.compiler.reset()
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_gpt2(2)}, pcm=tiny_llama(3))
+    model.generation_config.eos_token_id = None
+    options = COMPILED | {"compile_config": CompileConfig(backend=backend)}
+    before = greedy(model, ROWS[:1], ["a", "b"], **options)
+    model.backbones.add_module("0", tiny_llama(7).eval())
+    found = greedy(model, ROWS[:1], ["a", "b"], **options)
+    assert found == greedy(model, ROWS[:1], ["a", "b"]) != before
+
+
+@torch.no_grad()
+def test_a_call_that_asks_for_compiled_steps_notices_changed_weights():
+    torch.compiler.reset()
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_gpt2(2)}, pcm=tiny_llama(3))
+
+    def step(**options):
+        cache = PCMEnsembleCache(model.config, "static", 8)
+        model(torch.tensor(ROWS[:1]), past_key_values=cache)
+        return model(torch.tensor([[9]]), past_key_values=cache, **options).logits
+
+    step(compile_config=CompileConfig())
+    model.backbones[0].model.layers[0].self_attn.v_proj.weight.mul_(3)
+    torch.testing.assert_close(step(compile_config=CompileConfig()), step(), atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_of_another_ensemble_leave_compiled_weights_alone(tmp_path):
+    torch.compiler.reset()
+    backbone = tiny_llama(1)
+    model = lora_ensemble(backbone, {"a": peft_adapter(tmp_path / "a", backbone, 1)})
+    expected = greedy(model, ROWS[:1], "a", **COMPILED)
+    lora_ensemble(backbone, {"b": peft_adapter(tmp_path / "b", backbone, 2)})
+    assert greedy(model, ROWS[:1], "a", **COMPILED) == expected
+    assert not model.backbones.submodels[0].weights_change
+
+
 def test_a_killed_warm_up_leaves_nothing_broken(ensemble):
     model = copy.deepcopy(ensemble)
 
