@@ -14,7 +14,7 @@ from .checkpoint_fit import check_fit
 from .checkpoint_io import PCMEnsemblePreTrainedModel
 from .checkpoint_sources import SourceLoader
 from .checkpoint_trust import check_trust
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import EXPERT_FIELDS, PCMEnsembleConfig
 from .preference import encode_description
 
 logger = logging.get_logger(__name__)
@@ -110,6 +110,10 @@ def build_expert(
     check_fit(loader.backbones, loader.labels, model.pcm.body, tokenizer)
 
     entry, adapters = _expert_entry(loader, name, spec, index, tokenizer, config.prefix_bos_token_id)
+    backbones = [backbone.config for backbone in loader.backbones]
+    fields = config.to_dict() | {"backbones": backbones, "experts": [*config.experts, entry], "vocab_size": None}
+    entry = PCMEnsembleConfig.from_dict(fields).experts[-1]  # checked as a file would be
+
     tokenizer = _for_contexts(tokenizer, [*config.experts, entry])
     return entry, Parts(config, loader.backbones, model.pcm.body, tokenizer, adapters)
 
@@ -222,16 +226,12 @@ def _expert_entry(
         )
 
     description = description or prompt or name
-    entry: dict[str, Any] = {
+    entry: dict[str, Any] = EXPERT_FIELDS | {
         "name": name,
         "backbone": backbone,
         "prompt": prompt,
-        "prompt_ids": [],
         "description": description,
-        "description_ids": [],
         "dimension": spec.get("dimension"),
-        "adapter": None,
-        "source": None,
     }
     if tokenizer is not None:
         entry["description_ids"] = encode_description(tokenizer, description)

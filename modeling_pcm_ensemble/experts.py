@@ -12,7 +12,7 @@ from .backbones import ExpertBackbones
 from .cache import PCMEnsembleCache
 from .checkpoint_build import all_end_tokens, build_expert, build_parts, set_end_tokens
 from .checkpoint_io import PCMEnsemblePreTrainedModel
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
 from .lora_peft_format import write_adapter
 from .pcm import PreferenceControlModel
 from .preference import Preference, check_config
@@ -264,7 +264,7 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
 
     def _route(self, batch_size: int, cache: PCMEnsembleCache | None, preferences: list[Preference] | None) -> Route:
         """The route of a call: the cache's, which preferences given again must not change, or a new one."""
-        if self.config.merge == "adapters" and self.training:
+        if self.config.merge == ADAPTERS and self.training:
             raise ValueError(
                 '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
                 '`merge="probabilities"`.'

@@ -266,7 +266,11 @@ def _merge_logits(
     return merged.log_softmax(dim=-1) if normalize else merged
 
 
-# The ways to merge what experts predict, by the value of `merge`; all are called alike.
+# The ways to merge what experts predict, by the value of `merge`. All are called alike, and keep these promises:
+# - an expert's `rows` may be some of the batch, or None for all;
+# - a token that every expert gives -inf has -inf, and no gradient;
+# - with `normalize` they give log π, and without it one active expert's logits come back as they were.
+# Those that cut no distributions ignore `expert_top_k`, which the configuration refuses with them, and `exact`.
 MERGES: dict[str, Callable[[list[ExpertLogits], torch.Tensor, int | None, bool, bool], torch.Tensor]] = {
     "probabilities": _merge_probabilities,
     "logits": _merge_logits,

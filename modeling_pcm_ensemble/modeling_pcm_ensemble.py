@@ -28,7 +28,7 @@ from .call_checks import (
     check_positions,
     longest_context,
 )
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
 from .generation import PCMEnsembleGeneration
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
 from .preference import Preference
@@ -293,7 +293,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
 
         ```
         """
-        if self.config.merge == "adapters":
+        if self.config.merge == ADAPTERS:
             raise ValueError('`attribute` needs experts that run apart; `merge="adapters"` runs one model.')
         output = self(
             input_ids,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
 from .preference import Preference, description_of
 
 
@@ -46,7 +46,7 @@ class Route:
         self.config = config
         self.preferences = preferences
         self.descriptions = [description_of(config, preference) for preference in preferences]
-        self.mixes_adapters = config.merge == "adapters"
+        self.mixes_adapters = config.merge == ADAPTERS
 
         names = config.expert_names
         weights = torch.tensor(

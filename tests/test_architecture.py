@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 import modeling_pcm_ensemble
+from modeling_pcm_ensemble.configuration_pcm_ensemble import EXPERT_FIELDS
+from modeling_pcm_ensemble.evaluation import ensemble_baselines
+from modeling_pcm_ensemble.training import checkpoints
 
 PACKAGE = Path(modeling_pcm_ensemble.__file__).parent
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -59,6 +62,13 @@ def test_rows_and_memories_know_neither_adapters_nor_the_compiler(name):
         seen.add(current)
         waiting |= imports(PACKAGE / f"{current}.py") - seen
     assert not {file for file in seen if file.startswith(("lora", "compile"))}
+
+
+def test_a_field_of_an_expert_is_known_to_all_who_ask_what_it_predicts():
+    """Texts are there as tokens, the adapter's weights are compared, and its source changes nothing."""
+    elsewhere = {"prompt", "description", "adapter", "source"}
+    assert set(EXPERT_FIELDS) == {*checkpoints.EXPERT_FACTS} | elsewhere
+    assert set(EXPERT_FIELDS) == {*ensemble_baselines.EXPERT_FACTS, "dimension"} | elsewhere
 
 
 def test_the_core_imports_what_is_uploaded_with_it_or_installed_with_transformers():

@@ -414,3 +414,12 @@ def test_a_config_with_a_part_that_transformers_does_not_have_is_refused(tmp_pat
     with pytest.raises(ValueError, match="`model_type` 'mystery', which transformers does not have"):
         PCMEnsembleForCausalLM.from_pretrained(folder)
     shutil.rmtree(folder)
+
+
+def test_what_could_not_be_saved_is_not_added():
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"a": tiny_llama(1, max_position_embeddings=64)}, pcm=tiny_llama(2), tokenizer=tiny_tokenizer()
+    )
+    with pytest.raises(ValueError, match="which leaves no room for a context in the 64 positions"):
+        model.add_expert("b", {"model": model.backbones[0], "prompt": "a" * 64})
+    assert model.config.expert_names == ["a"]

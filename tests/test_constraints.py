@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble.merging import MERGES
 
 ROWS = [[21, 22, 23, 24], [31, 32]]
 WEIGHTS = [[1.0, 0.0, 0.0], [0.5, 1.0, 2.0]]
@@ -133,7 +134,7 @@ PENALTIES = [
 
 
 @pytest.mark.parametrize("options", PENALTIES, ids=lambda options: next(iter(options)))
-@pytest.mark.parametrize("merge", ["probabilities", "logits"])
+@pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_one_active_expert_writes_what_that_model_writes_under_the_same_processors(merge, options, use_cache):
     alone = tiny_qwen2(2)
@@ -185,7 +186,7 @@ def test_a_penalty_from_the_experts_own_settings_counts_as_in_that_expert():
     assert not torch.equal(free, expected)
 
 
-@pytest.mark.parametrize("merge", ["probabilities", "logits"])
+@pytest.mark.parametrize("merge", MERGES)
 def test_between_two_experts_the_zero_moves_with_their_weights(merge):
     """Two experts that differ by a constant in all logits are one model, wherever its zero is."""
     model = make_ensemble([tiny_llama(1), tiny_llama(1)], [(0, [], []), (1, [], [])], merge=merge)

@@ -124,9 +124,9 @@ def test_attention_is_chosen_by_the_configuration_alone():
 def test_a_models_attention_is_as_it_was_after_a_compiled_step():
     torch.compiler.reset()
     model = make_ensemble([tiny_llama(1)], [(0, [], [11])])
-    before = [submodel.model.config._attn_implementation for submodel in model.submodels]
+    before = [part.config._attn_implementation for part in (model.pcm.body, *model.backbones)]
     model.generate(torch.tensor([[21, 22]]), max_new_tokens=3, do_sample=False, **COMPILED)
-    assert [submodel.model.config._attn_implementation for submodel in model.submodels] == before
+    assert [part.config._attn_implementation for part in (model.pcm.body, *model.backbones)] == before
 
 
 def test_generate_prepares_a_length_and_a_cache_without_a_word_between_them():

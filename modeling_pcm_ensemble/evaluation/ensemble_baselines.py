@@ -17,6 +17,10 @@ from .baselines import Baseline, Conversation, chat_inputs, digest, sample_answe
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
+# What an expert's answers depend on, beside its weights
+EXPERT_FACTS = ("name", "backbone", "prompt_ids", "description_ids")
+
+
 @dataclass
 class EnsembleBaseline(Baseline):
     r"""
@@ -62,7 +66,7 @@ class EnsembleBaseline(Baseline):
         }
         options |= self._differences()
 
-        read = ["name", "backbone", "prompt_ids"] + ["description_ids"] * self.uses_pcm
+        read = [name for name in EXPERT_FACTS if self.uses_pcm or name != "description_ids"]
         experts = [[expert[name] for name in read] for expert in config.experts or []]
         return json.dumps([options, experts, digest(self.model if self.uses_pcm else self.model.backbones)])
 
