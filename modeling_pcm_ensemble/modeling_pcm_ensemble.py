@@ -32,6 +32,7 @@ from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
 from .generation import PCMEnsembleGeneration
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
 from .preference import Preference
+from .routing import Route
 
 
 @dataclass
@@ -154,7 +155,6 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             check_length(self.config, route, length, cache)
         if cache is not None and attention_mask is not None:
             cache.check_no_gaps(attention_mask, input_ids.shape[1])
-
         if cache is None and _or_default(use_cache, self.config.use_cache and not self.training):
             cache = PCMEnsembleCache(self.config)
         if cache is not None and cache.room is None:
@@ -176,19 +176,10 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
                 route, input_ids, attention_mask, cache, logits_to_keep, expert_weights, compile_config
             )
 
+        exact = _or_default(exact, torch.is_grad_enabled() or labels is not None)
+        logits = self._merged(route, expert_logits, log_weights, exact, normalize_logits)
         if route.mixes_adapters:
-            logits = precise(expert_logits[0].logits)
-            logits = logits.log_softmax(dim=-1) if normalize_logits else logits
             log_weights = log_weights[:, _kept(logits_to_keep)]
-        else:
-            logits = mixture_log_probs(
-                expert_logits,
-                log_weights,
-                self.config.merge,
-                self.config.expert_top_k,
-                exact=_or_default(exact, torch.is_grad_enabled() or labels is not None),
-                normalize=normalize_logits,
-            )
 
         loss = None
         if labels is not None:
@@ -232,6 +223,22 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
                 backbone, expert_rows, input_ids[rows], mask, memory, logits_to_keep, expert_weights, compile_config
             )
         return expert_logits
+
+    def _merged(
+        self,
+        route: Route,
+        expert_logits: list[ExpertLogits],
+        log_weights: torch.Tensor,
+        exact: bool,
+        normalize: bool,
+    ) -> torch.Tensor:
+        """log π, `(batch, positions, vocab)`; of adapters that are mixed already, the one model's."""
+        if route.mixes_adapters:
+            logits = precise(expert_logits[0].logits)
+            return logits.log_softmax(dim=-1) if normalize else logits
+        return mixture_log_probs(
+            expert_logits, log_weights, self.config.merge, self.config.expert_top_k, exact=exact, normalize=normalize
+        )
 
     # Insight
 
