@@ -1,7 +1,9 @@
 """RebelTrainer's settings and arguments: what is refused, and under which names they are given."""
 
 import copy
+import importlib
 import pickle
+import sys
 from inspect import signature
 
 import pytest
@@ -71,3 +73,11 @@ def test_the_order_of_arguments_is_trls(tmp_path):
         RebelTrainer(tiny_ensemble(), config, REWARDS, dataset)
     with pytest.raises(TypeError, match="`reward_funcs` must map the experts' names to rewards, got function"):
         RebelTrainer(tiny_ensemble(), REWARDS["e0"], config, dataset)
+
+
+def test_training_without_its_extra_says_how_to_get_it(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("modeling_pcm_ensemble.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match=r"pip install 'pcm-ensemble\[training\]'"):
+        importlib.import_module("modeling_pcm_ensemble.training")
