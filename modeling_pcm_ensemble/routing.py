@@ -106,21 +106,21 @@ class Route:
 
     def reweighted(self, weights: torch.Tensor) -> "Route":
         """
-        The route of the same pairs at other weights, `(batch, experts)`.
+        Build the route of the same pairs at other weights.
+
+        Args:
+            weights (`torch.FloatTensor` of shape `(batch, experts)`): above 0 for the experts that each row runs.
 
         Raises:
-            ValueError: if other experts would be wanted than before.
+            ValueError: if other experts would be wanted than before, or a weight is no finite number.
         """
         weights = weights.to(self.log_weights)
-        same_shape = weights.shape == self.log_weights.shape
-        if (
-            not same_shape
-            or not torch.equal(weights > 0, self.log_weights > -torch.inf)
-            or not weights.isfinite().all()
-        ):
+        same_pairs = torch.equal(weights > 0, self.log_weights > -torch.inf)  # False for another shape too
+        if not same_pairs or not weights.isfinite().all():
             raise ValueError(
                 "`weights` must be finite, above 0 for the experts that each row runs, and 0 for the others."
             )
+
         names = self.config.expert_names
         preferences = []
         for preference, description, row in zip(self.preferences, self.descriptions, weights.tolist()):

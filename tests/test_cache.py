@@ -142,3 +142,44 @@ def test_a_step_writes_into_the_room_that_an_earlier_one_made(prompted):
         prompted(torch.tensor([[token + 5]]), past_key_values=cache)
         places.append(cache.backbones[0].cache.layers[0].keys.data_ptr())
     assert len(set(places)) == 1
+
+
+def test_a_failed_call_leaves_an_empty_cache_empty(mixed):
+    cache = PCMEnsembleCache(mixed.config)
+
+    def fail(*_):
+        raise MemoryError
+
+    mixed.backbones[0].register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        mixed(torch.tensor([[50]]), past_key_values=cache, preference="e0")
+    assert cache.route is None
+
+
+def test_a_failed_generate_leaves_an_empty_cache_empty(mixed):
+    cache = PCMEnsembleCache(mixed.config)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = mixed.backbones[0].register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        mixed.generate(torch.tensor([[50, 51]]), past_key_values=cache, preference="e0", max_new_tokens=2)
+    hook.remove()
+    options = {"preference": "e0", "max_new_tokens": 4, "do_sample": False}
+    found = mixed.generate(torch.tensor([[50, 51]]), past_key_values=cache, **options)
+    assert found.tolist() == mixed.generate(torch.tensor([[50, 51]]), **options).tolist()
+
+
+@torch.no_grad()
+def test_a_reweighted_cache_goes_on_at_the_new_weights_and_for_the_same_experts_alone(prompted):
+    ids, weights = torch.tensor([[21, 22, 23]]), [1.0, 3.0, 0.0]
+    cache = prompted(ids, preference=["e0", "e1"]).past_key_values
+    cache.reweight(torch.tensor([weights]))
+    assert cache.preferences[0].label == "e0=1 + e1=3"
+    logits = prompted(torch.tensor([[50]]), past_key_values=cache).logits[0]
+    expected = reference(prompted, [21, 22, 23, 50], weights)["log_probs"][-1:]
+    assert_close(logits, expected, atol=1e-4, rtol=0)
+    for wrong in ([[1.0, 1.0, 1.0]], [[1.0, 0.0, 0.0]], [[1.0, float("inf"), 0.0]], [[1.0, 1.0]]):
+        with pytest.raises(ValueError, match="above 0 for the experts that each row runs"):
+            cache.reweight(torch.tensor(wrong))

@@ -5,7 +5,7 @@ import torch
 from conftest import VOCAB, left_pad, make_ensemble, reference, tiny_gpt2, tiny_llama, tiny_mistral
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import PCMEnsembleCache, submodel
+from modeling_pcm_ensemble import submodel
 from modeling_pcm_ensemble.merging import MERGES
 
 CONTEXT = [21, 22, 23, 24, 25, 26, 27]
@@ -356,33 +356,6 @@ def test_shares_of_right_padded_rows_and_truncated_experts_equal_the_formula(mix
         parts = torch.where(kept.sum(-1, keepdim=True) > 0, kept, all_tokens)  # what no expert kept is shared too
         assert_close(shares[i, : len(row) - 1], parts / parts.sum(-1, keepdim=True), atol=1e-4, rtol=0)
     assert shares[1, 3:].eq(0).all()
-
-
-def test_a_failed_call_leaves_an_empty_cache_empty(mixed):
-    cache = PCMEnsembleCache(mixed.config)
-
-    def fail(*_):
-        raise MemoryError
-
-    mixed.backbones[0].register_forward_hook(fail)
-    with pytest.raises(MemoryError):
-        mixed(torch.tensor([[50]]), past_key_values=cache, preference="e0")
-    assert cache.route is None
-
-
-def test_a_failed_generate_leaves_an_empty_cache_empty(mixed):
-    cache = PCMEnsembleCache(mixed.config)
-
-    def fail(*_):
-        raise MemoryError
-
-    hook = mixed.backbones[0].register_forward_hook(fail)
-    with pytest.raises(MemoryError):
-        mixed.generate(torch.tensor([[50, 51]]), past_key_values=cache, preference="e0", max_new_tokens=2)
-    hook.remove()
-    options = {"preference": "e0", "max_new_tokens": 4, "do_sample": False}
-    found = mixed.generate(torch.tensor([[50, 51]]), past_key_values=cache, **options)
-    assert found.tolist() == mixed.generate(torch.tensor([[50, 51]]), **options).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -121,6 +121,7 @@ def eval_results(report: dict, dataset: str, dataset_name: str) -> list[EvalResu
         for name, entry in baselines.items():
             if not entry["win_rate"]:
                 continue
+
             result = EvalResult(
                 task_type="text-generation",
                 dataset_type=dataset,
