@@ -132,8 +132,12 @@ class ExpertBackbones(PreTrainedModel):
             `list[ExpertLogits]`: logits `(active rows, positions, vocab)` of each active expert.
         """
         memory = Memory() if memory is None else memory
+        submodel = self.submodels[backbone]
         rows = Rows(input_ids, attention_mask, adapters=expert_weights)
-        if expert_weights is None and (memory.length == 0 or memory.adapters is None):
+
+        # A memory knows its rows' adapters from the first call on, but for one that has just been joined.
+        unknown = memory.length == 0 or (submodel.bank is not None and memory.adapters is None)
+        if expert_weights is None and unknown:
             experts = []
             for index, _, num_rows in expert_rows:
                 if index is not None:
@@ -142,7 +146,7 @@ class ExpertBackbones(PreTrainedModel):
             if memory.length == 0:
                 rows.prefixes = [tuple(expert["prompt_ids"]) for expert in experts]
 
-        logits = self.submodels[backbone](self[backbone], rows, memory, logits_to_keep, compile_config).values
+        logits = submodel(self[backbone], rows, memory, logits_to_keep, compile_config).values
         chunks = logits[..., : self.config.vocab_size].split([entry.num_rows for entry in expert_rows])
         return [ExpertLogits(entry.expert, entry.rows, chunk) for entry, chunk in zip(expert_rows, chunks)]
 
