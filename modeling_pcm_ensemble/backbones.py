@@ -15,6 +15,8 @@ from .routing import ExpertRows
 from .rows import Rows
 from .submodel import Submodel
 
+BARE: dict = {"name": None, "prompt_ids": ()}  # a backbone without adapter and prompt, in the place of an expert
+
 
 class ExpertBackbones(PreTrainedModel):
     r"""
@@ -125,7 +127,7 @@ class ExpertBackbones(PreTrainedModel):
             memory (`Memory`, *optional*): the backbone's; nothing is remembered without.
             logits_to_keep (`int` or `torch.LongTensor` of shape `(positions,)`): context positions to predict from.
             expert_weights (`torch.FloatTensor` of shape `(pairs, seq, experts)`, *optional*):
-                α, to mix the experts' adapters at each token instead of running each alone.
+                Strengths, to add up the experts' adapters at each token instead of running each alone.
             compile_config (`CompileConfig`, *optional*): compiles the step, where it is one token.
 
         Returns:
@@ -140,8 +142,7 @@ class ExpertBackbones(PreTrainedModel):
         if expert_weights is None and unknown:
             experts = []
             for index, _, num_rows in expert_rows:
-                if index is not None:
-                    experts += [self.config.experts[index]] * num_rows
+                experts += [BARE if index is None else self.config.experts[index]] * num_rows
             rows.adapters = [expert["name"] for expert in experts]
             if memory.length == 0:
                 rows.prefixes = [tuple(expert["prompt_ids"]) for expert in experts]

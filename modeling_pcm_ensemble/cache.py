@@ -1,5 +1,6 @@
 """The cache of an ensemble: a memory of the PCM, one of each backbone in use, and the route; and many made one."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -155,7 +156,8 @@ class PCMEnsembleCache(Cache):
         Go on under other weights. The PCM keeps what it has read of the first ones.
 
         Args:
-            weights (`torch.FloatTensor` of shape `(batch, experts)`): above 0 for the experts that each row runs.
+            weights (`torch.FloatTensor` of shape `(batch, experts)`): above 0 for the experts that each row runs; of
+                any sign where tilts add up.
 
         Raises:
             ValueError: if other experts would be wanted than before.
@@ -230,7 +232,7 @@ class PCMEnsembleCache(Cache):
 
     def _select(self, rows: torch.Tensor):
         """Make row `rows[i]` the cache's row i."""
-        rows = rows.to(self.known_route.log_weights.device)
+        rows = rows.to(self.known_route.weights.device)
         self.route, pairs = self.known_route.select(rows)
         self.pcm.copy_rows(rows)
         self.backbones = {backbone: memory for backbone, memory in self.backbones.items() if backbone in pairs}
@@ -316,11 +318,13 @@ def _order(routes: list[Route], backbone: int | None) -> list[int]:
     if backbone is None:
         return list(range(sum(route.batch_size for route in routes)))
 
-    pairs, offset = [], 0  # (expert, row of the joined batch)
+    pairs: list[tuple[float, int]] = []  # (expert, row of the joined batch)
+    offset = 0
     for route in routes:
         for entry in route.expert_rows.get(backbone, []):
             rows = range(route.batch_size) if entry.rows is None else entry.rows.tolist()
-            pairs += [(entry.expert or 0, offset + row) for row in rows]
+            expert = math.inf if entry.expert is None else entry.expert  # the bare backbone comes last
+            pairs += [(expert, offset + row) for row in rows]
         offset += route.batch_size
     return sorted(range(len(pairs)), key=pairs.__getitem__)
 

@@ -70,9 +70,9 @@ def check_cache(config: PCMEnsembleConfig, cache):
             "call and pass back the one it returns, or start with `PCMEnsembleCache(model.config)`."
         )
 
-    if cache.route is not None and cache.route.log_weights.shape[1] != config.num_experts:
+    if cache.route is not None and cache.route.weights.shape[1] != config.num_experts:
         raise ValueError(
-            f"`past_key_values` was filled by an ensemble of {cache.route.log_weights.shape[1]} experts, and this one "
+            f"`past_key_values` was filled by an ensemble of {cache.route.weights.shape[1]} experts, and this one "
             f"has {config.num_experts}. Start without it."
         )
 

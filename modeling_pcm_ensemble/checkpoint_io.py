@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -327,12 +328,22 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
     def load_pcm(self, path: str | os.PathLike):
         """
         Load the PCM's weights from a safetensors file. Weights that it leaves out, such as embeddings that were frozen
-        while the PCM was trained, stay as they are.
+        while the PCM was trained, stay as they are. `trained_for` in the file's metadata is the `merge` of its
+        training; a file without was made when only mixtures of probabilities were trained.
 
         Raises:
             RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
+            ValueError: if its PCM was trained for shares of a mixture, and this ensemble adds tilts, or the other way
+                round.
         """
+        with safe_open(path, "pt") as file:
+            trained_for = (file.metadata() or {}).get("trained_for", "probabilities")
+        config = copy.copy(self.config)
+        config.pcm_trained_for = trained_for
+        config.validate_merge()
+
         self.pcm.load_state_dict(self.pcm.state_dict() | load_file(path))
+        self.config.pcm_trained_for = trained_for
 
 
 class _SavedFolder(PushToHubMixin):

@@ -14,9 +14,12 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from .checkpoint_staging import finish_save
 from .lora_config import adapter_config
-from .merging import MERGES
+from .merging import MIXTURES
 
-ADAPTERS = "adapters"  # the value of `merge` that mixes weights, not predictions
+PRODUCT = "product"  # the value of `merge` that adds what experts change of a reference
+ADAPTERS = "adapters"  # the value of `merge` that adds weights, not predictions
+ADDITIVE = (PRODUCT, ADAPTERS)  # ways of merging in which weights are strengths, not shares
+TOP_K_MERGES = ("probabilities", PRODUCT)
 AUTO_MAP = {
     "AutoConfig": "configuration_pcm_ensemble.PCMEnsembleConfig",
     "AutoModel": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",
@@ -54,18 +57,30 @@ class PCMEnsembleConfig(PreTrainedConfig):
         pcm (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the Preference Control Model's body.
         merge (`str`, *optional*, defaults to `"probabilities"`):
-            What is mixed at each token, with the experts' weights α. An ensemble can be changed between calls.
+            How experts are merged at each token. An ensemble can be changed between calls. In a mixture experts share
+            the next token: α = softmax(h + log w), and only the ratios of weights count.
 
-            - `"probabilities"`: the experts' distributions, π = Σ_i α_i π_i. This is the paper's method, and the only
-              value that goes with `expert_top_k`.
+            - `"probabilities"`: their distributions, π = Σ_i α_i π_i. This is the paper's method.
             - `"logits"`: their logits, π ∝ exp Σ_i α_i logits_i. This is the paper's ablation.
-            - `"adapters"`: the experts' LoRA weights, W + Σ_i α_i s_i B_i A_i, as Personalized Soup does. It runs one
-              model where the others run every expert, needs experts that are adapters on one backbone and have no
-              prompts, and is for inference alone.
+
+            Where tilts add up, each wanted expert acts in full on every token: s = w · 2σ(h), so that a weight of 1 is
+            the expert's full tilt, and one below 0 steers away from it.
+
+            - `"product"`: what experts change of a reference, log π ∝ log π_0 + Σ_i s_i (log π_i − log π_0).
+            - `"adapters"`: LoRA weights, W + Σ_i s_i (α/r)_i B_i A_i. It runs one model where the others run every
+              expert, needs experts that are adapters on one backbone and have no prompts, and is for inference alone.
+              Weights that add up to 1 make Personalized Soup's average.
+        reference (`str`, *optional*):
+            The expert that is π_0 under `merge="product"`, where it can have no weight. `None` is the bare backbone,
+            if all experts are on one.
+        pcm_trained_for (`str`, *optional*):
+            The `merge` that the PCM was trained for; `None` if it was not trained. What it says of shares means
+            nothing where tilts add up, and the other way round.
         expert_top_k (`int`, *optional*):
-            Keep each expert's k most probable tokens and renormalise. `None` keeps all; a larger k is closer to that.
+            Keep each expert's k most probable tokens, and renormalise. `None` keeps all; a larger k is closer to that.
+            It goes with `merge="probabilities"`, and with `"product"`, see [`~tilts.product_log_probs`].
         default_preference (`str`, `list` or `dict`, *optional*):
-            The preference when a call gives none. `None` means all experts at weight 1.
+            The preference when a call gives none. `None` means all experts at weight 1, but the reference.
         vocab_size (`int`, *optional*):
             Tokens that every part knows, the width of `logits`; defaults to the smallest part's. What a larger part
             has beyond them is padding, which no other part could read back.
@@ -94,6 +109,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
         pcm: PreTrainedConfig | dict | None = None
         vocab_size: int | None = None
     merge: str = "probabilities"
+    reference: str | None = None
+    pcm_trained_for: str | None = None
     expert_top_k: int | None = None
     default_preference: str | list | dict | None = None
     prefix_bos_token_id: int | None = None
@@ -157,6 +174,23 @@ class PCMEnsembleConfig(PreTrainedConfig):
     def num_experts(self) -> int:
         """Number of experts, the width of α."""
         return len(self.experts)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether weights are strengths of tilts that add up, and not shares of a mixture."""
+        return self.merge in ADDITIVE
+
+    @property
+    def reference_index(self) -> int | None:
+        """The expert that is the reference of a product; None where that is the bare backbone, or there is none."""
+        if self.merge != PRODUCT or self.reference is None:
+            return None
+        return self.expert_names.index(self.reference)
+
+    @property
+    def weighted_names(self) -> list[str]:
+        """The experts that a preference may give a weight: all but the reference."""
+        return [name for index, name in enumerate(self.expert_names) if index != self.reference_index]
 
     @property
     def hidden_size(self) -> int:
@@ -328,22 +362,49 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
     def validate_merge(self):
         """
-        Check `merge` and `expert_top_k`.
+        Check `merge` and what goes with it: `expert_top_k`, `reference`, and what the PCM was trained for.
 
         Raises:
             ValueError: if one has a value out of range, or they do not go together.
         """
-        merges = (*MERGES, ADAPTERS)
-        if self.merge not in merges:
-            raise ValueError(f"`merge` must be one of {', '.join(map(repr, merges))}, got {self.merge!r}.")
+        merges = (*MIXTURES, *ADDITIVE)
+        for name in ("merge", "pcm_trained_for"):
+            value = getattr(self, name)
+            if value not in merges and not (name == "pcm_trained_for" and value is None):
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, merges))}, got {value!r}.")
+        self._check_reference()
+
+        trained_for = self.pcm_trained_for
+        if trained_for is not None and (trained_for in ADDITIVE) != self.adds_up:
+            raise ValueError(
+                f"The PCM was trained for `merge={trained_for!r}`, and what it has learnt means nothing under "
+                f"`merge={self.merge!r}`: one takes shares of a mixture, the other strengths of tilts. Use the "
+                "`merge` of its training, or build the ensemble with an untrained PCM."
+            )
 
         if self.expert_top_k is not None and (not _is_integer(self.expert_top_k) or self.expert_top_k < 1):
             raise ValueError(f"`expert_top_k` must be at least 1, or None to keep all, got {self.expert_top_k!r}.")
-        if self.expert_top_k is not None and self.merge != "probabilities":
+        if self.expert_top_k is not None and self.merge not in TOP_K_MERGES:
             raise ValueError(
-                f"`expert_top_k` cannot be used with `merge={self.merge!r}`: it cuts the distributions that "
-                '`merge="probabilities"` adds.'
+                f"`expert_top_k` cannot be used with `merge={self.merge!r}`; it goes with "
+                f"{' and '.join(map(repr, TOP_K_MERGES))}."
             )
+
+    def _check_reference(self):
+        names = self.expert_names
+        if self.reference is not None and self.reference not in names:
+            raise ValueError(f"`reference` is {self.reference!r}, but the experts are {', '.join(names)}.")
+        if self.merge != PRODUCT:
+            return
+
+        if self.reference is None and len(self.backbones) > 1:
+            raise ValueError(
+                f'`merge="product"` needs a `reference`, since the experts are on {len(self.backbones)} backbones: '
+                "what experts change is measured against it. Name one of the experts "
+                f"({', '.join(names)}), or add the base model as an expert and name that."
+            )
+        if names and names == [self.reference]:
+            raise ValueError(f"`reference` is {self.reference!r}, the only expert. A product needs another one.")
 
 
 def check_is_causal_lm(config: PreTrainedConfig, label: str):

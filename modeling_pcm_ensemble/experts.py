@@ -72,6 +72,7 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
         default_preference: str | list | Mapping | None = None,
         merge: str = "probabilities",
+        reference: str | None = None,
         expert_top_k: int | None = None,
         **model_kwargs,
     ) -> Self:
@@ -94,11 +95,15 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
                 Defaults to that of the first part which has one, and which all others must have too. One that is given
                 may have more or fewer tokens than theirs, but none of another meaning.
             default_preference (`str`, `list` or `Mapping`, *optional*):
-                The preference of calls without one; None is every expert at weight 1.
+                The preference of calls without one; None is every expert at weight 1, but the reference.
             merge (`str`):
-                What is mixed: `"probabilities"`, Σ α_i π_i; `"logits"`, π ∝ exp Σ α_i logits_i, the paper's ablation;
-                or `"adapters"`, one model with the weights W + Σ α_i s_i B_i A_i, for experts that are LoRA adapters
-                on one backbone.
+                How experts are merged. They share tokens under `"probabilities"`, Σ α_i π_i, and `"logits"`, π ∝ exp
+                Σ α_i logits_i, the paper's ablation. Their wishes add up under `"product"`, log π ∝ log π_0 +
+                Σ s_i (log π_i − log π_0), and `"adapters"`, one model with the weights W + Σ s_i (α/r)_i B_i A_i, for
+                experts that are LoRA adapters on one backbone.
+            reference (`str`, *optional*):
+                The expert that is π_0 of a product, and has no weight; None is the bare backbone, if all experts are
+                on one.
             expert_top_k (`int`, *optional*): keep each expert's k most probable tokens.
             model_kwargs:
                 Passed to `from_pretrained` of every model: `dtype`, `device_map`, `attn_implementation`, `token`, …
@@ -131,6 +136,7 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
             tokenizer,
             model_kwargs,
             merge=merge,
+            reference=reference,
             expert_top_k=expert_top_k,
             default_preference=default_preference,
         )
@@ -188,7 +194,8 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         Remove an expert, with its adapter, its row of the PCM's head and a backbone that no other expert needs.
 
         Raises:
-            ValueError: if there is no such expert, it is the last, or the default preference names it.
+            ValueError: if there is no such expert, it is the last or the reference, or the default preference names
+                it.
 
         Example: see [`add_expert`].
         """
@@ -198,13 +205,16 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         kept = [index for index, other in enumerate(names) if other != name]
         if not kept:
             raise ValueError(f"Expert {name!r} is the only one. An ensemble needs at least one expert.")
+        if name == self.config.reference:
+            raise ValueError(f"Expert {name!r} is the `reference` of `config`. Change that first.")
         defaults = {
             "config.default_preference": self.config.default_preference,
             "generation_config.preference": getattr(self.generation_config, "preference", None),
         }
         for place, preference in defaults.items():
             try:
-                Preference.parse(preference or names[kept[0]], [names[index] for index in kept])
+                others = [names[index] for index in kept]
+                Preference.parse(preference or others[0], others, self.config.adds_up)
             except ValueError as error:
                 raise ValueError(f"`{place}` does not go without expert {name!r}: {error} Change it first.") from error
 
@@ -267,7 +277,7 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         if self.config.merge == ADAPTERS and self.training:
             raise ValueError(
                 '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
-                '`merge="probabilities"`.'
+                '`merge="product"`, in which strengths mean the same.'
             )
         known = None if cache is None else cache.route
         if known is not None and preferences is None:

@@ -1,4 +1,4 @@
-"""The mathematics of merging: tensors in, tensors out."""
+"""The mathematics of mixtures, in which experts share the next token: tensors in, tensors out."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ ROWS_AT_ONCE = 2  # that a CPU sums
 class ExpertLogits(NamedTuple):
     r"""
     One expert's logits, `(active rows, seq, vocab)`, on the batch rows that run it, `(active rows,)`; `rows` is None
-    where all rows of the batch do.
+    where all rows of the batch do, `expert` where it is no expert that runs but a bare backbone.
     """
 
     expert: int | None
@@ -52,7 +52,7 @@ def mixture_log_probs(
     Args:
         expert_logits (`list[ExpertLogits]`): N experts or fewer; in each row at least one.
         log_expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`): log α.
-        merge (`str`): one of `MERGES`: `"probabilities"`, or `"logits"` for π ∝ exp Σ_i α_i logits_i, the paper's
+        merge (`str`): one of `MIXTURES`: `"probabilities"`, or `"logits"` for π ∝ exp Σ_i α_i logits_i, the paper's
             ablation.
         expert_top_k (`int`, *optional*):
             Keep each expert's k most probable tokens and renormalise. What no expert keeps has its probability of the
@@ -85,7 +85,7 @@ def mixture_log_probs(
 
     ```
     """
-    return MERGES[merge](expert_logits, log_expert_weights, expert_top_k, exact, normalize)
+    return MIXTURES[merge](expert_logits, log_expert_weights, expert_top_k, exact, normalize)
 
 
 def _merge_probabilities(
@@ -142,8 +142,8 @@ def precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _spread(entry: ExpertLogits, values: torch.Tensor, batch_size: int, fill: float) -> torch.Tensor:
-    """`(active rows, …)` to `(batch, …)`."""
+def spread(entry: ExpertLogits, values: torch.Tensor, batch_size: int, fill: float) -> torch.Tensor:
+    """Put values of an expert's rows, `(active rows, …)`, at their rows of the batch, `(batch, …)`."""
     if entry.rows is None:
         return values
     return values.new_full((batch_size, *values.shape[1:]), fill).index_copy_(0, entry.rows, values)
@@ -168,11 +168,11 @@ def _log_sum_exactly(
     for entry in expert_logits:
         log_probs = _log_probs(entry.logits, expert_top_k)  # (active rows, seq, vocab)
         log_weights = log_expert_weights[:, :, entry.expert, None]  # (batch, seq, 1)
-        terms.append(_spread(entry, log_probs, batch_size, float("-inf")) + log_weights)
+        terms.append(spread(entry, log_probs, batch_size, float("-inf")) + log_weights)
 
         if not normalize:
             log_normalizer = _log_normalizer(entry.logits, log_probs.amax(dim=-1, keepdim=True))
-            offset = offset + _spread(entry, log_normalizer, batch_size, 0.0) * log_weights.exp()
+            offset = offset + spread(entry, log_normalizer, batch_size, 0.0) * log_weights.exp()
 
     stacked = torch.stack(terms)  # (experts, batch, seq, vocab)
     impossible = stacked.isneginf().all(dim=0)  # logsumexp has no gradient there that is a number
@@ -204,7 +204,7 @@ def _log_sum_probs(
 
         if not normalize:
             log_normalizer = _log_normalizer(logits, best.amax(dim=-1, keepdim=True).log())
-            offset = offset + _spread(entry, log_normalizer, batch_size, 0.0) * weights
+            offset = offset + spread(entry, log_normalizer, batch_size, 0.0) * weights
 
         if rows is None:
             mixture = probs.mul_(weights) if mixture is None else mixture.addcmul_(probs, weights)
@@ -246,6 +246,28 @@ def _log_normalizer(logits: torch.Tensor, best_log_prob: torch.Tensor) -> torch.
     return precise(logits.amax(dim=-1, keepdim=True)) - best_log_prob
 
 
+def sum_of_logits(expert_logits: list[ExpertLogits], coefficients: torch.Tensor) -> torch.Tensor:
+    """Give Σ_i c_i logits_i, `(batch, seq, vocab)`, for c of `(batch, seq, models)`; a bare backbone's is the last."""
+    total: torch.Tensor | None = None
+    for entry in expert_logits:
+        own = coefficients[:, :, -1 if entry.expert is None else entry.expert, None]  # (batch, seq, 1)
+        added = times(precise(entry.logits), own if entry.rows is None else own[entry.rows])
+        if entry.rows is not None:
+            added = spread(entry, added, len(coefficients), 0.0)
+        total = added if total is None else total + added
+
+    if total is None:
+        raise ValueError("`expert_logits` is empty. In each row at least one model must run.")
+    return total
+
+
+def times(logits: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
+    """Multiply logits by c; -inf stays -inf at any c but 0, and has no gradient."""
+    impossible = logits.isneginf()
+    product = logits.masked_fill(impossible, 0) * coefficient
+    return product.masked_fill(impossible & (coefficient != 0), float("-inf"))
+
+
 def _merge_logits(
     expert_logits: list[ExpertLogits],
     log_expert_weights: torch.Tensor,
@@ -254,27 +276,30 @@ def _merge_logits(
     normalize: bool,
 ) -> torch.Tensor:
     """Σ_i α_i logits_i, `(batch, seq, vocab)`, of all tokens and always exact; normalised where that is asked for."""
-    total = log_expert_weights.new_zeros(1)
-    impossible = torch.zeros(1, dtype=torch.bool, device=log_expert_weights.device)
-    for entry in expert_logits:
-        logits = _spread(entry, precise(entry.logits), len(log_expert_weights), 0.0)
-        weights = log_expert_weights[:, :, entry.expert, None].exp()  # (batch, seq, 1)
-        impossible = logits.isneginf() | impossible  # 0 · -inf, and the gradient of α there, are no numbers
-        total = total + logits.masked_fill(logits.isneginf(), 0) * weights
-
-    merged = total.masked_fill(impossible, float("-inf"))
+    merged = sum_of_logits(expert_logits, log_expert_weights.exp())
     return merged.log_softmax(dim=-1) if normalize else merged
 
 
-# The ways to merge what experts predict, by the value of `merge`. All are called alike, and keep these promises:
+# The ways to mix what experts predict, by the value of `merge`. All are called alike, and keep these promises:
 # - an expert's `rows` may be some of the batch, or None for all;
 # - a token that every expert gives -inf has -inf, and no gradient;
 # - with `normalize` they give log π, and without it one active expert's logits come back as they were.
 # Those that cut no distributions ignore `expert_top_k`, which the configuration refuses with them, and `exact`.
-MERGES: dict[str, Callable[[list[ExpertLogits], torch.Tensor, int | None, bool, bool], torch.Tensor]] = {
+MIXTURES: dict[str, Callable[[list[ExpertLogits], torch.Tensor, int | None, bool, bool], torch.Tensor]] = {
     "probabilities": _merge_probabilities,
     "logits": _merge_logits,
 }
 
 
-__all__ = ["MERGES", "ExpertLogits", "log_expert_weights", "mixture_log_probs", "precise", "token_log_probs"]
+__all__ = [
+    "DROPPED",
+    "MIXTURES",
+    "ExpertLogits",
+    "log_expert_weights",
+    "mixture_log_probs",
+    "precise",
+    "spread",
+    "sum_of_logits",
+    "times",
+    "token_log_probs",
+]

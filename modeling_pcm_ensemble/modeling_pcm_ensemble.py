@@ -33,6 +33,7 @@ from .generation import PCMEnsembleGeneration
 from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
 from .preference import Preference
 from .routing import Route
+from .tilts import expert_strengths, product_log_probs, token_tilts
 
 
 @dataclass
@@ -47,7 +48,8 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
         past_key_values (`PCMEnsembleCache`, *optional*): to pass back with the next tokens.
         hidden_states, attentions (`tuple`, *optional*): the PCM's, over its prefix and the context.
         expert_weights (`torch.FloatTensor` of shape `(batch, seq, experts)`):
-            α. `[:, t]` weights the experts' predictions of token t + 1; 0 for inactive experts.
+            α, or strengths where tilts add up. `[:, t]` is of the experts' predictions of token t + 1; 0 for inactive
+            experts.
         expert_logits (`list[ExpertLogits]`, *optional*): what was merged, with `output_expert_logits=True`.
     """
 
@@ -57,7 +59,8 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
 
 class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
     r"""
-    N frozen expert language models and a small Preference Control Model that mixes their next-token distributions.
+    N frozen expert language models and a small Preference Control Model that says at each token how much of each goes
+    into the next-token distribution.
 
     Args:
         config (`PCMEnsembleConfig`): the ensemble's.
@@ -161,7 +164,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             cache.room = longest_context(self.config, route, cache)
 
         with nullcontext() if cache is None else cache.started(route):
-            log_weights, pcm_output = self._log_expert_weights(
+            weights, pcm_output = self._weighted(
                 route,
                 input_ids,
                 attention_mask,
@@ -171,15 +174,15 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
                 output_hidden_states=_or_default(output_hidden_states, self.config.output_hidden_states),
                 output_attentions=_or_default(output_attentions, self.config.output_attentions),
             )
-            expert_weights = log_weights.exp() if route.mixes_adapters else None
+            strengths = weights if route.mixes_adapters else None
             expert_logits = self._expert_logits(
-                route, input_ids, attention_mask, cache, logits_to_keep, expert_weights, compile_config
+                route, input_ids, attention_mask, cache, logits_to_keep, strengths, compile_config
             )
 
         exact = _or_default(exact, torch.is_grad_enabled() or labels is not None)
-        logits = self._merged(route, expert_logits, log_weights, exact, normalize_logits)
+        logits = self._merged(route, expert_logits, weights, exact, normalize_logits)
         if route.mixes_adapters:
-            log_weights = log_weights[:, _kept(logits_to_keep)]
+            weights = weights[:, _kept(logits_to_keep)]
 
         loss = None
         if labels is not None:
@@ -190,29 +193,30 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             past_key_values=cache,
             hidden_states=pcm_output.hidden_states,
             attentions=pcm_output.get("attentions"),  # a recurrent body has none
-            expert_weights=log_weights.exp(),
+            expert_weights=weights if self.config.adds_up else weights.exp(),
             expert_logits=expert_logits if output_expert_logits and not route.mixes_adapters else None,
         )
 
-    def _log_expert_weights(
+    def _weighted(
         self, route, input_ids, attention_mask, cache=None, logits_to_keep=0, compile_config=None, **options
     ):
-        """log α, `(batch, positions, experts)`, and the PCM body's output."""
+        """log α, or strengths where tilts add up, `(batch, positions, experts)`; and the PCM body's output."""
         memory = None if cache is None else cache.pcm
         begins = memory is None or memory.length == 0
         descriptions = route.descriptions if begins else None
         expert_weight_logits, output = self.pcm(
             input_ids, attention_mask, descriptions, memory, logits_to_keep, compile_config, **options
         )
-        return log_expert_weights(expert_weight_logits, route.log_weights), output
+        if self.config.adds_up:
+            return expert_strengths(expert_weight_logits, route.weights), output
+        return log_expert_weights(expert_weight_logits, route.weights.log()), output
 
     def _expert_logits(
-        self, route, input_ids, attention_mask, cache, logits_to_keep, expert_weights, compile_config
+        self, route, input_ids, attention_mask, cache, logits_to_keep, strengths, compile_config
     ) -> list[ExpertLogits]:
         """
         Logits of every active expert: each backbone that the route needs runs once, on all its pairs. With
-        `expert_weights`, α, logits of the one model whose weights are W + Σ_i α_i s_i B_i A_i, α changing from token
-        to token.
+        `strengths`, which change from token to token, logits of the one model that the adapters are added to.
         """
         expert_logits = []
         for backbone, expert_rows in route.expert_rows.items():
@@ -220,7 +224,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             mask = None if attention_mask is None else attention_mask[rows]
             memory = None if cache is None else cache.backbones[backbone]
             expert_logits += self.backbones(
-                backbone, expert_rows, input_ids[rows], mask, memory, logits_to_keep, expert_weights, compile_config
+                backbone, expert_rows, input_ids[rows], mask, memory, logits_to_keep, strengths, compile_config
             )
         return expert_logits
 
@@ -228,16 +232,21 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         self,
         route: Route,
         expert_logits: list[ExpertLogits],
-        log_weights: torch.Tensor,
+        weights: torch.Tensor,
         exact: bool,
         normalize: bool,
     ) -> torch.Tensor:
-        """log π, `(batch, positions, vocab)`; of adapters that are mixed already, the one model's."""
+        """log π, `(batch, positions, vocab)`; of adapters that are added up already, the one model's."""
         if route.mixes_adapters:
             logits = precise(expert_logits[0].logits)
             return logits.log_softmax(dim=-1) if normalize else logits
+        config = self.config
+        if config.adds_up:
+            return product_log_probs(
+                expert_logits, weights, config.reference_index, config.expert_top_k, normalize=normalize
+            )
         return mixture_log_probs(
-            expert_logits, log_weights, self.config.merge, self.config.expert_top_k, exact=exact, normalize=normalize
+            expert_logits, weights, config.merge, config.expert_top_k, exact=exact, normalize=normalize
         )
 
     # Insight
@@ -252,7 +261,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> torch.Tensor:
         r"""
-        Compute α for a whole text in one pass of the PCM, without running an expert. Arguments as for `forward`.
+        Compute α, or strengths where tilts add up, for a whole text in one pass of the PCM, without running an expert.
+        Arguments as for `forward`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch, seq, experts)`: `[:, t]` weights the predictions of token t + 1.
@@ -271,7 +281,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         preferences = self._preferences(len(input_ids), preference, preference_text, preference_ids, tokenizer)
         route = self._route(len(input_ids), None, preferences)
         check_length(self.config, route, input_ids.shape[1])
-        return self._log_expert_weights(route, input_ids, mask)[0].exp()
+        weights, _ = self._weighted(route, input_ids, mask)
+        return weights if self.config.adds_up else weights.exp()
 
     @torch.no_grad()
     def attribute(
@@ -287,9 +298,10 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         Compute how much each expert contributed to the tokens of a text. Arguments as for `forward`.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch, seq - 1, experts)`: `[:, t]` is α_i π_i / Σ_j α_j π_j of the token
-            that stands at t + 1; 0 where that token, or the one before it, is padding. Under `merge="logits"` too
-            these are the shares in a mixture of probabilities.
+            `torch.FloatTensor` of shape `(batch, seq - 1, experts)`: `[:, t]` is of the token that stands at t + 1. In
+            a mixture it is α_i π_i / Σ_j α_j π_j, a share (under `merge="logits"` too, as if probabilities were
+            mixed). In a product it is s_i (log π_i − log π_0), the nats that an expert's tilt adds to the token, or
+            takes from it. It is 0 where the token, or the one before it, is padding.
 
         Example:
 
@@ -301,7 +313,10 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         ```
         """
         if self.config.merge == ADAPTERS:
-            raise ValueError('`attribute` needs experts that run apart; `merge="adapters"` runs one model.')
+            raise ValueError(
+                '`attribute` needs experts that run apart; `merge="adapters"` runs one model. `merge="product"` adds '
+                "the same wishes up with experts apart."
+            )
         output = self(
             input_ids,
             attention_mask,
@@ -313,12 +328,16 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             output_expert_logits=True,
             return_dict=True,
         )
-        # One position, and the mixture, are computed for nothing: this is a call like any other.
+        # One position, and what is merged, are computed for nothing: this is a call like any other.
         expert_logits = [entry._replace(logits=entry.logits[:, :-1]) for entry in output.expert_logits]
-        tokens = input_ids[:, 1:].long()
-        log_probs = token_log_probs(expert_logits, tokens, self.config.num_experts, self.config.expert_top_k)
+        expert_weights, tokens = output.expert_weights[:, :-1], input_ids[:, 1:].long()
+        config = self.config
+        if config.adds_up:
+            shares = token_tilts(expert_logits, expert_weights, tokens, config.reference_index, config.expert_top_k)
+        else:
+            log_probs = token_log_probs(expert_logits, tokens, config.num_experts, config.expert_top_k)
+            shares = (expert_weights.log() + log_probs).softmax(dim=-1)  # (batch, seq - 1, experts)
 
-        shares = (output.expert_weights[:, :-1].log() + log_probs).softmax(dim=-1)  # (batch, seq - 1, experts)
         shares = shares.nan_to_num()
         mask = check_mask(input_ids, attention_mask, None)
         return shares if mask is None else shares * (mask[:, 1:] * mask[:, :-1])[..., None]

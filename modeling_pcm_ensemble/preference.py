@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from .call_arguments import NUMBERS, check_tensor, has_class
 from .configuration_pcm_ensemble import PCMEnsembleConfig
 
+MOST_STRENGTH = 100  # of an expert whose tilt is added; far beyond any text, and far from what float16 cannot hold
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -23,7 +25,8 @@ class Preference:
     What one row asks for. The same object goes from `generate` to the cache, to training and to evaluation.
 
     Args:
-        weights (`Mapping[str, float]`): weights above 0 of the experts that are wanted; others do not run.
+        weights (`Mapping[str, float]`): the weights of the experts that run, none of them 0. In a mixture they are
+            above 0; where tilts add up, one below 0 steers away from its expert.
         description_ids (`tuple[int, ...]`, *optional*):
             Tokens that the PCM reads first, in place of the wanted experts' descriptions. None leaves it those.
 
@@ -50,24 +53,27 @@ class Preference:
     @property
     def label(self) -> str:
         """How it is printed: `concise + friendly`, or `concise=2 + friendly=0.5` where weights differ from 1."""
+        if not self.weights:
+            return "nothing"
         equal = set(self.weights.values()) == {1.0}
         return " + ".join(name if equal else f"{name}={weight:g}" for name, weight in self.weights.items())
 
     @classmethod
-    def parse(cls, preference, names: list[str]) -> "Preference":
+    def parse(cls, preference, names: list[str], adds_up: bool = False) -> "Preference":
         """
         Read one row's preference.
 
         Args:
             preference: in any form of [`preference_weights`] but one entry for each row, or a `Preference`.
             names (`list[str]`): the ensemble's experts.
+            adds_up (`bool`): as for [`preference_weights`].
 
         Raises:
             TypeError, ValueError: as [`preference_weights`].
         """
         if has_class(preference, "Preference"):
-            return cls(_named(_row_of(preference.weights, names), names), preference.description_ids)
-        return cls(_named(_row_of(preference, names), names))
+            return cls(_named(_row_of(preference.weights, names, adds_up), names), preference.description_ids)
+        return cls(_named(_row_of(preference, names, adds_up), names))
 
     @classmethod
     def parse_batch(
@@ -87,8 +93,8 @@ class Preference:
             batch_size (`int`): number of rows.
             preference (*optional*):
                 Weights in any form of [`preference_weights`], a `Preference`, or a list of one for each row. None is
-                `config.default_preference`, or every expert at weight 1 where there is none or the PCM is given
-                another description below.
+                `config.default_preference`, or every expert but the reference at weight 1 where there is none or the
+                PCM is given another description below.
             preference_text (`str` or `list[str | None]`, *optional*): replaces the wanted experts' descriptions, for
                 all rows or one for each; None leaves a row its own.
             preference_ids (`torch.LongTensor` of shape `(tokens,)` or `(batch, tokens)`, *optional*): the same as
@@ -99,22 +105,25 @@ class Preference:
             `list[Preference]`, one for each row.
 
         Raises:
-            TypeError, ValueError: as [`preference_weights`], or if text and tokens are both given, do not fit the
-                batch, or there is no tokenizer for the text.
+            TypeError, ValueError: as [`preference_weights`], or if the reference of a product has a weight, text and
+                tokens are both given, do not fit the batch, or there is no tokenizer for the text.
         """
         told = _told(config, batch_size, preference, preference_text, preference_ids, tokenizer)
-        names = config.expert_names
-        weights = preference_weights(names if preference is None else preference, names, batch_size)
+        names, adds_up = config.expert_names, config.adds_up
+        wanted = config.weighted_names if preference is None else preference
+        weights = preference_weights(wanted, names, batch_size, adds_up)
 
         default = None if preference is not None else config.default_preference
         if default is not None:
             # Who tells the PCM something else lets it choose among all experts.
             untold = torch.tensor([description_ids is None for description_ids in told])
-            weights = torch.where(untold[:, None], preference_weights(default, names, batch_size), weights)
+            by_default = preference_weights(default, names, batch_size, adds_up)
+            weights = torch.where(untold[:, None], by_default, weights)
+        check_reference(config, weights)
         return [cls(_named(row, names), description_ids) for row, description_ids in zip(weights.tolist(), told)]
 
 
-def preference_weights(preference, names: list[str], batch_size: int) -> torch.Tensor:
+def preference_weights(preference, names: list[str], batch_size: int, adds_up: bool = False) -> torch.Tensor:
     r"""
     Turn a preference in any accepted form into one weight for each row and expert.
 
@@ -125,14 +134,17 @@ def preference_weights(preference, names: list[str], batch_size: int) -> torch.T
             batch: a list of mappings, of `Preference`s or of lists (of names or of N numbers), or a tensor `(B, N)`.
         names (`list[str]`): the ensemble's N experts.
         batch_size (`int`): B, the number of rows.
+        adds_up (`bool`): whether weights are strengths of tilts that add up, and not shares of a mixture
+            (`config.adds_up`).
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, experts)`: weights >= 0 with at least one above 0 in each row.
+        `torch.FloatTensor` of shape `(batch, experts)`: shares >= 0 with at least one above 0 in each row; or
+        strengths between -100 and 100, whose rows may be all 0, which is the reference.
 
     Raises:
         TypeError: if `preference`, or a part of it, is of a kind not listed above.
-        ValueError: if a name is unknown or repeated, a weight is negative, NaN, infinite or too small for float32, a
-            row has no weight above 0, or the number of rows or weights does not fit.
+        ValueError: if a name is unknown or repeated, a weight is NaN, infinite, too small for float32 or not as above,
+            or the number of rows or weights does not fit.
     """
     if isinstance(preference, torch.Tensor):
         check_tensor("preference", preference, "weights", NUMBERS)
@@ -156,7 +168,7 @@ def preference_weights(preference, names: list[str], batch_size: int) -> torch.T
             "or one preference for all of them. (A pipeline gives all entries to each of its batches. There, let "
             "`batch_size` be the number of prompts.)"
         )
-    return _single_precision(weights, names)
+    return _single_precision(weights, names, adds_up)
 
 
 def check_config(config: PCMEnsembleConfig):
@@ -170,9 +182,25 @@ def check_config(config: PCMEnsembleConfig):
         return
     try:
         with torch.device("cpu"):  # a model that is loaded is made on the meta device
-            preference_weights(config.default_preference, config.expert_names, 1)
+            weights = preference_weights(config.default_preference, config.expert_names, 1, config.adds_up)
+            check_reference(config, weights)
     except (TypeError, ValueError) as error:
         raise type(error)(f"`default_preference` of the configuration cannot be used: {error}") from error
+
+
+def check_reference(config: PCMEnsembleConfig, weights: torch.Tensor):
+    """
+    Refuse weights, `(batch, experts)`, of what a product measures tilts against.
+
+    Raises:
+        ValueError: if a row has one.
+    """
+    index = config.reference_index
+    if index is not None and weights[:, index].any():
+        raise ValueError(
+            f"`preference` gives {config.reference!r} a weight, which is the `reference` that the others' tilts are "
+            f"added to. Weights go to {', '.join(config.weighted_names)}."
+        )
 
 
 def _is_rows(preference) -> bool:
@@ -252,26 +280,33 @@ def _check_width(num_weights: int, names: list[str]):
         )
 
 
-def _single_precision(weights: torch.Tensor, names: list[str]) -> torch.Tensor:
+def _single_precision(weights: torch.Tensor, names: list[str], adds_up: bool) -> torch.Tensor:
     """Weights `(batch, experts)` of float64 as float32, in which none may vanish."""
     single = weights.float()
-    wrong = ~torch.isfinite(single) | (weights < 0)
+    wrong = ~(single.abs() <= MOST_STRENGTH) if adds_up else ~torch.isfinite(single) | (weights < 0)
     if wrong.any():
         row, expert = wrong.nonzero()[0].tolist()
+        accepted = "finite numbers of at least 0"
+        if adds_up:
+            accepted = f"between -{MOST_STRENGTH} and {MOST_STRENGTH}; 1 is an expert's full tilt"
+        elif weights[row, expert] < 0:
+            accepted += ', but under `merge="product"` and `"adapters"`, where one below 0 steers away from an expert'
         raise ValueError(
             f"`preference` gives expert {names[expert]!r} the weight {single[row, expert].item()} in row {row}. "
-            "Weights must be finite numbers of at least 0."
+            f"Weights must be {accepted}."
         )
 
     smallest = torch.finfo(torch.float32).tiny
-    vanishing = (weights > 0) & (single < smallest)
+    vanishing = (weights != 0) & (single.abs() < smallest)
     if vanishing.any():
         row, expert = vanishing.nonzero()[0].tolist()
         raise ValueError(
             f"`preference` gives expert {names[expert]!r} the weight {weights[row, expert].item()} in row {row}. "
-            f"Weights above 0 must be at least {smallest:.3g}, what float32 holds. Scale them all, or leave the "
-            "expert out."
+            f"Weights that are not 0 must be at least {smallest:.3g}, what float32 holds. Scale them all, or leave "
+            "the expert out."
         )
+    if adds_up:
+        return single
 
     empty = ~(weights > 0).any(dim=-1)
     if empty.any():
@@ -294,12 +329,13 @@ def description_of(config: PCMEnsembleConfig, preference: Preference) -> tuple[i
     """
     if preference.description_ids is not None:
         return preference.description_ids
-    weights = [preference.weights.get(name, 0.0) for name in config.expert_names]
+    weights = [preference.weights.get(name, 0.0) for name in config.weighted_names]
     if len(set(weights)) == 1:
         return ()
 
     # Sorted, so that the order in which the experts are listed does not matter.
-    wanted = sorted(expert["description_ids"] for expert, weight in zip(config.experts, weights) if weight > 0)
+    of_names = preference.weights
+    wanted = sorted(e["description_ids"] for e in config.experts if of_names.get(e["name"], 0.0) > 0)
     return _after_bos(config, [token for ids in wanted for token in ids])
 
 
@@ -311,13 +347,13 @@ def _as_tokens(ids) -> tuple[int, ...]:
 
 
 def _named(weights: list[float], names: list[str]) -> dict[str, float]:
-    return {name: weight for name, weight in zip(names, weights) if weight > 0}
+    return {name: weight for name, weight in zip(names, weights) if weight != 0}
 
 
-def _row_of(preference, names: list[str]) -> list[float]:
+def _row_of(preference, names: list[str], adds_up: bool) -> list[float]:
     if isinstance(preference, torch.Tensor) and preference.dim() != 1:
         raise ValueError(f"`preference` has the shape {tuple(preference.shape)}. Pass ({len(names)},), one row's.")
-    return preference_weights(preference, names, 1)[0].tolist()
+    return preference_weights(preference, names, 1, adds_up)[0].tolist()
 
 
 def _told(

@@ -5,12 +5,15 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
+from .configuration_pcm_ensemble import ADAPTERS, PRODUCT, PCMEnsembleConfig
 from .preference import Preference, description_of
 
 
 class ExpertRows(NamedTuple):
-    """The batch rows that one expert runs on; with `expert` None, rows whose experts' adapters are mixed into one."""
+    """
+    The batch rows that one expert runs on; with `expert` None, rows of the bare backbone, a product's reference, or
+    rows whose experts' adapters are added up on it.
+    """
 
     expert: int | None
     rows: torch.Tensor | None  # (active rows,), None when all rows of the batch are active
@@ -30,8 +33,8 @@ class Route:
 
     Attributes:
         descriptions (`list[tuple[int, ...]]`): what the PCM reads before each row's context.
-        log_weights (`torch.FloatTensor` of shape `(batch, experts)`): log w, -inf for experts that are not wanted.
-        mixes_adapters (`bool`): whether a row's experts are mixed as weights, so that each row is one pair of the
+        weights (`torch.FloatTensor` of shape `(batch, experts)`): w, 0 for experts that are not wanted.
+        mixes_adapters (`bool`): whether a row's experts are added up as weights, so that each row is one pair of the
             only backbone.
         expert_rows (`dict[int, list[ExpertRows]]`): by backbone.
         pair_rows (`dict[int, torch.Tensor]`): by backbone, the row of each pair, `(pairs,)`.
@@ -52,11 +55,11 @@ class Route:
         weights = torch.tensor(
             [[p.weights.get(name, 0.0) for name in names] for p in preferences], dtype=torch.float32
         )
-        active = weights > 0  # (batch, experts)
+        self.weights = weights.to(device)
         if self.mixes_adapters:
-            _check_adapters(config, active)
-        self.log_weights = weights.log().to(device)
-        self.expert_rows = _expert_rows(config, active, self.mixes_adapters, device)
+            self.expert_rows = {_adapters_backbone(config, weights != 0): [ExpertRows(None, None, len(preferences))]}
+        else:
+            self.expert_rows = _expert_rows(config, weights != 0, device)
 
         every_row = torch.arange(len(preferences), device=device)
         self.pair_rows = {
@@ -79,27 +82,30 @@ class Route:
         preferences = [self.preferences[row] for row in rows.tolist()]
         route = self
         if preferences != self.preferences:
-            route = Route(self.config, preferences, self.log_weights.device)
+            route = Route(self.config, preferences, self.weights.device)
         if self.mixes_adapters:
             return route, dict.fromkeys(route.expert_rows, rows)
 
         pairs = {}
         for backbone, entries in route.expert_rows.items():
             pair_of = self._pair_of(backbone)
-            of_experts = [pair_of[rows if new is None else rows[new], expert] for expert, new, _ in entries]
+            of_experts = [pair_of[rows if new is None else rows[new], _column(expert)] for expert, new, _ in entries]
             pairs[backbone] = torch.cat(of_experts)
         return route, pairs
 
     def _pair_of(self, backbone: int) -> torch.Tensor:
-        """The pair's index for each (row, expert), shape `(batch, experts)`; of no use where there is none."""
+        """
+        The pair's index for each (row, expert), shape `(batch, experts + 1)`, the bare backbone's last; of no use
+        where there is none.
+        """
         if backbone not in self._pair_tables:
-            table = torch.zeros(self.log_weights.shape, dtype=torch.long, device=self.log_weights.device)
+            batch_size, num_experts = self.weights.shape
+            table = torch.zeros(batch_size, num_experts + 1, dtype=torch.long, device=self.weights.device)
 
             start = 0
             for expert, rows, num_rows in self.expert_rows[backbone]:
-                table[slice(None) if rows is None else rows, expert] = torch.arange(
-                    start, start + num_rows, device=table.device
-                )
+                of_expert = torch.arange(start, start + num_rows, device=table.device)
+                table[slice(None) if rows is None else rows, _column(expert)] = of_expert
                 start += num_rows
             self._pair_tables[backbone] = table
         return self._pair_tables[backbone]
@@ -109,14 +115,15 @@ class Route:
         Build the route of the same pairs at other weights.
 
         Args:
-            weights (`torch.FloatTensor` of shape `(batch, experts)`): above 0 for the experts that each row runs.
+            weights (`torch.FloatTensor` of shape `(batch, experts)`): above 0 for the experts that each row runs; of
+                any sign where tilts add up.
 
         Raises:
             ValueError: if other experts would be wanted than before, or a weight is no finite number.
         """
-        weights = weights.to(self.log_weights)
-        same_pairs = torch.equal(weights > 0, self.log_weights > -torch.inf)  # False for another shape too
-        if not same_pairs or not weights.isfinite().all():
+        weights = weights.to(self.weights)
+        same_pairs = torch.equal(weights != 0, self.weights != 0)  # False for another shape too
+        if not same_pairs or not weights.isfinite().all() or not (self.config.adds_up or weights.amin() >= 0):
             raise ValueError(
                 "`weights` must be finite, above 0 for the experts that each row runs, and 0 for the others."
             )
@@ -124,9 +131,9 @@ class Route:
         names = self.config.expert_names
         preferences = []
         for preference, description, row in zip(self.preferences, self.descriptions, weights.tolist()):
-            wanted = {name: weight for name, weight in zip(names, row) if weight > 0}
+            wanted = {name: weight for name, weight in zip(names, row) if weight != 0}
             preferences.append(replace(preference, weights=wanted, description_ids=description))
-        return Route(self.config, preferences, self.log_weights.device)
+        return Route(self.config, preferences, self.weights.device)
 
     def is_of(self, preferences: list[Preference]) -> bool:
         """Whether these preferences ask for the same weights under the same descriptions."""
@@ -137,33 +144,44 @@ class Route:
     def join(routes: list["Route"]) -> "Route":
         """The route of all rows, one batch after the other."""
         preferences = [preference for route in routes for preference in route.preferences]
-        return Route(routes[0].config, preferences, routes[0].log_weights.device)
+        return Route(routes[0].config, preferences, routes[0].weights.device)
 
 
-def _expert_rows(
-    config: PCMEnsembleConfig, active: torch.Tensor, mixes_adapters: bool, device
-) -> dict[int, list[ExpertRows]]:
+def _expert_rows(config: PCMEnsembleConfig, active: torch.Tensor, device) -> dict[int, list[ExpertRows]]:
     """By backbone, the rows that each of its experts runs on; `active` is `(batch, experts)`."""
+    if config.reference_index is not None:
+        active[:, config.reference_index] = True  # every row's tilts are measured against it
+
     found: dict[int, list[ExpertRows]] = {}
     for index, (expert, is_active) in enumerate(zip(config.experts, active.T)):
         num_rows = int(is_active.sum())
         if num_rows:
             rows = None if num_rows == len(active) else is_active.nonzero()[:, 0].to(device)
             found.setdefault(expert["backbone"], []).append(ExpertRows(index, rows, num_rows))
-    if mixes_adapters:
-        return {backbone: [ExpertRows(None, None, len(active))] for backbone in found}
+
+    if config.merge == PRODUCT and config.reference is None:
+        found.setdefault(0, []).append(ExpertRows(None, None, len(active)))  # the only backbone, bare
     return found
 
 
-def _check_adapters(config: PCMEnsembleConfig, active: torch.Tensor):
-    """`merge="adapters"` mixes LoRA weights, so all active experts must be that and nothing else on one backbone."""
+def _column(expert: int | None) -> int:
+    """Where an expert stands in a table whose last column is the bare backbone's."""
+    return -1 if expert is None else expert
+
+
+def _adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
+    """
+    The backbone of `merge="adapters"`, which adds up LoRA weights, so that all active experts must be that and nothing
+    else on one backbone.
+    """
     experts = [expert for expert, is_active in zip(config.experts, active.any(dim=0)) if is_active]
     for expert in experts:
         if expert["adapter"] is None or expert["prompt_ids"] or expert["backbone"] != experts[0]["backbone"]:
             raise ValueError(
                 f'`merge="adapters"` cannot mix expert {expert["name"]!r}: it needs experts that are LoRA adapters on '
-                'one backbone, without prompts. Use `merge="probabilities"`.'
+                'one backbone, without prompts. Use `merge="product"`.'
             )
+    return experts[0]["backbone"] if experts else config.experts[0]["backbone"]
 
 
 __all__ = ["ExpertRows", "Route"]

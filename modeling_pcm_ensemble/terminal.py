@@ -14,20 +14,21 @@ from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from .preference import Preference
 
 
-def parse_preference(text: str, names: list[str]) -> Preference:
+def parse_preference(text: str, names: list[str], adds_up: bool = False) -> Preference:
     """
     Read a preference as it is typed, such as `elementary=2,friendly`; for `type=` of an argument of argparse.
 
     Args:
         text (`str`): experts, and weights that are not 1.
         names (`list[str]`): the ensemble's experts.
+        adds_up (`bool`): whether weights may be below 0, as where tilts add up (`config.adds_up`).
 
     Raises:
-        ArgumentTypeError: if an expert is unknown, or a weight is no number above 0.
+        ArgumentTypeError: if an expert is unknown, or a weight is not accepted.
     """
     try:
         pairs = [part.partition("=") for part in text.split(",")]
-        return Preference.parse({name.strip(): float(weight or 1) for name, _, weight in pairs}, names)
+        return Preference.parse({name.strip(): float(weight or 1) for name, _, weight in pairs}, names, adds_up)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

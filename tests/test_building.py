@@ -285,7 +285,7 @@ def test_experts_that_cannot_be_used_are_refused_by_name(experts, error, words):
         (
             {"merge": "weights"},
             Exception,
-            "`merge` must be one of 'probabilities', 'logits', 'adapters', got 'weights'",
+            "`merge` must be one of 'probabilities', 'logits', 'product', 'adapters', got 'weights'",
         ),
         ({"merge": "logits", "expert_top_k": 3}, Exception, "cannot be used with"),
     ],

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
-from modeling_pcm_ensemble.merging import MERGES
+from modeling_pcm_ensemble.merging import MIXTURES
 
 ROWS = [[21, 22, 23, 24], [31, 32]]
 WEIGHTS = [[1.0, 0.0, 0.0], [0.5, 1.0, 2.0]]
@@ -134,12 +134,14 @@ PENALTIES = [
 
 
 @pytest.mark.parametrize("options", PENALTIES, ids=lambda options: next(iter(options)))
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("merge", [*MIXTURES, "product"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_one_active_expert_writes_what_that_model_writes_under_the_same_processors(merge, options, use_cache):
     alone = tiny_qwen2(2)
     alone.generation_config.eos_token_id = None
-    model = make_ensemble([tiny_llama(1), alone], [(0, [5], [6]), (1, [], [7])], merge=merge)
+    model = make_ensemble([tiny_llama(1), alone], [(0, [5], [6]), (1, [], [7])], merge=merge, reference="e0")
+    if merge == "product":
+        torch.nn.init.zeros_(model.pcm.head.weight)  # strength 1
     for seed in range(3):
         torch.manual_seed(seed)
         ids = torch.randint(3, VOCAB, (2, 5))
@@ -149,13 +151,14 @@ def test_one_active_expert_writes_what_that_model_writes_under_the_same_processo
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's call
-@pytest.mark.parametrize("merge", ["probabilities", "adapters"])
+@pytest.mark.parametrize("merge", ["probabilities", "product", "adapters"])
 @pytest.mark.parametrize("options", PENALTIES[:3], ids=lambda options: next(iter(options)))
 def test_one_active_adapter_writes_what_peft_writes_under_the_same_processors(merge, options, tmp_path):
     backbone = tiny_llama(1)
     adapters = {name: peft_adapter(tmp_path / name, backbone, seed) for seed, name in enumerate("ab")}
     model = lora_ensemble(backbone, adapters)
     model.config.merge = merge
+    torch.nn.init.zeros_(model.pcm.head.weight)  # an expert's full tilt is at strength 1
     alone = PeftModel.from_pretrained(copy.deepcopy(backbone), adapters["b"]).eval()
     ids = torch.tensor([[21, 22, 23, 24]])
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None} | options
@@ -186,7 +189,7 @@ def test_a_penalty_from_the_experts_own_settings_counts_as_in_that_expert():
     assert not torch.equal(free, expected)
 
 
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("merge", MIXTURES)
 def test_between_two_experts_the_zero_moves_with_their_weights(merge):
     """Two experts that differ by a constant in all logits are one model, wherever its zero is."""
     model = make_ensemble([tiny_llama(1), tiny_llama(1)], [(0, [], []), (1, [], [])], merge=merge)

@@ -18,7 +18,7 @@ REQUESTS = [
 TOKENS = [61, 62, 63, 64, 65, 66, 67, 68]  # what every row goes on with
 
 
-@pytest.fixture(params=["prompts", "adapters", "merged adapters"])
+@pytest.fixture(params=["prompts", "adapters", "product", "added adapters"])
 def model(request, tmp_path):
     if request.param == "prompts":
         experts = [(0, [5, 6, 7], [11, 12]), (0, [], [13]), (1, [8], [14, 15, 16])]
@@ -26,7 +26,8 @@ def model(request, tmp_path):
     backbone = tiny_llama(1)
     adapters = {name: peft_adapter(tmp_path / name, backbone, seed) for seed, name in enumerate("abc")}
     model = lora_ensemble(backbone, adapters)
-    model.config.merge = "adapters" if "merged" in request.param else "probabilities"
+    merges = {"adapters": "probabilities", "product": "product", "added adapters": "adapters"}
+    model.config.merge = merges[request.param]
     return model
 
 

@@ -130,7 +130,7 @@ def test_rows_with_different_adapters_none_and_prompts_share_one_forward(backbon
         assert_close(logits[-len(row) :], expected[0, -len(row) :], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("merge", ["probabilities", "adapters"])
+@pytest.mark.parametrize("merge", ["probabilities", "product", "adapters"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beam", "sample"])
 def test_generation_is_the_same_cached_and_uncached_and_alone(backbone, adapters, merge, options):
     model = lora_ensemble(backbone, adapters, base=backbone)
@@ -150,11 +150,11 @@ def test_generation_is_the_same_cached_and_uncached_and_alone(backbone, adapters
         assert batch == [generate([row], [preference])[0] for row, preference in zip(rows, preferences)]
 
 
-def test_merged_adapters_equal_pefts_exact_weighted_sum(backbone, adapters):
+def test_added_adapters_equal_pefts_exact_weighted_sum(backbone, adapters):
     model = lora_ensemble(backbone, adapters)
     torch.nn.init.zeros_(model.pcm.head.weight)
     model.config.merge = "adapters"
-    weights = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.25, 0.75]])
+    weights = torch.tensor([[0.2, 0.5, 0.3], [0.0, 1.25, -0.75]])  # as given: they need not add up to 1
     inputs = left_pad([CONTEXT[0].tolist(), [31, 32, 33]])
     output = model(**inputs, preference=weights)
     for i, length in enumerate((7, 3)):
@@ -168,8 +168,8 @@ def test_merged_adapters_equal_pefts_exact_weighted_sum(backbone, adapters):
         assert_close(output.logits[i, -length:], expected, atol=1e-4, rtol=0)
 
 
-def test_merged_adapters_follow_the_pcm_from_token_to_token(backbone, adapters):
-    """α changes at each token, so a cached pass equals one over the whole text only if each token kept its own."""
+def test_added_adapters_follow_the_pcm_from_token_to_token(backbone, adapters):
+    """A strength changes at each token, so a cached pass equals one over the whole text only if each kept its own."""
     model = lora_ensemble(backbone, adapters)
     model.config.merge = "adapters"
     with torch.no_grad():
@@ -181,6 +181,26 @@ def test_merged_adapters_follow_the_pcm_from_token_to_token(backbone, adapters):
     assert_close(torch.cat([first.logits, rest.logits], 1), whole.logits, atol=1e-4, rtol=0)
     assert_close(last.logits[:, -1], whole.logits[:, -1], atol=1e-5, rtol=0)
     assert last.expert_weights.shape == (1, 1, 3)
+
+
+def test_a_product_of_adapters_is_measured_against_the_bare_backbone(backbone, adapters):
+    model = lora_ensemble(backbone, adapters)
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    model.config.merge = "product"
+    with torch.no_grad():
+        found = model(CONTEXT, preference={"a": 0.5, "b": -1.0}).logits
+        bare = tiny_llama(1)(CONTEXT).logits.log_softmax(-1)
+    a, b = (peft_log_probs(tiny_llama(1), adapters[name], CONTEXT) for name in "ab")
+    assert_close(found, (bare + 0.5 * (a - bare) - (b - bare)).log_softmax(-1), atol=1e-4, rtol=0)
+
+
+def test_no_weight_at_all_is_the_bare_backbone(backbone, adapters):
+    model = lora_ensemble(backbone, adapters)
+    for merge in ("product", "adapters"):
+        model.config.merge = merge
+        with torch.no_grad():
+            found = model(CONTEXT, preference=[0, 0, 0]).logits
+        assert_close(found, tiny_llama(1)(CONTEXT).logits.log_softmax(-1), atol=1e-5, rtol=0)
 
 
 def test_merging_adapters_refuses_other_experts_and_training(backbone, adapters):

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble.merging import MERGES, ExpertLogits, log_expert_weights, mixture_log_probs, token_log_probs
+from modeling_pcm_ensemble.merging import (
+    MIXTURES,
+    ExpertLogits,
+    log_expert_weights,
+    mixture_log_probs,
+    token_log_probs,
+)
 
 BATCH, SEQ = 3, 2
 
@@ -74,7 +80,7 @@ cases = given(
 
 @cases
 def test_mixture_sums_to_one(seed, num_experts, vocab_size, exact):
-    for merge in MERGES:
+    for merge in MIXTURES:
         mixture = mix(*random_case(seed, num_experts, vocab_size), exact=exact, merge=merge)
         assert_close(mixture.exp().sum(-1), torch.ones(BATCH, SEQ))
 

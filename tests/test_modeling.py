@@ -6,7 +6,7 @@ from conftest import VOCAB, left_pad, make_ensemble, reference, tiny_gpt2, tiny_
 from torch.testing import assert_close
 
 from modeling_pcm_ensemble import submodel
-from modeling_pcm_ensemble.merging import MERGES
+from modeling_pcm_ensemble.merging import MIXTURES
 
 CONTEXT = [21, 22, 23, 24, 25, 26, 27]
 WEIGHTS = [1.0, 0.5, 2.0, 0.0, 0.25, 1.0]
@@ -257,7 +257,7 @@ def test_experts_that_drop_tokens_leave_a_gradient_that_is_a_number(mixed):
     assert mixed.pcm.head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("merge", MIXTURES)
 @pytest.mark.parametrize("which", ["every expert", "one expert"])
 def test_tokens_that_experts_make_impossible_leave_a_gradient_that_is_a_number(mixed, merge, which):
     mixed.config.merge = merge

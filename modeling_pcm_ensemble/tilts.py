@@ -1,0 +1,163 @@
+"""The mathematics of tilts that add up, in which each expert acts in full: tensors in, tensors out."""
+
+import torch
+
+from .merging import DROPPED, ExpertLogits, precise, spread, sum_of_logits, times
+
+
+def expert_strengths(expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    r"""
+    Join the PCM's opinion and the user's weights where tilts add up: s = w · 2σ(h), in float32 (float64 where h is).
+
+    Args:
+        expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
+        weights (`torch.FloatTensor` of shape `(batch, experts)`): w, 1 for an expert's full tilt, below 0 to steer
+            away from it, 0 for experts that do not run.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, seq, experts)`: s, between 0 and 2 w.
+
+    Source: this library. h = 0 gives s = w, and no h turns a wish around.
+    """
+    return weights[:, None] * (2 * precise(expert_weight_logits).sigmoid())
+
+
+def product_log_probs(
+    expert_logits: list[ExpertLogits],
+    strengths: torch.Tensor,
+    reference: int | None = None,
+    expert_top_k: int | None = None,
+    normalize: bool = True,
+) -> torch.Tensor:
+    r"""
+    Add the experts' tilts to the reference: log π = log_softmax(log π_0 + Σ_i s_i (log π_i − log π_0)).
+
+    Args:
+        expert_logits (`list[ExpertLogits]`): of the reference, on all rows, and of N experts or fewer.
+        strengths (`torch.FloatTensor` of shape `(batch, seq, experts)`): s, of any sign; 0 for the reference.
+        reference (`int`, *optional*): the expert that is π_0; None for the entry of a bare backbone.
+        expert_top_k (`int`, *optional*):
+            Know of the reference and of each expert the k most probable tokens alone. Candidates are all tokens that
+            one of them keeps, but one whose share in the sum is 0 (as the reference's at Σ s = 1). What a model does
+            not keep is worth to it what its least probable kept token is. Other tokens rank below all candidates, by
+            the whole product, and have less than 1e-43 of the probability together.
+        normalize (`bool`): False gives the sum of logits, so that one expert at strength 1 gives its own.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, seq, vocab)`: log π in nats. A token that the reference or an expert
+        gives -inf, and whose share in the sum is not 0, has -inf, and no gradient.
+
+    Source: the product is MOD's (NeurIPS 2024) and DExperts' (arXiv 2105.03023), at weights that stand still; what a
+    top k means in it is this library's.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_pcm_ensemble.merging import ExpertLogits
+    >>> from modeling_pcm_ensemble.tilts import product_log_probs
+
+    >>> probs = {None: [0.5, 0.5], 0: [0.8, 0.2], 1: [0.6, 0.4]}  # of the reference and two experts
+    >>> models = [ExpertLogits(i, None, torch.tensor([[p]]).log()) for i, p in probs.items()]
+    >>> both = product_log_probs(models, torch.ones(1, 1, 2))  # 0.8 · 0.6 to 0.2 · 0.4
+    >>> [round(p, 3) for p in both.exp().flatten().tolist()]
+    [0.857, 0.143]
+
+    ```
+    """
+    coefficients = _coefficients(strengths, reference)
+    total = sum_of_logits(expert_logits, coefficients)
+    if expert_top_k is not None:
+        total = _put_candidates(total, expert_logits, coefficients, expert_top_k)
+    return total.log_softmax(dim=-1) if normalize else total
+
+
+def token_tilts(
+    expert_logits: list[ExpertLogits],
+    strengths: torch.Tensor,
+    token_ids: torch.Tensor,
+    reference: int | None = None,
+    expert_top_k: int | None = None,
+) -> torch.Tensor:
+    r"""
+    Read off how much each expert's tilt adds to given tokens: s_i (log π_i − log π_0), in nats, of any sign.
+
+    Args:
+        expert_logits, strengths, reference, expert_top_k: as for [`product_log_probs`].
+        token_ids (`torch.LongTensor` of shape `(batch, seq)`): the tokens.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, seq, experts)`: 0 of experts that did not run, and of the reference.
+    """
+    batch_size, log_probs = len(token_ids), {}
+    for entry in expert_logits:
+        whole = precise(entry.logits).log_softmax(dim=-1)
+        floor = _least_kept(whole, expert_top_k)
+        active = slice(None) if entry.rows is None else entry.rows
+        of_tokens = whole.gather(-1, token_ids[active][..., None])  # (active rows, seq, 1)
+        log_probs[entry.expert] = spread(entry, torch.maximum(of_tokens, floor), batch_size, 0.0)[..., 0]
+
+    tilts = torch.zeros_like(strengths)
+    for expert in log_probs.keys() - {reference}:
+        ran = strengths[:, :, expert] != 0
+        added = strengths[:, :, expert] * (log_probs[expert] - log_probs[reference])
+        tilts[:, :, expert] = added.where(ran, torch.zeros_like(added))
+    return tilts
+
+
+def _coefficients(strengths: torch.Tensor, reference: int | None) -> torch.Tensor:
+    """What each model counts in the sum, `(batch, seq, models)`, 1 together; a bare reference is the last."""
+    of_reference = 1 - strengths.sum(dim=-1, keepdim=True)
+    if reference is None:
+        return torch.cat([strengths, of_reference], dim=-1)
+    return strengths.index_copy(-1, torch.tensor([reference], device=strengths.device), of_reference)
+
+
+def _least_kept(logits: torch.Tensor, expert_top_k: int | None) -> torch.Tensor:
+    """The logit of the k-th most probable token, `(…, 1)`; of the least probable one without a k."""
+    if expert_top_k is None or expert_top_k >= logits.shape[-1]:
+        return logits.amin(dim=-1, keepdim=True)
+    return logits.topk(expert_top_k, dim=-1).values[..., -1:]
+
+
+def _put_candidates(
+    total: torch.Tensor, expert_logits: list[ExpertLogits], coefficients: torch.Tensor, expert_top_k: int
+) -> torch.Tensor:
+    """The sum of logits, `(batch, seq, vocab)`, where what no model keeps comes below what one does."""
+    tokens, is_repeated = candidates(expert_logits, coefficients, expert_top_k)
+    values = torch.zeros_like(tokens, dtype=total.dtype)  # (batch, seq, candidates)
+    for entry in expert_logits:
+        active = slice(None) if entry.rows is None else entry.rows
+        logits = precise(entry.logits)
+        known = logits.gather(-1, tokens[active]).maximum(_least_kept(logits, expert_top_k))
+        own = coefficients[active, :, -1 if entry.expert is None else entry.expert, None]
+        values = values + spread(entry, times(known, own), len(total), 0.0)
+
+    # A candidate that stands there twice is written twice, but has its gradient once.
+    values = torch.where(is_repeated, values.detach(), values)
+    below = values.amin(dim=-1, keepdim=True) - total.amax(dim=-1, keepdim=True) - DROPPED
+    return (total + below).scatter(-1, tokens, values)
+
+
+def candidates(
+    expert_logits: list[ExpertLogits], coefficients: torch.Tensor, expert_top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Tokens that a model with a part in the sum keeps, `(batch, seq, models · k)`, and whether a place repeats the token
+    of another one.
+    """
+    kept = []
+    for entry in expert_logits:
+        own = coefficients[:, :, -1 if entry.expert is None else entry.expert, None]  # (batch, seq, 1)
+        index = entry.logits.topk(min(expert_top_k, entry.logits.shape[-1]), dim=-1).indices
+        kept.append(spread(entry, index, len(coefficients), -1).masked_fill(own == 0, -1))
+
+    # Sorted, equal ones stand side by side, and places without a token come last.
+    tokens = torch.cat(kept, dim=-1).sort(dim=-1, descending=True).values
+    is_repeated = torch.zeros_like(tokens, dtype=torch.bool)
+    is_repeated[..., 1:] = (tokens[..., 1:] == tokens[..., :-1]) | (tokens[..., 1:] < 0)
+    tokens = torch.where(tokens < 0, tokens[..., :1], tokens)
+    return tokens, is_repeated
+
+
+__all__ = ["candidates", "expert_strengths", "product_log_probs", "token_tilts"]
