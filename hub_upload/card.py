@@ -41,6 +41,28 @@ model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True
 print(model.generate(torch.tensor([[3, 4, 5]]), preference={preference}, max_new_tokens=8, do_sample=False))"""
 
 
+MERGING = {
+    "probabilities": "The next token is drawn from Σ α π, the weighted sum of the experts' distributions.",
+    "logits": "The next token is drawn from the distribution whose logits are Σ α logits.",
+    "product": (
+        "What each expert changes of a reference, log π − log π₀, is added to it at the expert's weight, so that all "
+        "wishes act on every token."
+    ),
+    "adapters": "The experts' LoRA adapters are added up at these weights, so that all wishes act on every token.",
+}
+WEIGHTS = {
+    False: "Weights are shares: they are 0 or more, and only their ratios count.",
+    True: "Weights are strengths: 1 is an expert's full tilt, 0.5 half of it, and one below 0 steers away from it.",
+}
+COST = {
+    False: (
+        "A request costs the pass of every expert that it wants; experts on one backbone share that pass as rows of "
+        "one batch."
+    ),
+    True: "A request costs the pass of one model, whatever the number of experts that it wants.",
+}
+
+
 def model_card(
     model: PCMEnsembleForCausalLM,
     repo_id: str,
@@ -95,6 +117,9 @@ def model_card(
         repo_id=repo_id,
         experts=[_row(config, expert) for expert in config.experts],
         code=_code(model, repo_id, revision),
+        merging=MERGING[config.merge],
+        weights=WEIGHTS[config.adds_up],
+        cost=COST[config.merge == "adapters"],
         default="all experts count equally" if config.default_preference is None else f"`{config.default_preference}`",
         pcm_layers=config.pcm.num_hidden_layers,
         pcm_type=config.pcm.model_type,
@@ -113,7 +138,7 @@ def code_blocks(text: str) -> list[str]:
 
 def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None) -> str:
     """How to use the model, as its tokenizer allows."""
-    names, tokenizer = model.config.expert_names, model.tokenizer
+    names, tokenizer = model.config.weighted_names, model.tokenizer
     preference = {names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0]
     code = TOKEN_CODE
     if tokenizer is not None:
@@ -216,5 +241,5 @@ def _training_facts(model, training: dict | None) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in training["settings"].items())
         return f"It was trained by `{training['trainer']}` for {training['steps']} updates ({settings})."
     if not model.pcm.head.weight.any():
-        return "It is not trained: its head is zero, so that α is the weights that a request gives."
+        return "It is not trained: its head is zero, so that the experts' weights are those that a request gives."
     return "It was trained; how is not recorded in this repository."

@@ -333,7 +333,10 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         expert_weights, tokens = output.expert_weights[:, :-1], input_ids[:, 1:].long()
         config = self.config
         if config.adds_up:
-            shares = token_tilts(expert_logits, expert_weights, tokens, config.reference_index, config.expert_top_k)
+            _, tilts = token_tilts(
+                expert_logits, tokens[..., None], config.num_experts, config.reference_index, config.expert_top_k
+            )
+            shares = expert_weights * tilts[:, :, 0]  # (batch, seq - 1, experts)
         else:
             log_probs = token_log_probs(expert_logits, tokens, config.num_experts, config.expert_top_k)
             shares = (expert_weights.log() + log_probs).softmax(dim=-1)  # (batch, seq - 1, experts)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .merging import DROPPED, ExpertLogits, precise, spread, sum_of_logits, times
+from .merging import DROPPED, ExpertLogits, few_rows_at_once, precise, spread, sum_of_logits, times
 
 
 def expert_strengths(expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -65,44 +65,48 @@ def product_log_probs(
 
     ```
     """
-    coefficients = _coefficients(strengths, reference)
-    total = sum_of_logits(expert_logits, coefficients)
-    if expert_top_k is not None:
-        total = _put_candidates(total, expert_logits, coefficients, expert_top_k)
-    return total.log_softmax(dim=-1) if normalize else total
+
+    def merge(expert_logits: list[ExpertLogits], coefficients: torch.Tensor) -> torch.Tensor:
+        total = sum_of_logits(expert_logits, coefficients)
+        if expert_top_k is not None:
+            total = _put_candidates(total, expert_logits, coefficients, expert_top_k)
+        return total.log_softmax(dim=-1) if normalize else total
+
+    return few_rows_at_once(merge, expert_logits, _coefficients(strengths, reference))
 
 
 def token_tilts(
     expert_logits: list[ExpertLogits],
-    strengths: torch.Tensor,
     token_ids: torch.Tensor,
+    num_experts: int,
     reference: int | None = None,
     expert_top_k: int | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Read off how much each expert's tilt adds to given tokens: s_i (log π_i − log π_0), in nats, of any sign.
+    Read off the reference's log-probability of given tokens, and what each expert changes of it.
 
     Args:
-        expert_logits, strengths, reference, expert_top_k: as for [`product_log_probs`].
-        token_ids (`torch.LongTensor` of shape `(batch, seq)`): the tokens.
+        expert_logits, reference, expert_top_k: as for [`product_log_probs`].
+        token_ids (`torch.LongTensor` of shape `(batch, seq, tokens)`): the tokens.
+        num_experts (`int`): N.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, seq, experts)`: 0 of experts that did not run, and of the reference.
+        log π_0, `torch.FloatTensor` of shape `(batch, seq, tokens)`, and the tilts log π_i − log π_0, `(batch, seq,
+        tokens, experts)`, of any sign, in nats; 0 where an expert did not run, and of the reference.
     """
-    batch_size, log_probs = len(token_ids), {}
+    log_probs = {}
     for entry in expert_logits:
-        whole = precise(entry.logits).log_softmax(dim=-1)
-        floor = _least_kept(whole, expert_top_k)
+        whole = precise(entry.logits).log_softmax(dim=-1)  # (active rows, seq, vocab)
         active = slice(None) if entry.rows is None else entry.rows
-        of_tokens = whole.gather(-1, token_ids[active][..., None])  # (active rows, seq, 1)
-        log_probs[entry.expert] = spread(entry, torch.maximum(of_tokens, floor), batch_size, 0.0)[..., 0]
+        log_probs[entry.expert] = whole.gather(-1, token_ids[active]).maximum(_least_kept(whole, expert_top_k))
 
-    tilts = torch.zeros_like(strengths)
-    for expert in log_probs.keys() - {reference}:
-        ran = strengths[:, :, expert] != 0
-        added = strengths[:, :, expert] * (log_probs[expert] - log_probs[reference])
-        tilts[:, :, expert] = added.where(ran, torch.zeros_like(added))
-    return tilts
+    base = log_probs[reference]
+    tilts = base.new_zeros(*base.shape, num_experts)
+    for entry in expert_logits:
+        if entry.expert != reference:
+            active = slice(None) if entry.rows is None else entry.rows
+            tilts[active, ..., entry.expert] = log_probs[entry.expert] - base[active]
+    return base, tilts
 
 
 def _coefficients(strengths: torch.Tensor, reference: int | None) -> torch.Tensor:
@@ -124,12 +128,11 @@ def _put_candidates(
     total: torch.Tensor, expert_logits: list[ExpertLogits], coefficients: torch.Tensor, expert_top_k: int
 ) -> torch.Tensor:
     """The sum of logits, `(batch, seq, vocab)`, where what no model keeps comes below what one does."""
-    tokens, is_repeated = candidates(expert_logits, coefficients, expert_top_k)
+    tokens, is_repeated, least_kept = candidates(expert_logits, coefficients, expert_top_k)
     values = torch.zeros_like(tokens, dtype=total.dtype)  # (batch, seq, candidates)
-    for entry in expert_logits:
+    for entry, least in zip(expert_logits, least_kept):
         active = slice(None) if entry.rows is None else entry.rows
-        logits = precise(entry.logits)
-        known = logits.gather(-1, tokens[active]).maximum(_least_kept(logits, expert_top_k))
+        known = precise(entry.logits.gather(-1, tokens[active]).maximum(least))
         own = coefficients[active, :, -1 if entry.expert is None else entry.expert, None]
         values = values + spread(entry, times(known, own), len(total), 0.0)
 
@@ -141,23 +144,23 @@ def _put_candidates(
 
 def candidates(
     expert_logits: list[ExpertLogits], coefficients: torch.Tensor, expert_top_k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """
-    Tokens that a model with a part in the sum keeps, `(batch, seq, models · k)`, and whether a place repeats the token
-    of another one.
+    Tokens that a model with a part in the sum keeps, `(batch, seq, models · k)`; whether a place repeats the token of
+    another one; and of each model the logit of its least probable kept token, `(active rows, seq, 1)`.
     """
-    kept = []
+    kept, least_kept = [], []
     for entry in expert_logits:
         own = coefficients[:, :, -1 if entry.expert is None else entry.expert, None]  # (batch, seq, 1)
-        index = entry.logits.topk(min(expert_top_k, entry.logits.shape[-1]), dim=-1).indices
-        kept.append(spread(entry, index, len(coefficients), -1).masked_fill(own == 0, -1))
+        top = entry.logits.topk(min(expert_top_k, entry.logits.shape[-1]), dim=-1)
+        kept.append(spread(entry, top.indices, len(coefficients), -1).masked_fill(own == 0, -1))
+        least_kept.append(top.values[..., -1:])
 
     # Sorted, equal ones stand side by side, and places without a token come last.
     tokens = torch.cat(kept, dim=-1).sort(dim=-1, descending=True).values
     is_repeated = torch.zeros_like(tokens, dtype=torch.bool)
     is_repeated[..., 1:] = (tokens[..., 1:] == tokens[..., :-1]) | (tokens[..., 1:] < 0)
-    tokens = torch.where(tokens < 0, tokens[..., :1], tokens)
-    return tokens, is_repeated
+    return torch.where(tokens < 0, tokens[..., :1], tokens), is_repeated, least_kept
 
 
 __all__ = ["candidates", "expert_strengths", "product_log_probs", "token_tilts"]

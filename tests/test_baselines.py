@@ -74,7 +74,9 @@ def test_parts_can_be_changed_and_are_put_back(model):
     variants = {
         "no PCM": StaticWeights("m", model, TOKENS),
         "logits": StaticWeights("m", with_settings(model, merge="logits"), TOKENS),
-        "soup": StaticWeights("m", with_settings(model, merge="adapters"), TOKENS),
+        "added": StaticWeights("m", with_settings(model, merge="adapters"), TOKENS),
+        "soup": StaticWeights("m", with_settings(model, merge="adapters"), TOKENS, average=True),
+        "product": StaticWeights("m", with_settings(model, merge="product"), TOKENS),
         "top 1": TrainedEnsemble("m", with_settings(model, expert_top_k=1), TOKENS),
         "no description": WithoutDescription("m", model, TOKENS),
         "no context": WithoutContext("m", model, TOKENS),
@@ -94,7 +96,23 @@ def test_parts_can_be_changed_and_are_put_back(model):
     torch.nn.init.zeros_(model.pcm.head.weight)
     assert written["no PCM"] == sampled(model, preference=WANTED)
     model.config.merge = "adapters"
-    assert written["soup"] == sampled(model, preference=WANTED)
+    assert written["added"] == sampled(model, preference=WANTED)
+    assert written["soup"] == sampled(model, preference=[{"a": 0.25, "b": 0.75}, {"c": 1.0}])
+    model.config.merge = "product"
+    assert written["product"] == sampled(model, preference=WANTED)
+    # Weights that add up to 1 leave nothing of the reference: a mixture of logits, which is MOD's
+    assert answers(StaticWeights("m", with_settings(model), TOKENS, average=True)) == written["logits"]
+
+
+def test_an_average_needs_a_sum_above_0_and_a_pcm_of_another_space_does_not_get_in(model):
+    away = StaticWeights("m", with_settings(model, merge="adapters"), TOKENS, average=True)
+    with pytest.raises(ValueError, match="add up to -1, which no average has"):
+        away.generate(PROMPTS, [Preference({"a": 1.0, "b": -2.0})] * len(PROMPTS))
+    model.config.pcm_trained_for = "probabilities"
+    with pytest.raises(Exception, match="was trained for"):
+        with_settings(model, merge="adapters")
+    assert with_settings(without_pcm(model), merge="adapters").config.pcm_trained_for is None
+    assert model.config.pcm_trained_for == "probabilities"
 
 
 def test_without_context_alpha_is_what_the_description_alone_gives(model):

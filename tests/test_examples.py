@@ -181,7 +181,7 @@ def test_a_pcm_is_loaded_from_what_training_has_written(example, tmp_path):
     models = [PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(seed)) for seed in (3, 4)]
     torch.nn.init.normal_(models[0].pcm.head.weight)
     models[0].pcm.body.embed_tokens.requires_grad_(False)
-    example("train_pcm").save_learnt(models[0].pcm, tmp_path / "pcm.safetensors")
+    example("train_pcm").save_learnt(models[0], tmp_path / "pcm.safetensors")
 
     embeddings = models[1].pcm.body.embed_tokens.weight.clone()
     models[1].load_pcm(tmp_path / "pcm.safetensors")

@@ -28,7 +28,8 @@ def test_experts_log_probs_are_recorded_while_sampling(steps, tmp_path, monkeypa
     mask = rollout.completion_mask.bool()
     expected = whole_log_probs(trainer.ensemble, rollout)
     assert_close(rollout.old_log_probs[mask], expected[mask].detach(), atol=1e-4, rtol=0)
-    assert rollout.expert_log_probs.isneginf().all(dim=1).eq(rollout.weights == 0).all()
+    did_not_run = (rollout.weights == 0)[:, None].expand_as(rollout.recorded)
+    assert torch.equal(rollout.recorded.isneginf()[mask], did_not_run[mask])
     for row, ids in enumerate(rollout.completion_ids.tolist()):
         written = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
         assert rollout.completion_mask[row].tolist() == [1] * written + [0] * (len(ids) - written)

@@ -167,13 +167,15 @@ def test_what_a_model_gives_no_probability_is_impossible_unless_it_has_no_part(e
 def test_token_tilts_are_what_each_expert_adds(seed, num_experts, vocab_size, expert_top_k):
     logits, strengths = random_case(seed, num_experts, vocab_size)
     tokens = torch.randint(vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(seed))
-    found = token_tilts(entries(logits, strengths), strengths, tokens, expert_top_k=expert_top_k)
+    models = entries(logits, strengths)
+    base, tilts = token_tilts(models, tokens[..., None], num_experts, expert_top_k=expert_top_k)
     log_probs = logits.log_softmax(-1)
     k = min(expert_top_k or vocab_size, vocab_size)
     known = log_probs.maximum(log_probs.topk(k).values[..., -1:])
     of_tokens = known.gather(-1, tokens.expand(num_experts + 1, -1, -1)[..., None])[..., 0]  # (models, batch, seq)
+    assert_close(base[..., 0], of_tokens[0])
     expected = strengths * (of_tokens[1:] - of_tokens[:1]).permute(1, 2, 0)
-    assert_close(found, expected, atol=1e-9, rtol=0)
+    assert_close(strengths * tilts[:, :, 0], expected, atol=1e-9, rtol=0)
 
 
 # In a model

@@ -14,9 +14,10 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference
 from modeling_pcm_ensemble.rewards import ModelReward
 from modeling_pcm_ensemble.training import RebelConfig, RebelTrainer
+from modeling_pcm_ensemble.training.preference_sampling import ToldPreference
 
 PROMPTS = ["what is a cat?", "name three birds", "why is the sky blue?", "hello", "tell me more", "how far is it?"]
 
@@ -31,6 +32,18 @@ def tiny_ensemble(seed: int = 0):
     torch.nn.init.zeros_(model.pcm.head.weight)
     model._tokenizer = tiny_tokenizer()
     model.generation_config.eos_token_id = 2
+    return model
+
+
+def tiny_product(seed: int = 0):
+    """Three prompted experts on one backbone, whose tilts add up on it as it is."""
+    model = make_ensemble([tiny_llama(1)], [(0, [5, 6], [11, 12]), (0, [9], [13]), (0, [7], [14, 15])], seed)
+    for expert, dimension in zip(model.config.experts, ("size", "size", "colour")):
+        expert["dimension"] = dimension
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    model._tokenizer = tiny_tokenizer()
+    model.generation_config.eos_token_id = 2
+    model.config.merge = "product"
     return model
 
 
@@ -130,7 +143,45 @@ def test_the_gradient_equals_one_that_runs_every_expert_inside_the_loss(loss_typ
         assert_close(value, model.pcm.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
 
 
-def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("loss_type", ["rebel", "ppo"])
+def test_the_gradient_of_a_product_equals_one_over_the_whole_vocabulary(loss_type, top_k, tmp_path):
+    model = tiny_product().double()
+    model.config.expert_top_k = top_k
+    torch.nn.init.normal_(model.pcm.head.weight)
+    trainer = make_trainer(tmp_path, model, loss_type=loss_type, eta=2.0, epsilon=0.1, beta=0.3)
+    wishes = [ToldPreference(Preference({"e0": 1.4, "e2": -0.6})), ToldPreference(Preference({"e1": 0.3}))]
+    rollout, _ = sampled(trainer, wishes)
+    rollout.rewards = rollout.rewards.double()
+    mask = rollout.completion_mask.bool()
+    assert_close(rollout.old_log_probs[mask], whole_log_probs(model, rollout)[mask].detach(), atol=1e-9, rtol=0)
+
+    rollout.old_log_probs = rollout.old_log_probs + 0.2 * torch.randn(rollout.old_log_probs.shape)  # a later epoch
+    model.zero_grad()
+    trainer.compute_loss(model.pcm, rollout).backward()
+    gradient = {name: p.grad.clone() for name, p in model.pcm.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    brute_force_loss(model, rollout, loss_type, shares=False).backward()
+    assert gradient["head.weight"].abs().max() > 1e-3
+    for name, value in gradient.items():
+        assert_close(value, model.pcm.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_rollout_of_a_product_keeps_its_candidates_in_half_precision(top_k, tmp_path):
+    model = tiny_product()
+    model.config.expert_top_k = top_k
+    torch.nn.init.normal_(model.pcm.head.weight)
+    trainer = make_trainer(tmp_path, model)
+    rollout, _ = sampled(trainer)
+    mask = rollout.completion_mask.bool()
+    assert rollout.recorded.dtype == torch.float16
+    assert rollout.recorded.shape[2:] == (1 + (4 * 5 if top_k else model.config.vocab_size), 4)
+    expected = whole_log_probs(model, rollout).detach()
+    assert_close(rollout.old_log_probs[mask], expected[mask], atol=2e-2, rtol=0)
+
+
+def brute_force_loss(model, rollout, loss_type: str, shares: bool = True) -> torch.Tensor:
     """REBEL (arXiv 2404.16767), PPO (arXiv 1707.06347) and RLOO (arXiv 2402.14740), pair by pair, token by token."""
     mask = rollout.completion_mask
     log_probs = whole_log_probs(model, rollout).masked_fill(mask == 0, 0)  # what no expert keeps is -inf
@@ -162,6 +213,8 @@ def brute_force_loss(model, rollout, loss_type: str) -> torch.Tensor:
         written = int(mask[i].sum())
         difference = initial[i, :written] - log_probs[i, :written]
         kl = kl + (difference.exp() - difference - 1).sum()
+        if not shares:
+            continue
         prompt = rollout.prompt_ids[i][rollout.prompt_mask[i].bool()]
         ids = torch.cat([prompt, rollout.completion_ids[i]])[None]
         prefix = rollout.prefix_ids[i : i + 1]
@@ -329,12 +382,66 @@ def test_a_trained_ensemble_is_saved_in_the_experts_dtype_and_loads(tmp_path):
     assert trainer.model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("merge", ["logits", "adapters"])
-def test_only_mixtures_of_probabilities_are_trained(merge, tmp_path):
-    model = tiny_ensemble()
-    model.config.merge = merge
-    with pytest.raises(ValueError, match=f'the ensemble has `merge="{merge}"`'):
-        make_trainer(tmp_path, model)
+@pytest.mark.parametrize(
+    ("changes", "settings", "words"),
+    [
+        ({"merge": "logits"}, {}, "trains `merge` 'probabilities' and 'product', got 'logits'"),
+        ({"merge": "adapters"}, {}, "got 'adapters'. Train with `merge=\"product\"`"),
+        ({"pcm_trained_for": "probabilities"}, {}, "was trained for `merge='probabilities'`"),
+        ({}, {"entropy_coef": 0.1}, "are of shares, which a product has none of"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused_before_anything_runs(changes, settings, words, tmp_path):
+    model = tiny_product()
+    vars(model.config).update(changes)
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, model, **settings)
+
+
+def test_training_says_what_the_pcm_was_trained_for(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_product(), weight_distribution="signed", exploration=0.5, max_steps=1)
+    assert trainer.ensemble.config.pcm_trained_for is None
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config.pcm_trained_for == "product"
+    assert any(0.2 < entry["relative_strength"] < 5 for entry in trainer.state.log_history if "kl" in entry)
+
+
+def test_a_products_pcm_learns_when_a_tilt_helps_and_when_it_harms(tmp_path):
+    """Of two tilts that are rewarded at one place each, the one wanted for the letter goes up there."""
+    tokenizer = tiny_tokenizer()
+    a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    experts = [constant_expert(a), constant_expert(b), tiny_llama(7)]
+    model = make_ensemble(experts, [(0, [], [11]), (1, [], [12]), (2, [], [])], merge="product", reference="e2")
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    model._tokenizer = tokenizer
+
+    def alternates(prompts, completions, **columns):
+        return [8 * sum(c == "ab"[i % 2] for i, c in enumerate(text)) / 4 for text in completions]
+
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        {"e0": alternates, "e1": alternates},
+        prompts=PROMPTS[:2],
+        columns={"reference": ["aabb"] * 2},
+        preference_sets=[["e0", "e1"]],
+        max_completion_length=4,
+        per_device_train_batch_size=32,
+        num_generations=16,
+        max_steps=160,
+        eta=4.0,
+        num_iterations=2,
+        learning_rate=1e-3,
+        exploration=0.5,
+    )
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    trainer.args.exploration = 0.0
+    learnt = [trainer._new_rollout(number).rewards.mean().item() for number in range(20)]
+    assert sum(learnt) / 20 > rewards[0] + 0.15
 
 
 def test_a_dataset_without_prompts_and_experts_without_dimensions_are_refused(tmp_path):

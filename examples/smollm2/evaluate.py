@@ -46,6 +46,7 @@ from modeling_pcm_ensemble.evaluation import (
     evaluate,
     make_cases,
     with_settings,
+    without_pcm,
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
@@ -103,14 +104,15 @@ def single_models(model, arguments, top_k: int = 0) -> list[Baseline]:
     """Make what gives one distribution, sampled whole or, as the PCM's experts are, from its `top_k` best tokens."""
     base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
     descriptions = {expert["name"]: expert["description"] for expert in model.config.experts}
-    adapters = with_settings(model, merge="adapters", expert_top_k=None)
-    logits = with_settings(model, merge="logits", expert_top_k=None)
+    untrained = without_pcm(model)
+    adapters = with_settings(untrained, merge="adapters", expert_top_k=None)
+    logits = with_settings(untrained, merge="logits", expert_top_k=None)
 
     part = f", {top_k} best tokens" if top_k else ""
     baselines: list[Baseline] = [
         PlainModel(f"vanilla{part}", base, tokenizer, tokens, top_k=top_k),
         PromptedModel(f"prompting{part}", base, tokenizer, tokens, descriptions, top_k=top_k),
-        StaticWeights(f"Personalized Soup{part}", adapters, tokens, top_k=top_k),
+        StaticWeights(f"Personalized Soup{part}", adapters, tokens, top_k=top_k, average=True),
         StaticWeights(f"logit merging{part}", logits, tokens, top_k=top_k),
     ]
     if not (arguments.model or arguments.quick or arguments.ablations):

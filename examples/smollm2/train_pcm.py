@@ -93,11 +93,11 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
     DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES).train()
 
 
-def save_learnt(pcm, path: Path):
-    """Write a PCM without its frozen embeddings, in bfloat16."""
-    learnt = {name: p.detach().to(torch.bfloat16) for name, p in pcm.named_parameters() if p.requires_grad}
+def save_learnt(model, path: Path):
+    """Write an ensemble's PCM without its frozen embeddings, in bfloat16, and what it was trained for."""
+    learnt = {name: p.detach().to(torch.bfloat16) for name, p in model.pcm.named_parameters() if p.requires_grad}
     with staged_folder(path.parent) as staging:
-        save_file(learnt, Path(staging) / path.name)
+        save_file(learnt, Path(staging) / path.name, metadata={"trained_for": model.config.merge})
 
 
 def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
@@ -115,12 +115,12 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
         trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
         write_text(folder / "history.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
-        save_learnt(model.pcm, rewarded)
+        save_learnt(model, rewarded)
 
     model.load_pcm(rewarded)
     model.pcm.body.requires_grad_(True)
     teach_descriptions(model, dataset, folder, seed, arguments.description_steps)
-    save_learnt(model.pcm, described)
+    save_learnt(model, described)
     return folder
 
 

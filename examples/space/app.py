@@ -1,5 +1,6 @@
 """
-One question under two preferences, side by side: which expert carries each token, and how α moves over the answer.
+One question under two preferences, side by side: which expert carries each token, and how the experts' weights move
+over the answer.
 
     pip install -r requirements.txt && python app.py FOLDER_OR_REPOSITORY
 
@@ -85,7 +86,7 @@ def preferences_of(model, values: list) -> tuple[list[dict[str, float]], list[st
     for side in (values[:middle], values[middle:]):
         text = (side[-1] or "").strip() or None
         chosen = {name: float(weight) for name, weight in zip(names, side) if weight}
-        weights.append(chosen or (dict.fromkeys(names, 1.0) if text else {}))
+        weights.append(chosen or (dict.fromkeys(model.config.weighted_names, 1.0) if text else {}))
         words.append(text)
     return weights, words
 
@@ -136,36 +137,48 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
 
 
 def explain(model, input_ids, answer: list[int], weights: dict[str, float], words: str | None):
-    """Give tokens with the expert that contributed most to each, and α at each: `(tokens, experts)`."""
+    """Give tokens with the expert that contributed most to each, and weights at each: `(tokens, experts)`."""
     ids = torch.cat([input_ids, torch.tensor([answer], device=input_ids.device)], dim=1)
-    given = {"preference": weights, "preference_text": words}
+    given = {"preference": [weights], "preference_text": words}
     start = input_ids.shape[1] - 1
     with torch.no_grad():
-        shares = model.attribute(ids, **given)[0, start:]
-        alphas = model.compute_expert_weights(ids, **given)[0, start:-1].cpu()
+        expert_weights = model.compute_expert_weights(ids, **given)[0, start:-1].cpu()
+        if model.config.merge == "adapters" or not weights:  # one model: no expert predicts apart
+            carriers = [None] * len(answer)
+        else:
+            shares = model.attribute(ids, **given)[0, start:]
+            carriers = [model.config.expert_names[index] for index in shares.argmax(dim=-1).tolist()]
 
-    carriers = [model.config.expert_names[index] for index in shares.argmax(dim=-1).tolist()]
-    return list(zip(pieces(model.tokenizer, answer), carriers)), alphas
+    return list(zip(pieces(model.tokenizer, answer), carriers)), expert_weights
 
 
-def draw(alphas: torch.Tensor, names: list[str], colors: dict[str, str]) -> Figure:
-    """Draw α over an answer, `(tokens, experts)`, as stacked areas."""
+def draw(expert_weights: torch.Tensor, names: list[str], colors: dict[str, str], adds_up: bool) -> Figure:
+    """Draw `(tokens, experts)` over an answer: α, whose parts make 1, as areas, and strengths as lines."""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axis = figure.subplots()
 
-    wanted = [index for index in range(len(names)) if alphas[:, index].any()]
-    values = alphas[:, wanted].T.tolist()
-    labels = [names[i] for i in wanted]
-    axis.stackplot(range(len(alphas)), values, labels=labels, colors=[colors[name] for name in labels])
-    axis.set(xlabel="token", ylabel="α", title="α over the answer", ylim=(0, 1), xlim=(0, max(len(alphas) - 1, 1)))
-    axis.legend(fontsize=8, loc="lower left")
+    wanted = [index for index in range(len(names)) if expert_weights[:, index].any()]
+    tokens, labels = range(len(expert_weights)), [names[i] for i in wanted]
+    if adds_up:
+        for index, name in zip(wanted, labels):
+            axis.plot(tokens, expert_weights[:, index].tolist(), label=name, color=colors[name])
+        axis.axhline(0, color="grey", linewidth=0.5)
+        axis.set(ylabel="strength", title="strengths over the answer; 1 is an expert's full tilt")
+    else:
+        values = expert_weights[:, wanted].T.tolist()
+        axis.stackplot(tokens, values, labels=labels, colors=[colors[name] for name in labels])
+        axis.set(ylabel="α", title="α over the answer", ylim=(0, 1))
+
+    axis.set(xlabel="token", xlim=(0, max(len(expert_weights) - 1, 1)))
+    if labels:
+        axis.legend(fontsize=8, loc="lower left")
     return figure
 
 
 def label(weights: dict[str, float], words: str | None) -> str:
     """Write a preference in the votes: `elementary=2 + concise=0.5`, as the evaluation writes it."""
     equal = set(weights.values()) == {1.0}
-    named = " + ".join(name if equal else f"{name}={weight:g}" for name, weight in weights.items())
+    named = " + ".join(name if equal else f"{name}={weight:g}" for name, weight in weights.items()) or "nothing"
     return named if words is None else f"{named}: {words}"
 
 
@@ -203,7 +216,7 @@ def answer_both(model, colors: dict[str, str], question, max_new_tokens, tempera
     weights, words = preferences_of(model, list(values))
     if not (question or "").strip():
         raise gr.Error("Ask something.")
-    if not all(weights):
+    if not all(weights) and not model.config.adds_up:
         raise gr.Error("Give each side an expert with a weight above 0, or words.")
 
     input_ids = encode(model, question)
@@ -218,9 +231,10 @@ def answer_both(model, colors: dict[str, str], question, max_new_tokens, tempera
 
     pieces_of_sides, charts = [], []
     for side in zip(answers, weights, words):
-        coloured, alphas = explain(model, input_ids, *side) if side[0] else ([], ())
+        coloured, expert_weights = explain(model, input_ids, *side) if side[0] else ([], ())
         pieces_of_sides.append(coloured)
-        charts.append(draw(alphas, model.config.expert_names, colors) if len(alphas) else None)
+        drawn = (expert_weights, model.config.expert_names, colors, model.config.adds_up)
+        charts.append(draw(*drawn) if len(expert_weights) else None)
     yield *pieces_of_sides, *charts, (question, label(weights[0], words[0]), *texts)
 
 
@@ -236,10 +250,12 @@ def side_controls(model, side: str, wanted: int) -> list:
     """Lay out a side's sliders, that of index `wanted` at 1, and its box for words."""
     gr.Markdown(f"### {side.capitalize()}")
     controls = []
+    lowest = -1 if model.config.adds_up else 0  # a tilt can be turned around, a share cannot
     for index, expert in enumerate(model.config.experts):
         value, name = float(index == wanted), expert["name"]
         options = {"label": name, "info": expert["description"], "elem_id": f"{side}-{name}"}
-        controls.append(slider(0, 2, value, step=0.1, **options))
+        options["interactive"] = name in model.config.weighted_names  # the reference of a product has no weight
+        controls.append(slider(lowest, 2, value * options["interactive"], step=0.1, **options))
 
     words = "Words instead of the descriptions; with all sliders at 0 they choose among all experts"
     return [*controls, gr.Textbox(label=words, elem_id=f"{side}-words")]

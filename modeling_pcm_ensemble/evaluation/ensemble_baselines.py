@@ -64,6 +64,8 @@ class EnsembleBaseline(Baseline):
             "words": None,
             "only": None,
         }
+        if config.adds_up:  # since weights count as given, and not as shares
+            options |= {"adds_up": True, "reference": config.reference}
         options |= self._differences()
 
         read = [name for name in EXPERT_FACTS if self.uses_pcm or name != "description_ids"]
@@ -104,12 +106,30 @@ class TrainedEnsemble(EnsembleBaseline):
 
 @dataclass
 class StaticWeights(TrainedEnsemble):
-    """The ensemble without its PCM: α is the preference's weights, at every token. Arguments: [`TrainedEnsemble`]."""
+    r"""
+    The ensemble without its PCM: the preference's weights, at every token.
+
+    Args:
+        average (`bool`): divides weights by their sum first, as a mixture does anyway: added adapters become
+            Personalized Soup, and a product MOD's.
+        others: as for [`TrainedEnsemble`].
+    """
 
     uses_pcm: ClassVar[bool] = False
 
+    average: bool = field(default=False, kw_only=True)
+
+    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+        request = super().request(preferences)
+        if self.average:
+            request["preference"] = [averaged(preference) for preference in request["preference"]]
+        return request
+
     def _sampled(self) -> PCMEnsembleForCausalLM:
         return without_pcm(self.model)
+
+    def _differences(self) -> dict[str, Any]:
+        return super()._differences() | ({"average": True} if self.average else {})
 
 
 @dataclass
@@ -189,6 +209,20 @@ class WithoutContext(EnsembleBaseline):
         return {"use_context": False}
 
 
+def averaged(preference: Preference) -> Preference:
+    """
+    Return the preference at weights that add up to 1.
+
+    Raises:
+        ValueError: if they add up to 0 or less.
+    """
+    total = sum(preference.weights.values())
+    if total <= 0:
+        raise ValueError(f"The weights of {preference.label} add up to {total:g}, which no average has.")
+    weights = {name: weight / total for name, weight in preference.weights.items()}
+    return Preference(weights, preference.description_ids)
+
+
 def tokenizer_of(model: PCMEnsembleForCausalLM) -> PreTrainedTokenizerBase:
     """
     Return the ensemble's tokenizer.
@@ -215,7 +249,8 @@ def with_settings(model: PCMEnsembleForCausalLM, **settings) -> PCMEnsembleForCa
     Example:
 
     ```python
-    soup = StaticWeights("Personalized Soup", with_settings(model, merge="adapters", expert_top_k=None), 64)
+    adapters = with_settings(without_pcm(model), merge="adapters", expert_top_k=None)
+    soup = StaticWeights("Personalized Soup", adapters, 64, average=True)
     ```
     """
     other = _sharing(model)
@@ -228,8 +263,8 @@ def with_settings(model: PCMEnsembleForCausalLM, **settings) -> PCMEnsembleForCa
 
 def without_pcm(model: PCMEnsembleForCausalLM) -> PCMEnsembleForCausalLM:
     """
-    Make an ensemble with α = w / Σw, which a head of zeros gives. It shares every other weight with `model`, which
-    stays as it is.
+    Make an ensemble whose weights are the user's, α = w / Σw or s = w, which a head of zeros gives. It shares every
+    other weight with `model`, which stays as it is.
     """
     pcm = _sharing(model.pcm)
     pcm.head = copy.deepcopy(model.pcm.head)
@@ -237,6 +272,8 @@ def without_pcm(model: PCMEnsembleForCausalLM) -> PCMEnsembleForCausalLM:
 
     other = _sharing(model)
     other.pcm = pcm
+    other.config = copy.copy(model.config)
+    other.config.pcm_trained_for = None
     return other
 
 
@@ -255,6 +292,7 @@ __all__ = [
     "TrainedEnsemble",
     "WithoutContext",
     "WithoutDescription",
+    "averaged",
     "tokenizer_of",
     "with_settings",
     "without_pcm",

@@ -51,7 +51,8 @@ class Scores:
     What completions are worth.
 
     Args:
-        rewards (`list[float]`): of each completion, the weighted mean over its wanted dimensions, between 0 and 1.
+        rewards (`list[float]`): of each completion, the weighted mean over its dimensions, between 0 and 1; one to
+            steer away from counts as 1 less its reward.
         dimensions (`dict[str, list[float]]`): each dimension's normalised rewards of the completions that want it.
         wins (`list[float]`): share of a completion's references and dimensions that it beats.
     """
@@ -83,7 +84,8 @@ class Scorer:
         Args:
             rows (`list[dict]`): each completion's row of the dataset, with `prompt`.
             completions (`list`): as texts or, where prompts are conversations, as conversations.
-            shares (`torch.Tensor` of shape `(completions, experts)`): how much each expert's reward counts.
+            shares (`torch.Tensor` of shape `(completions, experts)`): how much each expert's reward counts; below 0
+                for experts to steer away from.
             names (`list[str]`): the experts'.
         """
         rewards = [0.0] * len(rows)
@@ -91,7 +93,7 @@ class Scorer:
         dimensions: dict[str, list[float]] = {}
 
         for name, expert_shares in zip(names, shares.T.tolist()):
-            wanted = [i for i, share in enumerate(expert_shares) if share > 0]
+            wanted = [i for i, share in enumerate(expert_shares) if share != 0]
             if not wanted:
                 continue
             wanting = [rows[i] for i in wanted]
@@ -105,8 +107,9 @@ class Scorer:
                 normalised = [normalised_reward(value, reference) for reference in references]
                 mean = sum(normalised) / len(normalised)
                 dimensions[name].append(mean)
-                rewards[i] += expert_shares[i] * mean
-                beaten[i] += [value > reference for reference in references]
+                share = expert_shares[i]
+                rewards[i] += share * mean if share > 0 else -share * (1 - mean)
+                beaten[i] += [(value > reference) == (share > 0) for reference in references]
         return Scores(rewards, dimensions, [sum(won) / len(won) for won in beaten])
 
     def _score_references(self, name: str, rows: list[dict]):

@@ -9,6 +9,7 @@ from ..call_arguments import has_class
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
+from .policies import policy_of
 from .preference_sampling import PreferenceSampler, ToldPreference
 from .prompts import tokenize, with_words
 from .rebel_config import RebelConfig
@@ -45,9 +46,12 @@ def check_arguments(model: PCMEnsembleForCausalLM, reward_funcs, args):
         raise TypeError(f"`reward_funcs` must map the experts' names to rewards, got {type(reward_funcs).__name__}.")
     if not isinstance(args, RebelConfig):
         raise TypeError(f"`args` must be a RebelConfig, got {type(args).__name__}.")
-    if model.config.merge != "probabilities":
+    policy_of(model.config)
+    model.config.validate_merge()
+    if model.config.adds_up and (args.entropy_coef or args.description_coef):
         raise ValueError(
-            f'REBEL trains mixtures of probabilities, but the ensemble has `merge="{model.config.merge}"`.'
+            "`entropy_coef` and `description_coef` are of shares, which a product has none of. Leave both at 0, got "
+            f"{args.entropy_coef} and {args.description_coef}."
         )
     if not 0 <= args.reference_backbone < len(model.backbones):
         raise ValueError(
@@ -173,7 +177,7 @@ def check_lengths(
     experts = config.experts or []
     descriptions = sum(len(expert["description_ids"]) for expert in experts)
     prefix = descriptions + max(len(expert["prompt_ids"]) for expert in experts)
-    told = ToldPreference(Preference(dict.fromkeys(config.expert_names, 1.0)), "system" if in_words else "weights")
+    told = ToldPreference(Preference(dict.fromkeys(config.weighted_names, 1.0)), "system" if in_words else "weights")
 
     for row, (prompt, completion) in enumerate(zip(dataset["prompt"], completions)):
         if not isinstance(prompt, (str, list)) or not prompt:

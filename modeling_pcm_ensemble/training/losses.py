@@ -1,4 +1,4 @@
-"""What a policy update minimises: tensors in, tensors out. The policy's gradient flows through log α alone."""
+"""What a policy update minimises: tensors in, tensors out. The gradient flows through the experts' weights alone."""
 
 import torch
 
@@ -23,6 +23,24 @@ def mixture_token_log_probs(log_expert_weights: torch.Tensor, expert_log_probs: 
     active = expert_log_probs.isfinite() & log_expert_weights.isfinite()
     terms = log_expert_weights.masked_fill(~active, 0) + expert_log_probs.masked_fill(~active, 0)
     return terms.masked_fill(~active, -1e30).logsumexp(dim=-1)
+
+
+def product_token_log_probs(strengths: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
+    r"""
+    Compute log π of given tokens from what the experts said of them, and of every other candidate, when they were
+    sampled.
+
+    Args:
+        strengths (`torch.FloatTensor` of shape `(batch, seq, experts)`): s.
+        recorded (`torch.Tensor` of shape `(batch, seq, candidates, experts + 1)`): of each candidate, of which the
+            token is the first, the experts' tilts and then log π_0; -inf where a place has no candidate.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, seq)`: log π_0 + Σ_i s_i (log π_i − log π_0), normalised, in nats.
+    """
+    recorded = precise(recorded)
+    totals = recorded[..., -1] + (recorded[..., :-1] * strengths[:, :, None]).sum(dim=-1)  # (batch, seq, candidates)
+    return totals[..., 0] - totals.logsumexp(dim=-1)
 
 
 def rebel_loss(log_ratios: torch.Tensor, rewards: torch.Tensor, eta: float) -> torch.Tensor:

@@ -65,16 +65,16 @@ def weight_metrics(
     expert_weights: torch.Tensor, weights: torch.Tensor, told: list[ToldPreference], names: list[str]
 ) -> dict[str, float]:
     """
-    Return the mean α of each expert where it ran, over all and by preference.
+    Return the mean α, or strength, of each expert where it ran, over all and by preference.
 
     Args:
-        expert_weights (`torch.FloatTensor` of shape `(rows, experts)`): each row's mean α.
+        expert_weights (`torch.FloatTensor` of shape `(rows, experts)`): each row's means over its tokens.
         weights (`torch.FloatTensor` of shape `(rows, experts)`): the preference's; experts at 0 did not run.
         told (`list[ToldPreference]`): what each row was asked for.
         names (`list[str]`): the experts'.
     """
     lists: dict[str, list[float]] = defaultdict(list)
-    for row, active, wish in zip(expert_weights.tolist(), (weights > 0).tolist(), told):
+    for row, active, wish in zip(expert_weights.tolist(), (weights != 0).tolist(), told):
         kind = "expert_weights" if wish.way == "weights" else "expert_weights_from_text"
         for name, value, ran in zip(map(metric_name, names), row, active):
             if ran:

@@ -52,6 +52,8 @@ def default_preference_sets(config: PCMEnsembleConfig, whole: bool = True) -> li
     """
     dimensions: dict[str, list[str | None]] = {}
     for expert in config.experts or []:
+        if expert["name"] not in config.weighted_names:
+            continue
         if expert["dimension"] is None:
             raise ValueError(
                 f"Expert {expert['name']!r} has no `dimension`, so preferences cannot be combined from dimensions. "
@@ -71,7 +73,8 @@ class PreferenceSampler:
         config (`PCMEnsembleConfig`): the ensemble's.
         preference_sets (`list`, *optional*): preferences in any form of one row; see [`default_preference_sets`].
         weight_distribution (`str`, defaults to `"equal"`):
-            `"equal"` for the sets as they are, `"dirichlet"` for random weights within a set.
+            `"equal"` for the sets as they are; `"dirichlet"` for random shares within a set; `"signed"`, where tilts
+            add up, for random strengths of both signs, see [`RebelConfig`].
         text_only_fraction (`float`, defaults to 0): share of draws that are told in words alone.
     """
 
@@ -83,6 +86,7 @@ class PreferenceSampler:
         text_only_fraction: float = 0.0,
     ):
         self.names = config.expert_names
+        self.adds_up = config.adds_up
         sets = preference_sets if preference_sets is not None else default_preference_sets(config)
         self.sets = [ToldPreference(self.parse(preference)) for preference in sets]
         self.weight_distribution = weight_distribution
@@ -92,7 +96,7 @@ class PreferenceSampler:
         """Read the preference that a user would give for one row, or that a dataset's column has."""
         if isinstance(preference, Mapping):  # a dataset's columns have every name in every row
             preference = {name: weight for name, weight in preference.items() if weight is not None}
-        return Preference.parse(preference, self.names)
+        return Preference.parse(preference, self.names, self.adds_up)
 
     def draw(self, generator: random.Random, given: str | list | Mapping | None = None) -> ToldPreference:
         """Draw one preference: `given` by the dataset, or one of the sets."""
@@ -100,24 +104,36 @@ class PreferenceSampler:
             drawn = ToldPreference(self.parse(given))
         else:
             drawn = generator.choice(self.sets)
-            if self.weight_distribution == "dirichlet":
-                drawn = _reweighted(drawn.preference, generator)
+            if self.weight_distribution != "equal":
+                draw = {"dirichlet": _dirichlet, "signed": _signed}[self.weight_distribution]
+                drawn = ToldPreference(draw(drawn.preference, generator), drawn_from=drawn.preference)
 
         if generator.random() < self.text_only_fraction:
             drawn = replace(drawn, way=generator.choice(WORDS))
         return drawn
 
 
-def _reweighted(preference: Preference, generator: random.Random) -> ToldPreference:
+def _dirichlet(preference: Preference, generator: random.Random) -> Preference:
     """Draw weights from the uniform distribution over all mixtures of the wanted experts, scaled to the same sum."""
     # Gamma variates over their sum are a draw from a Dirichlet distribution.
     variates = {name: max(generator.gammavariate(1, 1), SMALLEST_SHARE) for name in preference.weights}
     scale = sum(preference.weights.values()) / sum(variates.values())
-    weights = {name: variate * scale for name, variate in variates.items()}
-    return ToldPreference(Preference(weights), drawn_from=preference)
+    return Preference({name: variate * scale for name, variate in variates.items()})
+
+
+def _signed(preference: Preference, generator: random.Random) -> Preference:
+    """Draw strengths around those of the set: times up to 2, and one of ten below 0, times up to 1."""
+    weights = {}
+    for name, weight in preference.weights.items():
+        factor = generator.uniform(0.05, 2.0) if generator.random() < 0.9 else generator.uniform(-1.0, -0.05)
+        weights[name] = weight * factor
+    return Preference(weights)
 
 
 def reward_shares(told: list[ToldPreference], names: list[str]) -> torch.Tensor:
-    """Return how much each expert's reward counts in each row, `(rows, experts)`; rows sum to 1."""
-    weights = preference_weights([wish.preference for wish in told], names, len(told))
-    return weights / weights.sum(dim=1, keepdim=True)
+    """
+    Return how much each expert's reward counts in each row, `(rows, experts)`. The absolute values of a row sum to 1;
+    one below 0 is of an expert to steer away from.
+    """
+    weights = preference_weights([wish.preference for wish in told], names, len(told), adds_up=True)
+    return weights / weights.abs().sum(dim=1, keepdim=True)

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from .losses import LOSSES
 
-WEIGHT_DISTRIBUTIONS = ("equal", "dirichlet")
+WEIGHT_DISTRIBUTIONS = ("equal", "dirichlet", "signed")
 RENAMED = {
     "clip": "epsilon",
     "kl_coef": "beta",
@@ -38,26 +38,28 @@ class RebelConfig(TrainingArguments):
         reference_backbone (`int`, defaults to 0): the backbone that is the base model.
 
     Parameters that control the preferences:
-        weight_distribution (`str`, defaults to `"equal"`): weights within a preference set: `"equal"`, or
-            `"dirichlet"`, uniform over all mixtures and scaled to the same sum.
+        weight_distribution (`str`, defaults to `"equal"`): weights within a preference set: `"equal"`; `"dirichlet"`,
+            uniform over all mixtures and scaled to the same sum; or, for a product, `"signed"`, nine of ten times
+            uniform between 0.05 and 2 times the set's, else between -1 and -0.05 times.
         text_only_fraction (`float`, defaults to 0): share of prompts whose preference is given in words alone, with
             all experts active: half as `preference_text`, half as a system message.
         exploration (`float`, defaults to 0): standard deviation, at most 10, of normal noise on the logarithms of the
-            weights. Half of its variance is drawn once for each completion and expert, half anew every 12 tokens, so
-            that a completion's reward says what it is worth to lean to an expert, and when. For REBEL alone, which
-            learns from completions of any policy. Rewards, lengths and KL that are logged are of these completions;
-            `evaluate` samples without noise.
+            weights, in a product of their absolute values. Half of its variance is drawn once for each completion and
+            expert, half anew every 12 tokens, so that a completion's reward says what it is worth to lean to an
+            expert, and when. For REBEL alone, which learns from completions of any policy. Rewards, lengths and KL
+            that are logged are of these completions; `evaluate` samples without noise.
 
     Parameters that control the loss:
         loss_type (`str`, defaults to `"rebel"`): `"rebel"`, `"ppo"` or `"rloo"`.
         eta (`float`, defaults to 1.0): REBEL's η; a larger one follows the rewards further in one step.
         epsilon (`float`, defaults to 0.2): PPO's ε, the clipping range of the ratio.
-        beta (`float`, defaults to 0): weight of the KL divergence to the mixture at the user's weights, which is an
+        beta (`float`, defaults to 0): weight of the KL divergence to the ensemble at the user's weights, which is an
             untrained PCM's; summed over tokens, as a share of the most there could be.
-        entropy_coef (`float`, defaults to 0): weight of the entropy of α, which is rewarded; likewise. (TRL's is of
-            the next token.)
+        entropy_coef (`float`, defaults to 0): weight of the entropy of α, which is rewarded; likewise, for mixtures
+            alone. (TRL's is of the next token.)
         description_coef (`float`, defaults to 0): weight of minus the log of the share of α that the wanted experts
-            would have if all ran; likewise. What the PCM reads names them, so that no reward is needed to learn this.
+            would have if all ran; likewise, for mixtures alone. What the PCM reads names them, so that no reward is
+            needed to learn this.
         train_embeddings (`bool`, defaults to `False`): train the PCM's token embeddings too.
     """
 
@@ -75,7 +77,7 @@ class RebelConfig(TrainingArguments):
     num_references: int = field(default=1, metadata={"help": "Base completions that rewards are compared with."})
     reference_backbone: int = field(default=0, metadata={"help": "Index of the base model's backbone."})
 
-    weight_distribution: str = field(default="equal", metadata={"help": "equal or dirichlet."})
+    weight_distribution: str = field(default="equal", metadata={"help": "equal, dirichlet or signed."})
     text_only_fraction: float = field(default=0.0, metadata={"help": "Share of prompts with preferences in words."})
     exploration: float = field(default=0.0, metadata={"help": "Noise on the weights of each completion."})
 

@@ -13,24 +13,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint_staging import finish_save
-from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..rewards.models import reward_function
 from ..rewards.scoring import Scorer
 from .checkpoints import CheckpointTrainer
 from .checks import DatasetCheck, check_arguments, column
-from .losses import (
-    expert_weight_entropy,
-    leave_one_out,
-    log_described_share,
-    mixture_token_log_probs,
-    ppo_loss,
-    rebel_loss,
-    rloo_loss,
-    token_kl,
-)
+from .losses import leave_one_out, ppo_loss, rebel_loss, rloo_loss, token_kl
 from .metrics import joined, means, reward_lists, rollout_metrics, weight_metrics
 from .pcm_trainer import padding_tokenizer
+from .policies import policy_of
 from .preference_sampling import PreferenceSampler, ToldPreference
 from .rebel_config import RebelConfig
 from .rollout_sampler import RolloutSampler
@@ -39,13 +30,15 @@ from .rollouts import Rollout, completion_weight_logits
 
 class RebelTrainer(CheckpointTrainer):
     r"""
-    Trains an ensemble's PCM online with REBEL, PPO or RLOO.
+    Trains an ensemble's PCM online with REBEL, PPO or RLOO. A mixture's PCM learns shares, a product's how far each
+    expert's tilt should go at a token, between nothing and twice what the user asks for.
 
     `trainer.ensemble` is the whole; `trainer.model`, which learns and of which checkpoints are made, is its PCM, in
     float32 if it was in less. `trainer.save_model(folder)` writes the ensemble in the experts' dtype.
 
     Args:
-        model (`PCMEnsembleForCausalLM`): the ensemble, `merge="probabilities"`.
+        model (`PCMEnsembleForCausalLM`): the ensemble, `merge="probabilities"` or `"product"`. What a PCM learns of a
+            product holds for `merge="adapters"` too.
         reward_funcs (`Mapping`): each wanted expert's name → a function `(prompts, completions, **columns)` that gives
             a list of floats, or a sequence-classification model or repository.
         args (`RebelConfig`, *optional*): settings.
@@ -105,6 +98,7 @@ class RebelTrainer(CheckpointTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.policy = policy_of(model.config)
         self.reward_funcs = rewards
         self.scorer = Scorer(rewards)
         self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
@@ -183,19 +177,20 @@ class RebelTrainer(CheckpointTrainer):
     @torch.no_grad()
     def _old_log_probs(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Compute log π_t, `(rows, seq)`, as the update does, so that the first ratio is 1; and each row's mean α,
-        `(rows, experts)`.
+        Compute log π_t, `(rows, seq)`, as the update does, so that the first ratio is 1; and each row's mean weights
+        of the experts, `(rows, experts)`.
         """
         size = self.args.per_device_train_batch_size
         log_probs, mean_weights = [], []
         for start in range(0, len(rollout), size):
             part = rollout.rows(slice(start, start + size))
             with self.compute_loss_context_manager():
-                log_weights = log_expert_weights(self._expert_weight_logits(self.model, part), part.weights.log())
-                log_probs.append(mixture_token_log_probs(log_weights, part.expert_log_probs))
+                expert_weight_logits = self._expert_weight_logits(self.model, part)
+                log_probs.append(self.policy.log_probs(expert_weight_logits, part.weights, part.recorded))
+                expert_weights = self.policy.expert_weights(expert_weight_logits, part.weights)
 
             mask = part.completion_mask[..., None]  # (rows, seq, 1)
-            mean_weights.append((log_weights.exp() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+            mean_weights.append((expert_weights * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
         return torch.cat(log_probs), torch.cat(mean_weights)
 
     # The update
@@ -208,27 +203,30 @@ class RebelTrainer(CheckpointTrainer):
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Return the loss of a micro-batch of whole groups, a [`Rollout`]."""
         expert_weight_logits = self._expert_weight_logits(model, inputs)
-        log_weights = log_expert_weights(expert_weight_logits, inputs.weights.log())  # (rows, seq, experts)
-        log_probs = mixture_token_log_probs(log_weights, inputs.expert_log_probs)  # (rows, seq)
+        log_probs = self.policy.log_probs(expert_weight_logits, inputs.weights, inputs.recorded)  # (rows, seq)
         log_ratios = (log_probs - inputs.old_log_probs) * inputs.completion_mask
         loss = self._policy_loss(log_ratios, inputs.rewards, inputs.completion_mask)
 
-        # h = 0 is an untrained PCM's: α follows the user's weights alone.
-        initial = log_expert_weights(torch.zeros_like(expert_weight_logits), inputs.weights.log())
-        kl = token_kl(log_probs, mixture_token_log_probs(initial, inputs.expert_log_probs))  # (rows, seq)
-        entropy = expert_weight_entropy(log_weights)  # (rows, seq)
-        described = log_described_share(expert_weight_logits, inputs.shares > 0)  # (rows, seq)
+        # h = 0 is an untrained PCM's: the experts' weights are the user's alone.
+        initial = self.policy.log_probs(torch.zeros_like(expert_weight_logits), inputs.weights, inputs.recorded)
+        kl = token_kl(log_probs, initial)  # (rows, seq)
+        measures = self.policy.measures(expert_weight_logits, inputs.weights, inputs.shares)
 
         args, mask = self.args, inputs.completion_mask
-        penalty = args.beta * kl - args.entropy_coef * entropy - args.description_coef * described
+        penalty = args.beta * kl
+        if args.entropy_coef:
+            penalty = penalty - args.entropy_coef * measures["expert_weight_entropy"]
+        if args.description_coef:
+            share = measures["described_share"]
+            penalty = penalty - args.description_coef * share.clamp(min=torch.finfo(share.dtype).tiny).log()
         # Over the most tokens there could be, so that a batch may be split in any way.
         loss = loss + (penalty * mask).sum() / (len(mask) * args.max_completion_length)
 
         with torch.no_grad():
-            per_token = {"kl": kl, "expert_weight_entropy": entropy, "described_share": described.exp()}
+            per_token = {"kl": kl} | measures
             self._note({name: ((values * mask).sum() / mask.sum()).item() for name, values in per_token.items()})
             self._note({"log_ratio": log_ratios.sum(dim=1).abs().mean().item()})
-        return (loss, log_weights) if return_outputs else loss
+        return (loss, expert_weight_logits) if return_outputs else loss
 
     def _policy_loss(self, log_ratios: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """

@@ -16,7 +16,7 @@ from .token_sampling import generate_from, is_end, random_numbers, rollout_confi
 
 class RolloutSampler:
     r"""
-    Answers prompts with the mixture, and scores the answers.
+    Answers prompts with the ensemble, and scores the answers.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble.
@@ -68,7 +68,8 @@ class RolloutSampler:
         config, names = self.model.config, self.model.config.expert_names
         prompts = [with_words(row["prompt"], wish, config, self.tokenizer) for row, wish in zip(rows, told)]
         inputs = self._inputs(prompts)
-        weights = preference_weights([wish.active(names) for wish in told], names, len(told))  # (rows, experts)
+        active = [wish.active(config.weighted_names) for wish in told]
+        weights = preference_weights(active, names, len(told), config.adds_up)  # (rows, experts)
 
         return sample_rollout(
             self.model,

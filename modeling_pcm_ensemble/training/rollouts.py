@@ -1,15 +1,18 @@
-"""Rollouts: completions sampled from the mixture, with what every expert said of each token recorded on the way."""
+"""Rollouts: completions sampled from the ensemble, with what experts said of each token recorded on the way."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig
 
-from ..merging import ExpertLogits, token_log_probs
+from ..merging import ExpertLogits
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..preference import MOST_STRENGTH
+from .policies import Policy, policy_of
 from .token_sampling import generate_from, is_end, written_tokens
 
 STEPS_OF_A_PIECE = 12  # after so many tokens, rows that have ended leave the batch, and noise is drawn anew
@@ -23,8 +26,8 @@ class Rollout:
     Args:
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(rows, prompt tokens)`): padded on the left.
         completion_ids, completion_mask (`torch.LongTensor` of shape `(rows, seq)`): padded on the right.
-        expert_log_probs (`torch.FloatTensor` of shape `(rows, seq, experts)`): log π_i of each token, -inf where an
-            expert did not run.
+        recorded (`torch.Tensor` of shape `(rows, seq, …)`): what the experts said of each token, see
+            [`~policies.Policy`].
         weights (`torch.FloatTensor` of shape `(rows, experts)`): the weights w of the preference.
         prefix_ids (`torch.LongTensor` of shape `(rows, tokens)`): what the PCM read first, padded on the left with -1.
         old_log_probs (`torch.FloatTensor` of shape `(rows, seq)`): log π_t.
@@ -36,7 +39,7 @@ class Rollout:
     prompt_mask: torch.Tensor
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
-    expert_log_probs: torch.Tensor
+    recorded: torch.Tensor
     weights: torch.Tensor
     prefix_ids: torch.Tensor
     old_log_probs: torch.Tensor | None = None
@@ -82,13 +85,14 @@ def _stack(values: list[torch.Tensor], on_the_left: bool, fill: int) -> torch.Te
 
 class ExpertRecorder:
     """
-    While it is entered, records the log-probability that each active expert of an ensemble gave to each token that
-    `generate` took: a forward's logits are kept until the next forward, or the end, tells which token it was.
+    While it is entered, records what the active experts of an ensemble said of each token that `generate` took: a
+    forward's logits are kept until the next forward, or the end, tells which token it was.
     """
 
-    def __init__(self, model: PCMEnsembleForCausalLM):
+    def __init__(self, model: PCMEnsembleForCausalLM, policy: Policy):
         self.model = model
-        self.columns: list[torch.Tensor] = []  # each (rows, 1, experts)
+        self.policy = policy
+        self.columns: list[torch.Tensor] = []  # each (rows, 1, …)
         self.logits: list[ExpertLogits] = []  # of the token that the next forward will read
 
     def __enter__(self) -> "ExpertRecorder":
@@ -104,11 +108,10 @@ class ExpertRecorder:
         self.logits = output.expert_logits
 
     def _read(self, token_ids: torch.LongTensor):
-        config = self.model.config
-        self.columns.append(token_log_probs(self.logits, token_ids, config.num_experts, config.expert_top_k))
+        self.columns.append(self.policy.record(self.logits, token_ids))
 
-    def expert_log_probs(self, last_token_ids: torch.LongTensor) -> torch.Tensor:
-        """Return `(rows, new tokens, experts)`. `last_token_ids`, `(rows, 1)`, are those that no forward has read."""
+    def recorded(self, last_token_ids: torch.LongTensor) -> torch.Tensor:
+        """Return `(rows, new tokens, …)`. `last_token_ids`, `(rows, 1)`, are those that no forward has read."""
         self._read(last_token_ids)
         self.logits = []
         return torch.cat(self.columns, dim=1)
@@ -130,9 +133,10 @@ def sample_rollout(
     """
     device = prompt_ids.device
     weights, prefix_ids = weights.to(device), prefix_ids.to(device)
-    explored = _exploration(weights, exploration)
+    policy = policy_of(model.config)
+    explored = _exploration(weights, exploration, MOST_STRENGTH if model.config.adds_up else math.inf)
     completion_ids = torch.full((len(prompt_ids), config.max_new_tokens), config.pad_token_id, device=device)
-    expert_log_probs = _unrecorded(model, weights, config.max_new_tokens)
+    recorded: torch.Tensor | None = None  # (rows, longest completion, …)
 
     alive = torch.arange(len(prompt_ids), device=device)  # rows that have not ended
     sequences, mask = prompt_ids, prompt_mask  # of these rows, (alive, tokens)
@@ -143,12 +147,15 @@ def sample_rollout(
         piece.max_new_tokens = min(STEPS_OF_A_PIECE, config.max_new_tokens - start)
         piece.return_dict_in_generate = True
         read = {"input_ids": sequences, "attention_mask": mask}
-        with ExpertRecorder(model) as recorder:
+        with ExpertRecorder(model, policy) as recorder:
             output = generate_from(model, piece, **read, **told, output_expert_logits=True)
         new_ids = output.sequences[:, sequences.shape[1] :]  # (alive, new tokens)
         end = start + new_ids.shape[1]
         completion_ids[alive, start:end] = new_ids
-        expert_log_probs[alive, start:end] = recorder.expert_log_probs(new_ids[:, -1:])
+        piece_recorded = recorder.recorded(new_ids[:, -1:])
+        if recorded is None:
+            recorded = piece_recorded.new_zeros(*completion_ids.shape, *policy.width)
+        recorded[alive, start:end] = piece_recorded
 
         # Rows that have ended leave the batch, which `generate` would carry on to the longest row's end.
         kept = (~is_end(new_ids, config).any(dim=1)).nonzero()[:, 0]
@@ -167,16 +174,16 @@ def sample_rollout(
         prompt_mask=prompt_mask,
         completion_ids=completion_ids[:, :end],
         completion_mask=written_tokens(completion_ids[:, :end], config),
-        expert_log_probs=expert_log_probs[:, :end],
+        recorded=cast(torch.Tensor, recorded)[:, :end],  # there was a first piece
         weights=weights,
         prefix_ids=prefix_ids,
     )
 
 
-def _exploration(weights: torch.Tensor, deviation: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def _exploration(weights: torch.Tensor, deviation: float, most: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     Return a function from some rows' numbers to the weights, `(rows, experts)`, that their next piece is sampled
-    under: `weights` with normal noise on their logarithms.
+    under: `weights` with normal noise on the logarithms of their absolute values, which stay at most `most`.
     """
     if not deviation:
         return lambda rows: weights[rows]
@@ -184,16 +191,9 @@ def _exploration(weights: torch.Tensor, deviation: float) -> Callable[[torch.Ten
 
     def explored(rows: torch.Tensor) -> torch.Tensor:
         noise = (leaning[rows] + torch.randn_like(leaning[rows])) / 2**0.5
-        return weights[rows] * (deviation * noise).exp()
+        return (weights[rows] * (deviation * noise).exp()).clamp(-most, most)
 
     return explored
-
-
-def _unrecorded(model: PCMEnsembleForCausalLM, weights: torch.Tensor, length: int) -> torch.Tensor:
-    """Return log-probabilities to be filled in, `(rows, length, experts)`: -inf where an expert does not run."""
-    dtype = torch.promote_types(model.backbones[0].dtype, torch.float32)
-    log_probs = torch.zeros(len(weights), length, model.config.num_experts, dtype=dtype, device=weights.device)
-    return log_probs.masked_fill_(weights[:, None] == 0, float("-inf"))
 
 
 def completion_weight_logits(
