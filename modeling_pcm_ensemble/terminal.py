@@ -121,7 +121,8 @@ def weights_table(
     model: PCMEnsembleForCausalLM, sequences: torch.Tensor, preferences: list[Preference], start: int
 ) -> Table:
     r"""
-    Lay out α, and what each expert contributed to the tokens that were written, as means over each answer.
+    Lay out α or strengths, and what each expert contributed to the tokens that were written (see
+    [`PCMEnsembleForCausalLM.attribute`]), as means over each answer.
 
     Args:
         model (`PCMEnsembleForCausalLM`), preferences (`list[Preference]`): as for [`stream_answers`].
@@ -129,16 +130,19 @@ def weights_table(
         start (`int`): tokens of the prompt.
     """
     asked: dict[str, Any] = {"preference": preferences}
-    alphas = model.compute_expert_weights(sequences, **asked)[:, start - 1 : -1]  # (preferences, tokens, experts)
+    weights = model.compute_expert_weights(sequences, **asked)[:, start - 1 : -1]  # (preferences, tokens, experts)
     shares = model.attribute(sequences, **asked)[:, start - 1 :]  # (preferences, tokens, experts)
     written = sequences[:, start:, None] != model.generation_config.pad_token_id  # rows that ended early are padded
 
-    alphas, shares = (100 * (x * written).sum(dim=1) / written.sum(dim=1) for x in (alphas, shares))
-    labels = [preference.label for preference in preferences]
-    table = Table("expert", *labels, title="α of each expert / its share of the text, percent", expand=True)
+    weights, shares = ((x * written).sum(dim=1) / written.sum(dim=1) for x in (weights, shares))
+    title, cell = "α of each expert / its share of the text", "{:.0%} / {:.0%}"
+    if model.config.adds_up:
+        title, cell = "strength of each expert / nats that it adds to a token", "{:.2f} / {:+.2f}"
+
+    table = Table("expert", *(preference.label for preference in preferences), title=title, expand=True)
     for expert, name in enumerate(model.config.expert_names):
-        pairs = zip(alphas[:, expert].tolist(), shares[:, expert].tolist())
-        table.add_row(name, *(f"{alpha:.0f} / {share:.0f}" if alpha else "" for alpha, share in pairs))
+        pairs = zip(weights[:, expert].tolist(), shares[:, expert].tolist())
+        table.add_row(name, *(cell.format(weight, share) if weight else "" for weight, share in pairs))
     return table
 
 
