@@ -12,6 +12,7 @@ from modeling_pcm_ensemble.evaluation import KeptLines
 
 PLAIN = "plain"  # no system message, and demonstrations without a style
 BARE = "bare"  # nothing but the prompt
+STYLES = [*demo.PREFERENCES, PLAIN, BARE]
 DEMONSTRATIONS = DATA / "style_demonstrations.json"
 
 
@@ -19,32 +20,30 @@ def prompted_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
-    samples: int = 4,
+    styles: list[str],
+    samples: int = 1,
     tokens: int = 64,
-    prompts: list[str] | None = None,
 ) -> list[dict]:
     r"""
     Sample the base model's answers to prompts that the PCM is not trained on, or take what `path` has of them.
 
     Args:
         path (`Path`): a JSONL file.
+        styles (`list[str]`): preferences, `PLAIN` or `BARE`.
         samples (`int`): answers to each prompt in each style.
         tokens (`int`): most tokens of an answer.
-        prompts (`list[str]`, *optional*): other prompts.
 
     Returns:
-        Of each answer `prompt`, `style` (a preference, `plain` or `bare`), `sample` and `completion`.
+        Of each answer `prompt`, `style`, `sample` and `completion`.
     """
-    prompts = prompts or held_back_prompts()
+    prompts, kept, answers = held_back_prompts(), KeptLines(path), []
     shown = json.loads(DEMONSTRATIONS.read_text(encoding="utf-8"))
-    kept, answers = KeptLines(path), []
 
-    styles = [*demo.PREFERENCES, PLAIN, BARE]
-    rounds = [(style, number) for number in range(samples) for style in styles]
-    for seed, (style, number) in enumerate(tqdm(rounds, desc="prompted answers")):
+    rounds = [(number, style) for number in range(samples) for style in styles]
+    for number, style in tqdm(rounds, desc="prompted answers"):
         keys = [json.dumps([style, number, tokens, prompt]) for prompt in prompts]
         if not all(key in kept for key in keys):
-            set_seed(seed)
+            set_seed(number * len(STYLES) + STYLES.index(style))
             _, system = demo.PREFERENCES.get(style, (None, None))
             turns = [] if style == BARE else demonstration_turns(shown["questions"], shown["answers"][style])
             options = {"system": system, "top_k": demo.EXPERT_TOP_K, "demonstrations": turns}

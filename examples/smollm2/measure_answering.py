@@ -3,10 +3,10 @@ Do the answering reward and the answering judge know an answer from what only lo
 
     python examples/smollm2/measure_answering.py --output answering.json
 
-Answers of SmolLM2, as it is and prompted for each preference, to prompts that the PCM is not trained on (see
-judge_answers.py), against what answers none of them:
+Two answers of SmolLM2 to each prompt that the PCM is not trained on, one as it is and one prompted for a preference,
+each preference in turn (see judge_answers.py), against what answers none of them:
 
-- shuffled: answers to other prompts, in the same style;
+- shuffled: answers to other prompts;
 - chat: friendly words that would suit any prompt;
 - chat with keywords: the same, and the prompt's three longest words;
 - copy: the prompt itself.
@@ -19,11 +19,11 @@ answers, and over answers and shuffled answers together.
 import argparse
 import json
 from collections.abc import Callable
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
-from common import PCM_PROMPTS, base_model, chats, training_prompts
+from common import PCM_PROMPTS, base_model, chats, held_back_prompts, training_prompts
 from judge_answers import BARE, prompted_answers
 from scipy import stats
 from tqdm import tqdm
@@ -44,11 +44,11 @@ CHAT = (
 
 
 def alternatives(prompts: list[str], answers: list[list[str]]) -> dict[str, list[list[str]]]:
-    """Give what answers none of the prompts, by its kind: of each style a text for each prompt."""
+    """Give what answers none of the prompts, by its kind: lists of a text for each prompt."""
     chat = [CHAT[place % len(CHAT)] for place in range(len(prompts))]
     keywords = [" ".join(sorted(dict.fromkeys(WORD.findall(prompt)), key=len)[-3:]) for prompt in prompts]
     return {
-        "shuffled": [[*of_style[1:], of_style[0]] for of_style in answers],
+        "shuffled": [[*texts[1:], texts[0]] for texts in answers],
         "chat": [chat],
         "chat with keywords": [[f"{text} {words}!" for text, words in zip(chat, keywords)]],
         "copy": [prompts],
@@ -56,8 +56,8 @@ def alternatives(prompts: list[str], answers: list[list[str]]) -> dict[str, list
 
 
 def comparison(answers: np.ndarray, others: np.ndarray) -> dict:
-    """Compare scores of answers, `(styles, prompts)`, with those of an alternative, `(styles or 1, prompts)`."""
-    wins = (answers > others) + 0.5 * (answers == others)  # (styles, prompts)
+    """Compare scores of answers, `(2, prompts)`, with those of an alternative, `(2 or 1, prompts)`."""
+    wins = (answers > others) + 0.5 * (answers == others)  # (2, prompts)
     higher = stats.mannwhitneyu(answers.ravel(), others.ravel()).statistic
     return {
         "same prompt": bootstrap_interval(wins.mean(axis=0, keepdims=True)),
@@ -66,10 +66,11 @@ def comparison(answers: np.ndarray, others: np.ndarray) -> dict:
 
 
 def measure(score: Callable[[list[str]], list[float]], kinds: dict[str, list[list[str]]], name: str) -> dict:
-    """Score all texts of each kind, `(styles, prompts)`."""
-    return {
-        kind: np.array([score(texts) for texts in tqdm(styles, f"{name}, {kind}")]) for kind, styles in kinds.items()
-    }
+    """Score all texts of each kind, `(texts, prompts)`."""
+    scores = {}
+    for kind, columns in tqdm(kinds.items(), desc=name):
+        scores[kind] = np.array([score(texts) for texts in columns])
+    return scores
 
 
 def report_of(scores: dict[str, dict[str, np.ndarray]]) -> dict:
@@ -93,15 +94,14 @@ def main():
     arguments = parser.parse_args()
 
     model, tokenizer = base_model()
-    lines = prompted_answers(model, tokenizer, arguments.answers, samples=1)
-    prompts = list(dict.fromkeys(line["prompt"] for line in lines))
-    by_style = {style: [] for style in (*demo.PREFERENCES, BARE)}
-    for line in lines:
-        if line["style"] in by_style:
-            by_style[line["style"]].append(line["completion"])
+    texts = {}
+    for line in prompted_answers(model, tokenizer, arguments.answers, [*demo.PREFERENCES, BARE]):
+        texts[line["style"], line["prompt"]] = line["completion"]
+    prompts = held_back_prompts()
+    bare = [texts[BARE, prompt] for prompt in prompts]
+    prompted = [texts[style, prompt] for style, prompt in zip(cycle(demo.PREFERENCES), prompts)]
+    kinds = {"answers": [bare, prompted]} | alternatives(prompts, [bare, prompted])
 
-    answers = list(by_style.values())
-    kinds = {"answers": answers} | alternatives(prompts, answers)
     judge = AnsweringJudge(chats(prompts))
     reward = AnsweringReward(TextQuality(model, tokenizer), training_prompts(PCM_PROMPTS))
     scores = {

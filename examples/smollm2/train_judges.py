@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--samples", type=int, default=2, help="answers to each prompt in each style")
     arguments = parser.parse_args()
 
-    answers = prompted_answers(*base_model(), arguments.answers, arguments.samples)
+    answers = prompted_answers(*base_model(), arguments.answers, [*demo.PREFERENCES, PLAIN], arguments.samples)
     heads = train_heads(style_comparisons(answers), SentenceEmbedder())
     write_text(arguments.output, json.dumps(heads) + "\n")
 

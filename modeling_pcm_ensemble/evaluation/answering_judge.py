@@ -30,9 +30,7 @@ class AnsweringJudge(Judge):
     def __init__(self, prompts: list[Conversation], embedder: SentenceEmbedder | None = None):
         self.prompts = list({json.dumps(prompt): prompt for prompt in prompts}.values())
         if len(self.prompts) < 2:
-            raise ValueError(
-                f"An answer's prompt is looked for among several, got {len(self.prompts)} different ones."
-            )
+            raise ValueError(f"An answer's prompt is looked for among two or more, got {len(self.prompts)}.")
         self.embedder = embedder or SentenceEmbedder()
 
     def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:

@@ -9,12 +9,14 @@ Designs, 1952.
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..preference import Preference
 from .embeddings import SentenceEmbedder
 from .statistics import adjust_p_values, bootstrap_interval, permutation_p_value
 
@@ -125,6 +127,31 @@ def learned_rewards(
     return {name: partial(_learned_reward, head, embedder) for name, head in offered.items()}
 
 
+class LearnedJudge(Judge):
+    r"""
+    Judges by the learned rewards that are offered. Of a preference it judges those dimensions alone, and a preference
+    that wants none of them is not judged.
+
+    Args:
+        embedder, heads: as for [`learned_rewards`].
+    """
+
+    def __init__(self, embedder: SentenceEmbedder | None = None, heads: Mapping[str, dict] | None = None):
+        self.rewards = learned_rewards(embedder, heads)
+        self.name = f"learned heads ({', '.join(self.rewards)})"
+        self._judge = RewardJudge(self.name, self.rewards)
+
+    def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
+        parts = [self._judged_part(comparison) for comparison in comparisons]
+        verdicts = iter(self._judge.judge([part for part in parts if part]))
+        return [next(verdicts) if part else None for part in parts]
+
+    def _judged_part(self, comparison: Comparison) -> Comparison | None:
+        """Return a comparison under as much of its preference as there are heads for."""
+        weights = {name: weight for name, weight in comparison.preference.weights.items() if name in self.rewards}
+        return replace(comparison, preference=Preference(weights)) if weights else None
+
+
 def _learned_reward(
     head: torch.Tensor, embedder: SentenceEmbedder, prompts: list, completions: list, **columns
 ) -> list[float]:
@@ -132,4 +159,4 @@ def _learned_reward(
     return (embedder(texts) @ head).tolist() if texts else []
 
 
-__all__ = ["HEADS", "fit_head", "learned_rewards", "train_heads"]
+__all__ = ["HEADS", "LearnedJudge", "fit_head", "learned_rewards", "train_heads"]
