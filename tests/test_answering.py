@@ -1,4 +1,4 @@
-"""Does an answer answer? The reward, on the real SmolLM2, and the judge, on the real MiniLM: real answers beat chat."""
+"""Does an answer answer? The reward, on the real SmolLM2, and the judge, on the real MiniLM."""
 
 import re
 
@@ -17,10 +17,10 @@ from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 # prompt: an answer that uses few of its words
 ANSWERS = {
-    "Why is the sky blue?": "Air scatters short waves of sunlight more than long ones, a process named after Rayleigh.",
-    "How do I bake bread?": "Mix flour, water, yeast and salt, knead the dough, let it rise, and put it in a hot oven.",
+    "Why is the sky blue?": "Air scatters short waves of sunlight more than long ones, as Rayleigh discovered.",
+    "How do I bake bread?": "Mix flour, water, yeast and salt, knead the dough, let it rise, and heat the oven.",
     "What do cats eat?": "They are carnivores and need meat, such as chicken, fish or mice, with taurine and protein.",
-    "How can I save money?": "Set a monthly budget, spend less on restaurants, and put part of each paycheck in a bank.",
+    "How can I save money?": "Set a monthly budget, spend less on restaurants, and put each bonus in a bank.",
     "Who was Napoleon?": "A French general who became emperor in 1804, conquered much of Europe and lost at Waterloo.",
 }
 PROMPTS = list(ANSWERS)

@@ -18,6 +18,7 @@ import torch
 
 from ..preference import Preference
 from .embeddings import SentenceEmbedder
+from .judges import Comparison, Judge, RewardJudge, Verdict
 from .statistics import adjust_p_values, bootstrap_interval, permutation_p_value
 
 HEADS = Path(__file__).with_name("smollm2_style_heads.json")
