@@ -114,3 +114,12 @@ def test_answers_are_compared_with_the_opposite_style_and_with_none(monkeypatch)
     ]
     assert comparisons["friendly"] == [("a", "friendly a", "plain a"), ("b", "friendly b", "plain b")]
     assert comparisons["elementary"] == []
+
+
+@pytest.mark.real_model
+def test_the_shipped_friendly_head_prefers_what_a_person_would(embedder):
+    kind = "Hey friend! Great question, I'm so glad that you asked! You will love this, it's awesome fun! :)"
+    neutral = "Rain is water that falls. In 1911 Cherrapunji in India had 2647 centimetres."
+    rude = "No. Rain is terrible, boring and awful. Never ask that stupid thing."
+    first, second, third = learned_rewards(embedder)["friendly"]([PROMPT] * 3, [kind, neutral, rude])
+    assert first > max(second, third) + 0.5

@@ -23,7 +23,7 @@ from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
-from common import PCM_PROMPTS, base_model, chats, held_back_prompts, training_prompts
+from common import PCM_PROMPTS, base_model, chats, held_back_prompts, spread, training_prompts
 from judge_answers import BARE, prompted_answers
 from scipy import stats
 from tqdm import tqdm
@@ -91,13 +91,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("answering.json"))
     parser.add_argument("--answers", type=Path, default=Path("judge_answers.jsonl"), help="kept, and gone on with")
+    parser.add_argument("--prompts", type=int, default=63, help="so many of the prompts, of all lengths")
     arguments = parser.parse_args()
 
     model, tokenizer = base_model()
     texts = {}
     for line in prompted_answers(model, tokenizer, arguments.answers, [*demo.PREFERENCES, BARE]):
         texts[line["style"], line["prompt"]] = line["completion"]
-    prompts = held_back_prompts()
+    prompts = spread(held_back_prompts(), arguments.prompts)
     bare = [texts[BARE, prompt] for prompt in prompts]
     prompted = [texts[style, prompt] for style, prompt in zip(cycle(demo.PREFERENCES), prompts)]
     kinds = {"answers": [bare, prompted]} | alternatives(prompts, [bare, prompted])

@@ -54,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("smollm2_style_heads.json"))
     parser.add_argument("--answers", type=Path, default=Path("judge_answers.jsonl"), help="kept, and gone on with")
-    parser.add_argument("--samples", type=int, default=2, help="answers to each prompt in each style")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each prompt in each style")
     arguments = parser.parse_args()
 
     answers = prompted_answers(*base_model(), arguments.answers, [*demo.PREFERENCES, PLAIN], arguments.samples)
