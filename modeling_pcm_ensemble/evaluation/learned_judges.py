@@ -90,7 +90,7 @@ def train_heads(comparisons: Mapping[str, list[tuple[str, str, str]]], embedder:
         interval, prompts drawn anew), `p` against chance (permutation test over prompts, Holm's over the dimensions),
         and whether it is `offered`: better than chance at p < 0.05.
     """
-    heads = {}
+    heads: dict[str, dict] = {}
     for dimension, triples in comparisons.items():
         prompts, *texts = zip(*triples)
         wanted, other = (embedder(list(side)) for side in texts)
