@@ -12,7 +12,7 @@ from modeling_pcm_ensemble import Preference, demo
 from modeling_pcm_ensemble.evaluation import Comparison, judge_answers, make_cases
 from modeling_pcm_ensemble.evaluation.answering_judge import AnsweringJudge, without_copies
 from modeling_pcm_ensemble.evaluation.embeddings import SentenceEmbedder
-from modeling_pcm_ensemble.rewards.answering import AnsweringReward, answering_constant, copied_spans
+from modeling_pcm_ensemble.rewards.answering import AnsweringReward, answering_constant, copied_and_new
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 # prompt: an answer that uses few of its words
@@ -54,17 +54,19 @@ def tiny() -> TextQuality:
 @pytest.mark.real_model
 def test_the_reward_is_higher_for_an_answer_than_for_what_only_looks_like_one(smollm2):
     reward = AnsweringReward(smollm2, PROMPTS, others=2)
-    given = torch.tensor(reward(PROMPTS, TEXTS))
-    for kind, texts in WRONG.items():
-        assert (given > torch.tensor(reward(PROMPTS, texts))).all(), kind
+    rewards = torch.tensor(reward(PROMPTS * 5, sum(WRONG.values(), TEXTS))).view(5, 5)  # (kinds, prompts)
+    for kind, of_kind in zip(WRONG, rewards[1:]):
+        assert (rewards[0] > of_kind).all(), kind
 
 
-def test_what_is_saved_is_the_difference_to_other_prompts_without_the_prompts_words(tiny):
+def test_what_is_saved_is_the_difference_to_other_prompts_on_words_that_the_prompt_has_not(tiny):
     reward = AnsweringReward(tiny, ["why?", "a cat", "go on"], others=2)
     own, first, second = (tiny.token_nll([prompt], ["oh why so"])[0] for prompt in ("why?", "a cat", "go on"))
     of_tokens = (first + second) / 2 - own  # (9,)
-    of_tokens[3:6] = 0  # "why"; this tokenizer has a token for each letter
-    assert_close(torch.tensor(reward.saved(["why?"], ["oh why so"])), of_tokens.mean()[None], atol=1e-5, rtol=0)
+    of_tokens[[2, 3, 4, 5, 6]] = 0  # " why "; this tokenizer has a token for each letter
+    saved, of_copy, of_nothing = reward.saved(["why?"] * 3, ["oh why so", "Why? Why!", ""])
+    assert saved == pytest.approx(of_tokens.mean().item(), abs=1e-5)
+    assert of_copy == of_nothing == 0
 
 
 def test_the_reward_of_a_completion_depends_on_nothing_but_it_and_its_prompt(tiny):
@@ -101,8 +103,9 @@ def test_a_pool_without_enough_different_prompts_is_refused(tiny, pool, others):
 
 def test_words_of_the_prompt_are_found_in_an_answer_whatever_their_case():
     text = "THE sky isn't green; don’t look"
-    spans = copied_spans("Why is the sky blue? Don’t ask!", text)
-    assert [text[start:end] for start, end in spans] == ["THE", "sky", "don’t"]
+    copied, new = copied_and_new("Why is the sky blue? Don’t ask!", text)
+    assert [text[word] for word in copied] == ["THE", "sky", "don’t"]
+    assert [text[word] for word in new] == ["isn't", "green", "look"]
     assert without_copies("Why is the sky blue? Don’t ask!", text) == "isn't green; look"
 
 

@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from ..rewards.answering import copied_spans, prompt_text
+from ..rewards.answering import copied_and_new, prompt_text
 from .baselines import Conversation
 from .embeddings import SentenceEmbedder
 from .judges import FIRST, SECOND, TIE, Comparison, Judge, Verdict
@@ -67,9 +67,9 @@ class AnsweringJudge(Judge):
 def without_copies(prompt: str, answer: str) -> str:
     """Return an answer without the words that its prompt has too."""
     parts, place = [], 0
-    for start, end in copied_spans(prompt, answer):
-        parts.append(answer[place:start])
-        place = end
+    for word in copied_and_new(prompt, answer)[0]:
+        parts.append(answer[place : word.start])
+        place = word.stop
     return " ".join("".join([*parts, answer[place:]]).split())
 
 

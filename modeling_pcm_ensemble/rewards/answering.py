@@ -26,17 +26,20 @@ def prompt_text(prompt: str | list[dict]) -> str:
     return "\n".join(message["content"] for message in as_messages(prompt))
 
 
-def copied_spans(prompt: str, text: str) -> list[tuple[int, int]]:
-    """Find the words of a text that its prompt has too, as (first character, character after the last)."""
+def copied_and_new(prompt: str, text: str) -> tuple[list[slice], list[slice]]:
+    """Find the words of a text that its prompt has too, and those that it has not, as slices of the text."""
     known = {word.lower() for word in WORD.findall(prompt)}
-    return [word.span() for word in WORD.finditer(text) if word[0].lower() in known]
+    copied, new = [], []
+    for word in WORD.finditer(text):
+        (copied if word[0].lower() in known else new).append(slice(*word.span()))
+    return copied, new
 
 
 class AnsweringReward:
     r"""
     The nats a token that an answer's own prompt saves the base model, compared with other prompts of a pool. Nothing
-    is saved on chat that would suit any prompt, nor on a word that the prompt has too, so that copying is no answer.
-    A reward function as TRL's trainers take.
+    is saved on chat that would suit any prompt, and only words that the prompt has not count, so that copying is no
+    answer. A reward function as TRL's trainers take.
 
     Args:
         quality (`TextQuality`): reads answers with the base model.
@@ -98,8 +101,8 @@ class AnsweringReward:
         saved = []
         for prompt, completion, of_own, *of_others in zip(prompts, completions, own, *others):
             of_tokens = torch.stack(of_others).mean(dim=0) - of_own  # (tokens,)
-            new = self._new_tokens(prompt, completion).to(of_tokens.device)
-            saved.append((of_tokens * new).mean().item())
+            counted = self._of_new_words(prompt, completion).to(of_tokens.device)
+            saved.append((of_tokens * counted).mean().item())
         return saved
 
     def _others(self, prompt) -> list:
@@ -108,15 +111,15 @@ class AnsweringReward:
         rest = [other for other in self.pool if json.dumps(as_messages(other)) != key]
         return random.Random(key).sample(rest, self.others)
 
-    def _new_tokens(self, prompt, completion: str) -> torch.Tensor:
-        """Return which tokens of a completion are of no word that its prompt has too, `(tokens,)`."""
-        copied = [False] * len(completion)  # of each character
-        for start, end in copied_spans(prompt_text(prompt), completion):
-            copied[start:end] = [True] * (end - start)
+    def _of_new_words(self, prompt, completion: str) -> torch.Tensor:
+        """Return which tokens of a completion are of words that its prompt has not, `(tokens,)`."""
+        of_new = torch.zeros(len(completion), dtype=torch.bool)  # (characters,)
+        for word in copied_and_new(prompt_text(prompt), completion)[1]:
+            of_new[word] = True
 
         encoded = self.quality.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
-        new = [not any(copied[start:end]) for start, end in encoded["offset_mapping"]]
-        return torch.tensor(new or [True])  # an empty completion is an end token
+        counted = [bool(of_new[start:end].any()) for start, end in encoded["offset_mapping"]]
+        return torch.tensor(counted or [False])  # an empty completion is an end token
 
 
 def answering_constant(reward: AnsweringReward, prompts: list, completions: list[str]) -> tuple[float, float]:
