@@ -29,7 +29,8 @@ def prompt_text(prompt: str | list[dict]) -> str:
 def copied_and_new(prompt: str, text: str) -> tuple[list[slice], list[slice]]:
     """Find the words of a text that its prompt has too, and those that it has not, as slices of the text."""
     known = {word.lower() for word in WORD.findall(prompt)}
-    copied, new = [], []
+    copied: list[slice] = []
+    new: list[slice] = []
     for word in WORD.finditer(text):
         (copied if word[0].lower() in known else new).append(slice(*word.span()))
     return copied, new
