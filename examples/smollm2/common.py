@@ -15,6 +15,7 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 
 DATA = Path(__file__).parent / "data"
 KOALA = DATA / "evaluation_only" / "koala_eval_50.json"
+PCM_PROMPTS = 240  # the PCM is trained on so many of the shortest training prompts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -23,6 +24,11 @@ def training_prompts(number: int | None = None) -> list[str]:
     lines = (DATA / "train_prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
     return sorted(prompts, key=len)[:number]
+
+
+def held_back_prompts(most_words: int = 60) -> list[str]:
+    """Read the training prompts, up to `most_words` long, that the experts are trained on and the PCM is not."""
+    return [prompt for prompt in training_prompts()[PCM_PROMPTS:] if len(prompt.split()) <= most_words]
 
 
 def evaluation_prompts(number: int | None = None, path: Path = KOALA) -> list[str]:
@@ -88,6 +94,7 @@ def sample(
     system: str | None = None,
     openings: list[str] | None = None,
     top_k: int = 0,
+    demonstrations: Conversation | None = None,
 ) -> list[dict]:
     r"""
     Sample one answer to each prompt at temperature 1.
@@ -96,12 +103,14 @@ def sample(
         system (`str`, *optional*): a system message for all.
         openings (`list[str]`, *optional*): words that each answer begins with.
         top_k (`int`): tokens that are sampled from; 0 for all.
+        demonstrations (`list[dict]`, *optional*): turns that come before each prompt.
 
     Returns:
         For each prompt `prompt`, `completion`, and whether it has `ended` before the limit.
     """
     openings = openings or [""] * len(prompts)
     head = [{"role": "system", "content": system}] if system else []
+    head += demonstrations or []
     conversations = [[*head, *chat] for chat in chats(prompts)]
     texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     texts = [text + opening for text, opening in zip(texts, openings)]

@@ -23,7 +23,7 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
-from common import DEVICE, base_model, training_prompts, with_references
+from common import DEVICE, PCM_PROMPTS, base_model, training_prompts, with_references
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import set_seed
@@ -158,7 +158,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("pcm"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--prompts", type=int, default=240, help="train on so many of the shortest prompts")
+    parser.add_argument("--prompts", type=int, default=PCM_PROMPTS, help="train on so many of the shortest prompts")
     parser.add_argument("--rollouts", type=int, default=12)
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
     parser.add_argument("--iterations", type=int, default=8, help="passes through a rollout")

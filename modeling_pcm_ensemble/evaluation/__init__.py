@@ -3,6 +3,7 @@ Comparing ways to answer under a preference: baselines, judges, statistics, repo
 `held_out_proxies` holds rewards that nothing was trained on.
 """
 
+from .answering_judge import AnsweringJudge
 from .answers import Case, collect_answers, collect_text_features, distributed_state, make_cases
 from .baselines import Baseline, PlainModel, PromptedModel, WeightAverage
 from .comparison import Outcome, agreement, judge_answers, summarise
@@ -20,11 +21,13 @@ from .ensemble_baselines import (
 )
 from .judges import ChatEndpoint, Comparison, HumanVotes, Judge, LanguageModelJudge, RewardJudge, Verdict, write_ballot
 from .kept_lines import KeptLines
+from .learned_judges import LearnedJudge
 from .report import eval_results, write_report
 from .run import evaluate, expert_weights_over
 from .statistics import adjust_p_values, bootstrap_interval, omega_squared, permutation_p_value
 
 __all__ = [
+    "AnsweringJudge",
     "Baseline",
     "Case",
     "ChatEndpoint",
@@ -34,6 +37,7 @@ __all__ = [
     "Judge",
     "KeptLines",
     "LanguageModelJudge",
+    "LearnedJudge",
     "Outcome",
     "PlainModel",
     "PromptedModel",

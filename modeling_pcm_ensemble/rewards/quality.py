@@ -104,9 +104,13 @@ class TextQuality:
             for text, given, alone in zip(completions, with_prompt, without)
         ]
 
-    @torch.no_grad()
     def nll(self, prompts: list, completions: list[str]) -> list[float]:
         """Return the base model's mean negative log-likelihood of each completion's tokens, in nats."""
+        return [of_tokens.mean().item() for of_tokens in self.token_nll(prompts, completions)]
+
+    @torch.no_grad()
+    def token_nll(self, prompts: list, completions: list[str]) -> list[torch.Tensor]:
+        """Return the base model's negative log-likelihood of each token of each completion, `(tokens,)`, in nats."""
         device = self.model.device
         keys = [_as_json(prompt) for prompt in prompts]
         distinct = list(dict.fromkeys(keys))
@@ -118,7 +122,7 @@ class TextQuality:
         past, mask = self._read([ids[:-1] for ids in prompt_ids])
         last_ids = torch.tensor([ids[-1:] for ids in prompt_ids], device=device)  # (prompts, 1)
 
-        nll = [0.0] * len(completions)
+        nll = [torch.empty(0)] * len(completions)
         by_length = sorted(range(len(completions)), key=lambda i: len(completion_ids[i]))
         for start in range(0, len(by_length), self.batch_size):  # of like lengths, so that little is padding
             batch = by_length[start : start + self.batch_size]
@@ -154,10 +158,10 @@ class TextQuality:
 
     def _continued_nll(
         self, past: Cache, mask: torch.Tensor, last_ids: torch.Tensor, completion_ids: list[list[int]]
-    ) -> list[float]:
+    ) -> tuple[torch.Tensor, ...]:
         """
-        Return each completion's mean loss after what is in the cache, whose mask is `(rows, cached)`, and one more
-        token, `(rows, 1)`.
+        Return the loss of each completion's tokens, `(tokens,)`, after what is in the cache, whose mask is
+        `(rows, cached)`, and one more token, `(rows, 1)`.
         """
         device, width = self.model.device, max(map(len, completion_ids))
         padded = [ids + [-100] * (width - len(ids)) for ids in completion_ids]
@@ -172,8 +176,7 @@ class TextQuality:
 
         written = targets >= 0
         losses = torch.nn.functional.cross_entropy(logits[written].float(), targets[written], reduction="none")
-        of_rows = losses.split(written.sum(dim=1).tolist())
-        return [row.mean().item() for row in of_rows]
+        return losses.split(written.sum(dim=1).tolist())
 
 
 def _as_json(prompt) -> str:
