@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from test_descriptions import TEXTS
 from test_descriptions import make_trainer as make_description_trainer
-from test_training import make_trainer, tiny_ensemble, tiny_product
+from test_training import count_letters, make_trainer, tiny_ensemble, tiny_product
 
 from modeling_pcm_ensemble.training.metrics import metric_name
 
@@ -27,7 +27,7 @@ def rebel_history(folder) -> list[dict]:
     history = []
     for model in (tiny_ensemble(), tiny_product()):
         options = {"text_only_fraction": 0.5, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
-        trainer = make_trainer(folder, model, **options)
+        trainer = make_trainer(folder, model, shared_reward=count_letters("aeiou"), **options)
         trainer.train()
         history += trainer.state.log_history
     return history

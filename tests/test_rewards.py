@@ -151,6 +151,28 @@ def test_a_completion_gets_the_weighted_mean_of_its_dimensions_against_every_ref
     assert scores.dimensions["a"] == pytest.approx([a, scores.rewards[1]])
 
 
+def test_a_reward_below_0_counts_backwards_and_a_shared_one_beside_all():
+    def length(prompts, completions, **columns):
+        return [float(len(text)) for text in completions]
+
+    def letters(prompts, completions, **columns):
+        return [float(text.count("x")) for text in completions]
+
+    scorer = Scorer({"a": length, "shared": letters}, "shared", 0.5)
+    row = {"prompt": "p"}
+    scorer.references[prompt_key(row)] = ["yy"]
+    scores = scorer.score([row, row], ["xxx", "y"], torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), ["a", "b"])
+    liked, disliked = normalised_reward(3, 2), 1 - normalised_reward(1, 2)
+    assert scores.rewards == pytest.approx(
+        [(liked + 0.5 * normalised_reward(3, 0)) / 1.5, (disliked + 0.5 * normalised_reward(0, 0)) / 1.5]
+    )
+    assert scores.dimensions == {
+        "a": [pytest.approx(liked), pytest.approx(1 - disliked)],
+        "shared": [pytest.approx(normalised_reward(3, 0)), 0.5],
+    }
+    assert scores.wins == [1.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

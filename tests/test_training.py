@@ -63,6 +63,7 @@ def make_trainer(
     columns=None,
     preference_sets=None,
     trainer_class=RebelTrainer,
+    shared_reward=None,
     **settings,
 ) -> RebelTrainer:
     options = {
@@ -85,6 +86,7 @@ def make_trainer(
         train_dataset=dataset,
         eval_dataset=dataset,
         preference_sets=preference_sets,
+        shared_reward=shared_reward,
     )
 
 

@@ -68,12 +68,16 @@ class Scorer:
     Scores completions by the wanted dimensions, each normalised against the prompt's reference completions.
 
     Args:
-        reward_funcs (`Mapping[str, Callable]`): by expert.
+        reward_funcs (`Mapping[str, Callable]`): by expert, and the shared one by its own name.
+        shared_reward (`str`, *optional*): the reward that counts whatever is wanted, such as that of answering at all.
+        shared_reward_weight (`float`): how much that counts beside 1 for all wanted dimensions together.
         references (`dict[str, list]`): completions of the base model, by prompt (see [`prompt_key`]).
-        reference_rewards (`dict[str, dict[str, list[float]]]`): their rewards, by prompt and expert, as needed.
+        reference_rewards (`dict[str, dict[str, list[float]]]`): their rewards, by prompt and name, as needed.
     """
 
     reward_funcs: Mapping[str, Callable]
+    shared_reward: str | None = None
+    shared_reward_weight: float = 0.0
     references: dict[str, list] = field(default_factory=dict)
     reference_rewards: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
@@ -88,32 +92,44 @@ class Scorer:
                 for experts to steer away from.
             names (`list[str]`): the experts'.
         """
+        counts = dict(zip(names, shares.T.tolist()))  # by name, of each completion
+        if self.shared_reward is not None:
+            whole = 1 + self.shared_reward_weight
+            counts = {name: [share / whole for share in of_name] for name, of_name in counts.items()}
+            counts[self.shared_reward] = [self.shared_reward_weight / whole] * len(rows)
+
         rewards = [0.0] * len(rows)
         beaten: list[list[bool]] = [[] for _ in rows]  # of each completion, one for each reference and dimension
         dimensions: dict[str, list[float]] = {}
-
-        for name, expert_shares in zip(names, shares.T.tolist()):
-            wanted = [i for i, share in enumerate(expert_shares) if share != 0]
+        for name, of_name in counts.items():
+            wanted = [i for i, share in enumerate(of_name) if share != 0]
             if not wanted:
                 continue
-            wanting = [rows[i] for i in wanted]
-            prompts, columns = _columns(wanting)
-            values = call_reward(name, self.reward_funcs[name], prompts, [completions[i] for i in wanted], columns)
-            self._score_references(name, wanting)
 
+            compared = self._compare(name, [rows[i] for i in wanted], [completions[i] for i in wanted])
             dimensions[name] = []
-            for i, value in zip(wanted, values):
-                references = self.reference_rewards[prompt_key(rows[i])][name]
-                normalised = [normalised_reward(value, reference) for reference in references]
-                mean = sum(normalised) / len(normalised)
+            for i, (mean, better) in zip(wanted, compared):
+                share = of_name[i]
                 dimensions[name].append(mean)
-                share = expert_shares[i]
                 rewards[i] += share * mean if share > 0 else -share * (1 - mean)
-                beaten[i] += [(value > reference) == (share > 0) for reference in references]
+                beaten[i] += [is_better == (share > 0) for is_better in better]
         return Scores(rewards, dimensions, [sum(won) / len(won) for won in beaten])
 
+    def _compare(self, name: str, rows: list[dict], completions: list) -> list[tuple[float, list[bool]]]:
+        """Return each completion's normalised reward, and whether it beats each of its references."""
+        prompts, columns = _columns(rows)
+        values = call_reward(name, self.reward_funcs[name], prompts, completions, columns)
+        self._score_references(name, rows)
+
+        compared = []
+        for row, value in zip(rows, values):
+            references = self.reference_rewards[prompt_key(row)][name]
+            normalised = [normalised_reward(value, reference) for reference in references]
+            compared.append((sum(normalised) / len(normalised), [value > reference for reference in references]))
+        return compared
+
     def _score_references(self, name: str, rows: list[dict]):
-        """Reward the references of these rows by one expert's reward, where that is not done yet."""
+        """Reward the references of these rows by one reward, where that is not done yet."""
         by_key = {prompt_key(row): row for row in rows}
         new = {key: row for key, row in by_key.items() if name not in self.reference_rewards.setdefault(key, {})}
         repeated = [row for key, row in new.items() for _ in self.references[key]]

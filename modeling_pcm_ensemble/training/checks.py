@@ -15,6 +15,7 @@ from .prompts import tokenize, with_words
 from .rebel_config import RebelConfig
 
 UNLIMITED = 10**9  # tokens
+SHARED = "shared"  # what the shared reward is called in what is logged
 
 
 def check_ensemble(model):
@@ -46,6 +47,10 @@ def check_arguments(model: PCMEnsembleForCausalLM, reward_funcs, args):
         raise TypeError(f"`reward_funcs` must map the experts' names to rewards, got {type(reward_funcs).__name__}.")
     if not isinstance(args, RebelConfig):
         raise TypeError(f"`args` must be a RebelConfig, got {type(args).__name__}.")
+    if SHARED in model.config.expert_names:
+        raise ValueError(
+            f"An expert is called {SHARED!r}, which is what the shared reward is called in what is logged."
+        )
     policy_of(model.config)
     model.config.validate_merge()
     if model.config.adds_up and (args.entropy_coef or args.description_coef):

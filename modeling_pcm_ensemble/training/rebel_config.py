@@ -49,6 +49,10 @@ class RebelConfig(TrainingArguments):
             expert, and when. For REBEL alone, which learns from completions of any policy. Rewards, lengths and KL
             that are logged are of these completions; `evaluate` samples without noise.
 
+    Parameters that control the reward:
+        shared_reward_weight (`float`, defaults to 0.5): what the trainer's `shared_reward` counts beside 1 for the
+            weighted mean of the preference's own.
+
     Parameters that control the loss:
         loss_type (`str`, defaults to `"rebel"`): `"rebel"`, `"ppo"` or `"rloo"`.
         eta (`float`, defaults to 1.0): REBEL's η; a larger one follows the rewards further in one step.
@@ -80,6 +84,8 @@ class RebelConfig(TrainingArguments):
     weight_distribution: str = field(default="equal", metadata={"help": "equal, dirichlet or signed."})
     text_only_fraction: float = field(default=0.0, metadata={"help": "Share of prompts with preferences in words."})
     exploration: float = field(default=0.0, metadata={"help": "Noise on the weights of each completion."})
+
+    shared_reward_weight: float = field(default=0.5, metadata={"help": "Weight of the shared reward."})
 
     loss_type: str = field(default="rebel", metadata={"help": "rebel, ppo or rloo."})
     eta: float = field(default=1.0, metadata={"help": "REBEL's step size."})
@@ -131,7 +137,7 @@ class RebelConfig(TrainingArguments):
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")
 
-        for name in ("beta", "entropy_coef", "description_coef"):
+        for name in ("beta", "entropy_coef", "description_coef", "shared_reward_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be below 0, got {getattr(self, name)}.")
         for name, most in (("exploration", 10), ("text_only_fraction", 1)):

@@ -17,7 +17,7 @@ from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..rewards.models import reward_function
 from ..rewards.scoring import Scorer
 from .checkpoints import CheckpointTrainer
-from .checks import DatasetCheck, check_arguments, column
+from .checks import SHARED, DatasetCheck, check_arguments, column
 from .losses import leave_one_out, ppo_loss, rebel_loss, rloo_loss, token_kl
 from .metrics import joined, means, reward_lists, rollout_metrics, weight_metrics
 from .pcm_trainer import padding_tokenizer
@@ -50,6 +50,8 @@ class RebelTrainer(CheckpointTrainer):
         callbacks, optimizers: as for [`~transformers.Trainer`].
         preference_sets (`list`, *optional*): preferences that prompts are answered under; defaults to every
             combination of one expert for each dimension.
+        shared_reward (*optional*): one more reward, of the kinds above, that counts whatever is wanted, such as
+            [`~rewards.answering.AnsweringReward`]; how much says `args.shared_reward_weight`.
 
     What is logged stands in docs/metrics.md of the repository.
 
@@ -71,6 +73,7 @@ class RebelTrainer(CheckpointTrainer):
         optimizers=(None, None),
         *,
         preference_sets: list | None = None,
+        shared_reward=None,
     ):
         args = args or RebelConfig(output_dir="rebel")
         check_arguments(model, reward_funcs, args)
@@ -101,6 +104,9 @@ class RebelTrainer(CheckpointTrainer):
         self.policy = policy_of(model.config)
         self.reward_funcs = rewards
         self.scorer = Scorer(rewards)
+        if shared_reward is not None:
+            shared = {SHARED: reward_function(SHARED, shared_reward, args.device)}
+            self.scorer = Scorer(rewards | shared, SHARED, args.shared_reward_weight)
         self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
 
     def train(self, *args, **kwargs):
