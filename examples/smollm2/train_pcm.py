@@ -1,8 +1,9 @@
 """
-Train the Preference Control Model of the six LoRA experts online with REBEL, on the paper's eight preferences and,
-less often, on those of two experts.
+Train the Preference Control Model of the six LoRA experts online with REBEL: of their product on two to six experts at
+strengths of both signs, of their mixture on the paper's eight preferences and, less often, on those of two experts.
 
     python examples/smollm2/train_pcm.py --output pcm --seeds 0 1 2
+    python examples/smollm2/train_pcm.py --merge probabilities --output mixture --seeds 0
 
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
@@ -15,6 +16,7 @@ measure_pcm.py measures what it has won. --quick trains on eight prompts for one
 """
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
 from itertools import chain
@@ -32,13 +34,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
 from modeling_pcm_ensemble.evaluation.pictures import save
+from modeling_pcm_ensemble.rewards.answering import AnsweringReward
 from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
+# Noise on the weights that a rollout is sampled under. Shares are less sensitive: only their ratios count.
+EXPLORATION = {"product": 0.5, "probabilities": 2.0}
 
-def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
+
+def make_trainer(model, rewards, answering, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
     batch = min(arguments.completions, arguments.batch)
     updates = arguments.completions // batch * arguments.iterations  # of a rollout
     config = RebelConfig(
@@ -53,7 +59,8 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         lr_scheduler_type="linear",
         warmup_steps=4,
         eta=arguments.eta,
-        exploration=arguments.exploration,
+        exploration=EXPLORATION[arguments.merge],
+        weight_distribution="signed" if model.config.adds_up else "equal",
         max_completion_length=arguments.tokens,
         generation_batch_size=64 if DEVICE == "cpu" else 768,
         bf16=model.backbones[0].dtype == torch.bfloat16,
@@ -64,17 +71,30 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
         report_to="none",
     )
 
-    # Pairs in one of three: what rewards teach of three experts would else carry over to two by chance.
-    sets = 3 * default_preference_sets(model.config)
-    sets += [names for names in default_preference_sets(model.config, whole=False) if len(names) == 2]
     return RebelTrainer(
         model,
         args=config,
         reward_funcs=rewards,
         train_dataset=dataset,
         processing_class=model.tokenizer,
-        preference_sets=sets,
+        preference_sets=preference_sets(model.config),
+        shared_reward=answering if model.config.adds_up else None,
     )
+
+
+def preference_sets(config) -> list[list[str]]:
+    """Return the sets that preferences are drawn from."""
+    if not config.adds_up:
+        # Pairs in one of three: what rewards teach of three experts would else carry over to two by chance.
+        pairs = [names for names in default_preference_sets(config, whole=False) if len(names) == 2]
+        return 3 * default_preference_sets(config) + pairs
+
+    # Any experts go together where tilts add up, opposites too; of each number of them as many.
+    sets = []
+    for size in range(2, config.num_experts + 1):
+        combinations = [list(names) for names in itertools.combinations(config.expert_names, size)]
+        sets += combinations * (60 // len(combinations))  # 15, 20, 15, 6 and 1 of six experts
+    return sets
 
 
 def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: int):
@@ -100,7 +120,7 @@ def save_learnt(model, path: Path):
         save_file(learnt, Path(staging) / path.name, metadata={"trained_for": model.config.merge})
 
 
-def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
+def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
     """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
     rewarded, described = folder / "rewards.safetensors", folder / "pcm.safetensors"
@@ -109,10 +129,11 @@ def train(dataset: Dataset, rewards, seed: int, arguments) -> Path:
         return folder
 
     set_seed(seed)
-    model = demo.adapter_ensemble(dtype=demo.fast_dtype(DEVICE), expert_top_k=arguments.expert_top_k or None)
+    options = {"merge": arguments.merge, "expert_top_k": arguments.expert_top_k or None}
+    model = demo.adapter_ensemble(dtype=demo.fast_dtype(DEVICE), **options)
     if not rewarded.exists():
         model.pcm.body.requires_grad_(False)
-        trainer = make_trainer(model, rewards, dataset, folder, seed, arguments)
+        trainer = make_trainer(model, rewards, answering, dataset, folder, seed, arguments)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
         write_text(folder / "history.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
         save_learnt(model, rewarded)
@@ -157,6 +178,7 @@ def mean_curve(histories: list[list[dict]], name: str) -> tuple[list[int], list[
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("pcm"))
+    parser.add_argument("--merge", choices=EXPLORATION, default="product", help="how the experts are merged")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--prompts", type=int, default=PCM_PROMPTS, help="train on so many of the shortest prompts")
     parser.add_argument("--rollouts", type=int, default=12)
@@ -166,7 +188,6 @@ def main():
     parser.add_argument("--description-steps", type=int, default=480, help="updates that teach descriptions")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--eta", type=float, default=16.0)
-    parser.add_argument("--exploration", type=float, default=2.0, help="noise on the weights of a rollout")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument(
         "--expert-top-k", type=int, default=demo.EXPERT_TOP_K, help="tokens that an expert keeps; 0: all"
@@ -182,8 +203,9 @@ def main():
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)
     # Of all seeds: what has been measured is kept
-    rewards = proxy_rewards(TextQuality(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256))
-    folders = [train(Dataset.from_list(rows), rewards, seed, arguments) for seed in arguments.seeds]
+    quality = TextQuality(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256)
+    rewards, answering = proxy_rewards(quality), AnsweringReward(quality, training_prompts(PCM_PROMPTS))
+    folders = [train(Dataset.from_list(rows), rewards, answering, seed, arguments) for seed in arguments.seeds]
     histories = [json.loads((folder / "history.json").read_text()) for folder in folders]
     draw_curves(histories, arguments.output / "curves.png")
 
