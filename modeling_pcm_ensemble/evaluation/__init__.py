@@ -4,7 +4,7 @@ Comparing ways to answer under a preference: baselines, judges, statistics, repo
 """
 
 from .answers import Case, collect_answers, collect_text_features, distributed_state, make_cases
-from .baselines import Baseline, PlainModel, PromptedModel, WeightAverage
+from .baselines import Baseline, PlainModel, PromptedInWords, PromptedModel, WeightAverage
 from .comparison import Outcome, agreement, judge_answers, summarise
 from .cost import measure_cost
 from .ensemble_baselines import (
@@ -36,6 +36,7 @@ __all__ = [
     "LanguageModelJudge",
     "Outcome",
     "PlainModel",
+    "PromptedInWords",
     "PromptedModel",
     "RewardJudge",
     "SingleExpert",

@@ -1,0 +1,186 @@
+r"""
+How well answers follow the weights: arrays in, numbers out.
+
+Rewards are `(points, experts, draws)`: at each point of a line's grid the mean reward of each of its experts, once for
+each draw of prompts. Every measure is computed for all draws, so that it has an interval, whatever it is.
+
+| measure | what it is | source |
+|---|---|---|
+| moved | how much an expert's reward rises between the ends of its edge, see [`Line.edge`] | |
+| rank correlation | Spearman's ρ between an expert's weight and its reward over the grid | C. Spearman, 1904 |
+| violations | share of an edge's steps on which the reward falls while the weight rises | |
+| hypervolume | what the points dominate of the box between `low` and `high`; above 1 if they reach beyond it | \
+E. Zitzler and L. Thiele, 1999; computed by pymoo (J. Blank and K. Deb, 2020) |
+| inner product | mean over the grid of Σ w_i r_i / Σ w_i | arXiv 2505.06274 |
+| Pareto share | share of the points that no other one dominates | |
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from pymoo.indicators.hv import HV
+from scipy.stats import rankdata
+
+from .statistics import draw_prompts, percentile_interval
+from .steering import Line
+
+BASE = 0.5  # the base model's mean normalised reward, by symmetry
+HIGHER_IS_BETTER = {
+    "moved": True,
+    "rank correlation": True,
+    "worst rank correlation": True,
+    "violations": False,
+    "hypervolume": True,
+    "inner product": True,
+    "Pareto share": True,
+}
+
+
+@dataclass
+class LineRewards:
+    r"""
+    One way's rewards on one line, before one judge.
+
+    Args:
+        line (`Line`): where they were measured.
+        rewards (`np.ndarray` of shape `(points, experts, prompts)`): mean normalised rewards.
+        low, high (`np.ndarray` of shape `(experts,)`): reference point and upper ends of the hypervolume's box, see
+            [`bounds`].
+    """
+
+    line: Line
+    rewards: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def bounds(line: Line, alone: dict[str, dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+    r"""
+    Fix the hypervolume's box before any way is measured: for each expert's reward the worst and the best among the
+    base model and the line's experts alone.
+
+    Args:
+        line (`Line`): the line.
+        alone (`dict[str, dict[str, float]]`): by expert that answers alone, and expert whose reward it is.
+
+    Returns:
+        Reference point and upper ends, each `(experts,)`.
+
+    Raises:
+        ValueError: if the worst is the best, so that there is no unit to measure in.
+    """
+    rewards = np.array([[alone[answers][rewarded] for rewarded in line.experts] for answers in line.experts])
+    low, high = np.minimum(rewards.min(axis=0), BASE), np.maximum(rewards.max(axis=0), BASE)
+    if flat := [expert for expert, unit in zip(line.experts, high - low) if unit <= 0]:
+        raise ValueError(
+            f"The reward of {flat[0]} must differ among the base model and the experts {line.label} alone; it is "
+            "the same for all, so that a hypervolume has no unit."
+        )
+    return low, high
+
+
+def moved(rewards: np.ndarray, edges: list[list[int]]) -> np.ndarray:
+    """Return `(experts, draws)`: how much each reward rises between the ends of its edge."""
+    return np.stack([rewards[edge[-1], place] - rewards[edge[0], place] for place, edge in enumerate(edges)])
+
+
+def violations(rewards: np.ndarray, edges: list[list[int]]) -> np.ndarray:
+    """Return `(experts, draws)`: the share of an edge's steps on which the reward falls."""
+    return np.stack([(np.diff(rewards[edge, place], axis=0) < 0).mean(axis=0) for place, edge in enumerate(edges)])
+
+
+def rank_correlation(weights: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Return `(experts, draws)`: Spearman's ρ with the weights `(points, experts)`; 0 where all rewards are equal."""
+    of_weights = rankdata(weights, axis=0)[:, :, None]
+    of_rewards = rankdata(rewards, axis=0)
+    x, y = of_weights - of_weights.mean(axis=0), of_rewards - of_rewards.mean(axis=0)
+
+    scale = np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=0))
+    return np.divide((x * y).sum(axis=0), scale, out=np.zeros(scale.shape), where=scale > 0)
+
+
+def hypervolume(rewards: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return `(draws,)`: what the points dominate of the box from `low` to `high`, in boxes."""
+    scaled = (rewards - low[:, None]) / (high - low)[:, None]
+    indicator = HV(ref_point=np.zeros(len(low)))  # which minimises
+    return np.array([indicator(-points) for points in np.moveaxis(scaled, 2, 0)])
+
+
+def inner_product(weights: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Return `(draws,)`: the mean over the points of Σ w_i r_i / Σ w_i."""
+    shares = weights / weights.sum(axis=1, keepdims=True)
+    return (shares[:, :, None] * rewards).sum(axis=1).mean(axis=0)
+
+
+def pareto_share(rewards: np.ndarray) -> np.ndarray:
+    """Return `(draws,)`: the share of points than which none is as good in all rewards and better in one."""
+    one, other = rewards[:, None], rewards[None]  # (points, points, experts, draws)
+    dominated = (other >= one).all(axis=2) & (other > one).any(axis=2)
+    return 1 - dominated.any(axis=1).mean(axis=0)
+
+
+def measure_line(entry: LineRewards, draws: np.ndarray) -> dict[str, np.ndarray]:
+    r"""
+    Compute all measures of one line.
+
+    Args:
+        entry (`LineRewards`): the rewards.
+        draws (`np.ndarray` of shape `(draws, prompts)`): which prompts are drawn.
+
+    Returns:
+        By name, `(experts, draws)` for what each expert has, else `(draws,)`.
+    """
+    weights = np.array(entry.line.points)
+    edges = [entry.line.edge(place) for place in range(len(entry.line.experts))]
+    means = np.stack([entry.rewards[:, :, prompts].mean(axis=2) for prompts in draws], axis=2)
+    return {
+        "moved": moved(means, edges),
+        "rank correlation": rank_correlation(weights, means),
+        "violations": violations(means, edges),
+        "hypervolume": hypervolume(means, entry.low, entry.high),
+        "inner product": inner_product(weights, means),
+        "Pareto share": pareto_share(means),
+    }
+
+
+def measure_lines(entries: list[LineRewards], samples: int = 2000, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """
+    Compute the measures of each line: first of all prompts, then of `samples` draws of them, the same on every line
+    and for every way.
+    """
+    prompts = entries[0].rewards.shape[2]
+    draws = np.concatenate([np.arange(prompts)[None], draw_prompts(prompts, samples, seed)])
+    return [measure_line(entry, draws) for entry in entries]
+
+
+def over_lines(lines: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Average measures over lines and their experts, `(1 + samples,)` each; and find the worst rank correlation."""
+    found = {}
+    for name in lines[0]:
+        of_lines = [np.atleast_2d(line[name]) for line in lines]
+        found[name] = np.concatenate(of_lines).mean(axis=0)
+        if name == "rank correlation":
+            found["worst rank correlation"] = np.concatenate(of_lines).min(axis=0)
+    return found
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return estimate and 95 % interval of `(1 + samples,)` values, the first of which is of all prompts."""
+    return percentile_interval(float(values[0]), values[1:])
+
+
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "LineRewards",
+    "bounds",
+    "hypervolume",
+    "inner_product",
+    "interval",
+    "measure_line",
+    "measure_lines",
+    "moved",
+    "over_lines",
+    "pareto_share",
+    "rank_correlation",
+    "violations",
+]
