@@ -1,6 +1,9 @@
 """Steering: measures against values worked out by hand or by brute force, and tests that go on where they stopped."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from transformers import set_seed
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.evaluation import PlainModel, PromptedInWords, SingleExpert, StaticWeights
 from modeling_pcm_ensemble.evaluation.steering import (
+    PAIR_SHARES,
     Line,
     SteeringTest,
     collect_references,
@@ -160,30 +164,40 @@ def test_bounds_are_of_the_base_model_and_the_lines_experts_alone():
         bounds(PAIR, {"a": {"a": 0.8, "b": 0.5}, "b": {"a": 0.6, "b": 0.5}})
 
 
-def simulated(rng, prompts: int, slope: float) -> LineRewards:
-    """Rewards that rise by `slope` along the whole range, beside what a prompt and chance add."""
-    shares = np.array(PAIR.points) / 2  # (points, experts)
-    noise = rng.normal(0, 0.1, (2, prompts)) + rng.normal(0, 0.05, (3, 2, prompts))
+NINE = make_line(("a", "b"), PAIR_SHARES)
+
+
+def simulated(rng, slope: float, prompts: int = 24) -> LineRewards:
+    """Rewards that rise by `slope` between the ends, beside what a prompt and chance add."""
+    shares = np.array(NINE.points) / 2  # (points, experts)
+    noise = rng.normal(0, 0.1, (2, prompts)) + rng.normal(0, 0.15, (9, 2, prompts))
     rewards = 0.5 + slope * (shares[:, :, None] - 0.5) / 0.8 + noise
-    return LineRewards(PAIR, rewards, np.full(2, 0.3), np.full(2, 0.8))
+    return LineRewards(NINE, rewards, np.full(2, 0.3), np.full(2, 0.8))
 
 
 def test_intervals_cover_the_true_values_as_often_as_they_say():
-    """Of what moves, of the inner product, and of a difference between two ways that are the same."""
-    rng, covered = np.random.default_rng(0), np.zeros(3)
-    for _ in range(200):
-        one, same = (over_lines(measure_lines([simulated(rng, 24, 0.3)], 200)) for _ in range(2))
-        ends = [interval(one["moved"]), interval(one["inner product"])]
-        ends.append(interval(one["hypervolume"] - same["hypervolume"]))
-        true = [0.3, 0.5 + 2 * 0.3 * 0.4 / 3, 0.0]
-        covered += [low <= value <= high for (_, low, high), value in zip(ends, true)]
-    assert (covered / 200 >= 0.88).all()
-    assert (covered / 200 <= 0.99).all()
+    """What moves, the inner product, a difference between two ways that are the same; of ranks, what they average."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(150):
+        ways = [[simulated(rng, 0.1) for _ in range(2)] for _ in range(2)]
+        one, same = (over_lines(measure_lines(lines, 150)) for lines in ways)
+        difference = one["hypervolume"] - same["hypervolume"]
+        measures = (one["moved"], one["inner product"], difference, one["rank correlation"])
+        found.append([interval(values) for values in measures])
+
+    estimates, lows, highs = np.moveaxis(np.array(found), 2, 0)  # (repetitions, measures) each
+    shares = np.arange(0.1, 1, 0.1)
+    inner = 0.5 + 0.1 * np.mean((2 * shares - 1) * (shares - 0.5)) / 0.8
+    true = [0.1, inner, 0.0, estimates[:, 3].mean()]
+    covered = ((lows <= true) & (true <= highs)).mean(axis=0)
+    assert (covered >= 0.87).all()
+    assert covered[:3].max() <= 0.99
+    assert ((lows <= estimates) & (estimates <= highs)).all()
 
 
 def test_the_same_prompts_are_drawn_for_all_ways():
-    entry = simulated(np.random.default_rng(0), 8, 0.3)
-    better = LineRewards(PAIR, entry.rewards + 0.1, entry.low, entry.high)
+    entry = simulated(np.random.default_rng(0), 0.3)
+    better = LineRewards(NINE, entry.rewards + 0.1, entry.low, entry.high)
     one, other = (over_lines(measure_lines([e], 50)) for e in (entry, better))
     assert other["inner product"] - one["inner product"] == pytest.approx(np.full(51, 0.1))
     assert (other["moved"] - one["moved"]) == pytest.approx(np.zeros(51))
@@ -302,3 +316,20 @@ def test_a_model_is_told_in_words_what_the_grid_asks_for():
     assert told.settings() != PromptedInWords("in words", told.model, told.tokenizer, 8, {}).settings()
     with pytest.raises(ValueError, match=r"has no words for 'a=1\.8 \+ b=0\.2'"):
         told.generate(PROMPTS, preferences[1:])
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_a_quick_measurement_of_the_shipped_experts_writes_its_report(tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "smollm2" / "steer.py"
+    for _ in range(2):  # the second time all answers are there already
+        run = subprocess.run([sys.executable, str(script), "--quick"], capture_output=True, text=True, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+
+    folder = tmp_path / "evaluation" / "steering" / "quick"
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["judges"]) == {"training rewards", "held-out proxies"}
+    assert list(report["cost"]) == ["static mixture", "averaged adapters"]
+    answers = (folder / "answers" / "static mixture" / "answers-0.jsonl").read_text().splitlines()
+    assert len(answers) == 4 * (9 + 9 + 10)
+    assert (folder / "report.md").exists()

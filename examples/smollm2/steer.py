@@ -139,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--against", default="static mixture", help="the way that the others are compared with")
     parser.add_argument("--prompt-file", type=Path, default=KOALA, help='a JSON list of {"prompt": …}')
     parser.add_argument("--prompts", type=int, default=16, help="so many of these, of all lengths")
-    parser.add_argument("--answers", type=int, default=2, help="to each prompt at each point")
+    parser.add_argument("--answers", type=int, default=1, help="to each prompt at each point")
     parser.add_argument("--references", type=int, default=4, help="the base model's answers to each prompt")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--batch-size", type=int, default=64)

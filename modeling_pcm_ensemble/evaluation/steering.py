@@ -148,7 +148,7 @@ class SteeringTest:
         references: list[list[str]],
         quality: TextQuality,
         *,
-        answers: int = 2,
+        answers: int = 1,
         batch_size: int = 64,
     ):
         self.lines = lines

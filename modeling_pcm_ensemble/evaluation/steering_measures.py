@@ -7,12 +7,13 @@ each draw of prompts. Every measure is computed for all draws, so that it has an
 | measure | what it is | source |
 |---|---|---|
 | moved | how much an expert's reward rises between the ends of its edge, see [`Line.edge`] | |
-| rank correlation | Spearman's ρ between an expert's weight and its reward over the grid | C. Spearman, 1904 |
+| rank correlation | Spearman's ρ between an expert's weight and its reward over the grid | Spearman 1904 |
 | violations | share of an edge's steps on which the reward falls while the weight rises | |
-| hypervolume | what the points dominate of the box between `low` and `high`; above 1 if they reach beyond it | \
-E. Zitzler and L. Thiele, 1999; computed by pymoo (J. Blank and K. Deb, 2020) |
+| hypervolume | what the points dominate of the box between `low` and `high`; above 1 beyond it | Zitzler and Thiele 1999 |
 | inner product | mean over the grid of Σ w_i r_i / Σ w_i | arXiv 2505.06274 |
 | Pareto share | share of the points that no other one dominates | |
+
+The hypervolume is computed by pymoo (J. Blank and K. Deb, 2020).
 """
 
 from dataclasses import dataclass
@@ -165,8 +166,13 @@ def over_lines(lines: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return estimate and 95 % interval of `(1 + samples,)` values, the first of which is of all prompts."""
-    return percentile_interval(float(values[0]), values[1:])
+    """
+    Return estimate and 95 % interval of `(1 + samples,)` values, the first of which is of all prompts. The interval
+    says how other prompts, as many, would differ: draws of prompts are noisier than the prompts, which alone shifts
+    ranks and fronts, and that shift is taken out.
+    """
+    estimate = float(values[0])
+    return percentile_interval(estimate, values[1:] + estimate - values[1:].mean())
 
 
 __all__ = [

@@ -37,11 +37,12 @@ def draw_fronts(by_way: dict[str, list[LineRewards]], alone: dict, judge: str, p
             _draw_front(axis, entries[place], way, f"C{color}")
         _draw_fixed_points(axis, entries[place].line.experts, alone)
 
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)  # or labels of axes are cut off
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=10)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10)
     figure.suptitle(
         f"Mean rewards as the weight moves from one expert to the other (judge: {judge}).\n"
-        "Numbers: the first expert's share of the weight, %. Up and to the right is better.",
+        "Numbers: share of the weight, in %, of the expert on the horizontal axis. Up and to the right is better.",
         fontsize=11,
     )
     save(figure, path)
@@ -60,14 +61,13 @@ def _draw_front(axis, entry: LineRewards, way: str, color: str):
 
 
 def _draw_fixed_points(axis, experts: tuple[str, ...], alone: dict):
-    """The base model and both experts alone."""
+    """The base model and both experts alone, and what the axes are."""
     axis.plot(BASE, BASE, "k*", markersize=9, label="base model")
-    for expert, marker in zip(experts, ("<", "^")):
+    for expert, marker, direction in zip(experts, (">", "^"), ("horizontal", "vertical")):
         place = [alone[expert][rewarded] for rewarded in experts]
-        axis.plot(*place, f"k{marker}", markersize=6)
-        axis.annotate(f"{expert} alone", place, textcoords="offset points", xytext=(5, -10), fontsize=8)
+        axis.plot(*place, f"k{marker}", markersize=6, label=f"expert of the {direction} axis alone")
 
-    axis.set_title(" against ".join(experts), fontsize=10)
+    axis.set_title(" and ".join(experts), fontsize=10)
     axis.set_xlabel(f"reward of {experts[0]}")
     axis.set_ylabel(f"reward of {experts[1]}")
     axis.grid(alpha=0.3)
@@ -88,7 +88,7 @@ def draw_rewards_by_weight(by_judge: dict[str, dict[str, list[LineRewards]]], wa
     figure, axes = plt.subplots(
         len(heights),
         len(judges),
-        figsize=(7 * len(judges), 1.6 + 0.27 * sum(heights) + 0.5 * len(heights)),
+        figsize=(7.5 * len(judges), 1.6 + 0.27 * sum(heights) + 0.5 * len(heights)),
         layout="constrained",
         squeeze=False,
         height_ratios=heights,
@@ -100,11 +100,12 @@ def draw_rewards_by_weight(by_judge: dict[str, dict[str, list[LineRewards]]], wa
             image = _draw_panel(axis, shares, rows, furthest)
         axes[0, column].set_title(f"judge: {judge}", fontsize=10)
 
+    figure.get_layout_engine().set(w_pad=0.15)  # or the longest names are cut off
     bar = figure.colorbar(image, ax=axes, shrink=0.5)
     bar.set_label("mean reward (0.5 = base model)")
     figure.suptitle(
-        f"{way}: does an expert's reward rise with its weight? It does where a row turns from red to blue.\n"
-        "On the right, Spearman's ρ between weight and reward: 1 is perfect obedience.",
+        f"{way}: does an expert's reward rise with its weight? It does where a row grows bluer to the right.\n"
+        "Beside each row, Spearman's ρ between weight and reward: 1 is perfect obedience.",
         fontsize=11,
     )
     save(figure, path)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ..checkpoint_staging import staged_folder
 from ..tables import number_interval, signed_interval, table
@@ -16,8 +17,8 @@ SAMPLES = 2000
 EXPLAINED = """\
 Rewards are normalised: 0.5 is the base model. All intervals are of 95 %, by resampling prompts; those of differences \
 draw the same prompts for both ways. A star marks a difference whose interval leaves out 0; nothing is adjusted for \
-the number of comparisons. Resampling adds noise, which lowers rank correlations and raises violations, so that \
-these intervals lie rather towards the worse side.
+the number of comparisons. Ranks and fronts depend on how many prompts there are: noise lowers rank correlations, and \
+raises violations and hypervolumes. Compare ways that were asked alike, and no numbers of prompts.
 
 - moved ↑: rise of an expert's reward between the ends of its weight's range, mean over lines and experts
 - rank correlation ↑: Spearman's ρ between weight and reward over a line's grid, mean over lines and experts; worst: \
@@ -100,7 +101,7 @@ def _of_judge(judge: str, experts: dict, results: list[dict], against: str) -> d
         boxes[entry.line.label] = dict(ends)
 
     by_line = {}
-    for result in results:
+    for result in tqdm(results, desc=f"measures: {judge}"):
         by_line[result["way"]] = measure_lines(line_rewards(experts, result, judge), SAMPLES)
     whole = {way: over_lines(lines) for way, lines in by_line.items()}
 
@@ -159,7 +160,7 @@ def write_steering_report(results: Path, folder: Path, against: str, command: st
         (staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for judge, by_way in rewards.items():
             draw_fronts(by_way, experts["alone"][judge], judge, staging / _file("fronts", judge))
-        for way in report["cost"]:
+        for way in tqdm(report["cost"], desc="pictures"):
             draw_rewards_by_weight(rewards, way, staging / _file("rewards", way))
         (staging / "report.md").write_text(markdown(report), encoding="utf-8")
     return report
