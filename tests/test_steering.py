@@ -15,7 +15,14 @@ from test_comparison import Parrot
 from transformers import set_seed
 
 from modeling_pcm_ensemble import demo
-from modeling_pcm_ensemble.evaluation import PlainModel, PromptedInWords, SingleExpert, StaticWeights
+from modeling_pcm_ensemble.evaluation import (
+    PlainModel,
+    PromptedInWords,
+    SingleExpert,
+    StaticWeights,
+    collect_answers,
+    make_cases,
+)
 from modeling_pcm_ensemble.evaluation.steering import (
     PAIR_SHARES,
     Line,
@@ -316,6 +323,18 @@ def test_a_model_is_told_in_words_what_the_grid_asks_for():
     assert told.settings() != PromptedInWords("in words", told.model, told.tokenizer, 8, {}).settings()
     with pytest.raises(ValueError, match=r"has no words for 'a=1\.8 \+ b=0\.2'"):
         told.generate(PROMPTS, preferences[1:])
+
+
+def test_long_settings_do_not_stand_in_every_line(tmp_path):
+    class Wordy(Parrot):
+        def settings(self):
+            return "long " * 9000 + str(self.times)
+
+    cases = make_cases(PROMPTS, PAIR.preferences())
+    for times in (1, 2):
+        answers = collect_answers(Wordy("wordy", times), cases, tmp_path)
+        assert answers[0].count(PROMPTS[0][-1]["content"]) == times
+    assert (tmp_path / "answers-0.jsonl").stat().st_size < 9000
 
 
 @pytest.mark.real_model
