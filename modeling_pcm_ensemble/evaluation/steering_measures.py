@@ -9,7 +9,7 @@ each draw of prompts. Every measure is computed for all draws, so that it has an
 | moved | how much an expert's reward rises between the ends of its edge, see [`Line.edge`] | |
 | rank correlation | Spearman's ρ between an expert's weight and its reward over the grid | Spearman 1904 |
 | violations | share of an edge's steps on which the reward falls while the weight rises | |
-| hypervolume | what the points dominate of the box between `low` and `high`; above 1 beyond it | Zitzler, Thiele 1999 |
+| hypervolume | what points dominate of the box from `low` to `high`; above 1 beyond it | Zitzler, Thiele 1999 |
 | inner product | mean over the grid of Σ w_i r_i / Σ w_i | arXiv 2505.06274 |
 | Pareto share | share of the points that no other one dominates | |
 
