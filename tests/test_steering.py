@@ -33,7 +33,6 @@ from modeling_pcm_ensemble.evaluation.steering import (
 )
 from modeling_pcm_ensemble.evaluation.steering_measures import (
     LineRewards,
-    bounds,
     hypervolume,
     inner_product,
     interval,
@@ -42,6 +41,7 @@ from modeling_pcm_ensemble.evaluation.steering_measures import (
     over_lines,
     pareto_share,
     rank_correlation,
+    reference_point,
     violations,
 )
 from modeling_pcm_ensemble.evaluation.steering_report import read_results, write_steering_report
@@ -143,32 +143,29 @@ def test_pareto_shares_count_what_nothing_dominates():
 
 
 def test_the_hypervolume_of_two_rewards_is_that_of_a_sweep():
-    low, high = np.array([0.2, 0.4]), np.array([0.7, 0.6])
-    rewards = np.random.default_rng(1).uniform(0.1, 0.8, (9, 2, 6))  # some below the reference, some above the box
-    for draw, found in enumerate(hypervolume(rewards, low, high)):
+    low = np.array([0.2, 0.4])
+    rewards = np.random.default_rng(1).uniform(0.1, 0.8, (9, 2, 6))  # some below the reference
+    for draw, found in enumerate(hypervolume(rewards, low)):
         area, reached = 0.0, low[1]
         for x, y in sorted(rewards[:, :, draw].tolist(), reverse=True):  # from the right, only what rises counts
             if x > low[0] and y > reached:
                 area += (x - low[0]) * (y - reached)
                 reached = y
-        assert found == pytest.approx(area / np.prod(high - low))
+        assert found == pytest.approx(area / (0.8 * 0.6))
 
 
 def test_the_hypervolume_of_three_rewards_is_that_of_chance():
     rng = np.random.default_rng(2)
-    rewards = rng.random((10, 3, 1))
-    thrown = rng.random((200_000, 3))
+    reference, rewards = np.array([0.1, 0.3, 0.2]), rng.random((10, 3, 1))
+    thrown = rng.uniform(reference, 1, (200_000, 3))
     dominated = (thrown[:, None] <= rewards[None, :, :, 0]).all(axis=2).any(axis=1)
-    assert hypervolume(rewards, np.zeros(3), np.ones(3))[0] == pytest.approx(dominated.mean(), abs=0.005)
-    assert hypervolume(-rewards, np.zeros(3), np.ones(3))[0] == 0.0
+    assert hypervolume(rewards, reference)[0] == pytest.approx(dominated.mean(), abs=0.005)
+    assert hypervolume(rewards / 10, reference)[0] == 0.0
 
 
-def test_bounds_are_of_the_base_model_and_the_lines_experts_alone():
-    alone = {"a": {"a": 0.8, "b": 0.3, "c": 0.0}, "b": {"a": 0.6, "b": 0.45, "c": 0.0}, "c": {"a": 0.9, "b": 0.9}}
-    low, high = bounds(PAIR, alone)
-    assert (low.tolist(), high.tolist()) == ([0.5, 0.3], [0.8, 0.5])
-    with pytest.raises(ValueError, match="The reward of b must differ"):
-        bounds(PAIR, {"a": {"a": 0.8, "b": 0.5}, "b": {"a": 0.6, "b": 0.5}})
+def test_the_reference_is_the_worst_of_the_base_model_and_the_lines_experts_alone():
+    alone = {"a": {"a": 0.8, "b": 0.3, "c": 0.0}, "b": {"a": 0.6, "b": 0.45, "c": 0.0}, "c": {"a": 0.1, "b": 0.1}}
+    assert reference_point(PAIR, alone).tolist() == [0.5, 0.3]
 
 
 NINE = make_line(("a", "b"), PAIR_SHARES)
@@ -179,7 +176,7 @@ def simulated(rng, slope: float, prompts: int = 24) -> LineRewards:
     shares = np.array(NINE.points) / 2  # (points, experts)
     noise = rng.normal(0, 0.1, (2, prompts)) + rng.normal(0, 0.15, (9, 2, prompts))
     rewards = 0.5 + slope * (shares[:, :, None] - 0.5) / 0.8 + noise
-    return LineRewards(NINE, rewards, np.full(2, 0.3), np.full(2, 0.8))
+    return LineRewards(NINE, rewards, np.full(2, 0.3))
 
 
 def test_intervals_cover_the_true_values_as_often_as_they_say():
@@ -204,7 +201,7 @@ def test_intervals_cover_the_true_values_as_often_as_they_say():
 
 def test_the_same_prompts_are_drawn_for_all_ways():
     entry = simulated(np.random.default_rng(0), 0.3)
-    better = LineRewards(NINE, entry.rewards + 0.1, entry.low, entry.high)
+    better = LineRewards(NINE, entry.rewards + 0.1, entry.reference)
     one, other = (over_lines(measure_lines([e], 50)) for e in (entry, better))
     assert other["inner product"] - one["inner product"] == pytest.approx(np.full(51, 0.1))
     assert (other["moved"] - one["moved"]) == pytest.approx(np.zeros(51))

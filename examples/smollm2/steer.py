@@ -5,8 +5,8 @@ Do answers follow the weights? Ask every way to merge the six experts alike, on 
     python examples/smollm2/steer.py --ways "static mixture" "trained PCM"  # these alone, no report
     python examples/smollm2/steer.py --report                              # of all results that are there
 
-1. Bounds: the base model answers each prompt several times, which rewards are normalised by; and each expert alone
-   fixes the box that hypervolumes are measured in. The first process that comes does it.
+1. Before any way: the base model answers each prompt several times, which rewards are normalised by; and the base
+   model and the experts alone fix where hypervolumes are measured from. The first process that comes does it.
 2. Every way answers each prompt at every point of every line: pairs of experts (shares of the weight .1 to .9), and
    triples of one expert for each dimension.
 3. Judges measure the answers: the rewards of training, and proxies that nothing was trained on. What they found is
@@ -89,7 +89,7 @@ def shares_of(preference: Preference) -> Preference:
 
 
 def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argparse.Namespace) -> SteeringTest:
-    """Prepare the test, and measure its bounds where no process has done so."""
+    """Prepare the test, and measure the experts alone where no process has done so."""
     prompts = chats(spread(evaluation_prompts(path=arguments.prompt_file), arguments.prompts))
     base = PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens)
     quality = TextQuality(model.backbones[0], model.tokenizer)
@@ -163,7 +163,7 @@ def main():
 
     command = " ".join(["python", "examples/smollm2/steer.py", *sys.argv[1:]])
     report = write_steering_report(arguments.output / "results", arguments.output, arguments.against, command)
-    Console().print(Markdown(summary_tables(report)))
+    Console(width=160).print(Markdown(summary_tables(report)))
     print(f"Written to {arguments.output / 'report.md'}")
 
 

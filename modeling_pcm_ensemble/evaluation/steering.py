@@ -204,7 +204,7 @@ class SteeringTest:
 
     def measure_experts(self, alone: Mapping[str, Baseline], folder: Path) -> dict:
         r"""
-        Measure all rewards of each expert alone: what [`bounds`] are made of.
+        Measure all rewards of each expert alone: what [`reference_point`] is made of.
 
         Args:
             alone (`Mapping[str, Baseline]`): a way to answer for each expert.

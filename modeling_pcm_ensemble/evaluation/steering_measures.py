@@ -9,7 +9,7 @@ each draw of prompts. Every measure is computed for all draws, so that it has an
 | moved | how much an expert's reward rises between the ends of its edge, see [`Line.edge`] | |
 | rank correlation | Spearman's ρ between an expert's weight and its reward over the grid | Spearman 1904 |
 | violations | share of an edge's steps on which the reward falls while the weight rises | |
-| hypervolume | what points dominate of the box from `low` to `high`; above 1 beyond it | Zitzler, Thiele 1999 |
+| hypervolume | share of the box from `reference` to the best reward, 1, that points dominate | Zitzler, Thiele 1999 |
 | inner product | mean over the grid of Σ w_i r_i / Σ w_i | arXiv 2505.06274 |
 | Pareto share | share of the points that no other one dominates | |
 
@@ -45,39 +45,36 @@ class LineRewards:
     Args:
         line (`Line`): where they were measured.
         rewards (`np.ndarray` of shape `(points, experts, prompts)`): mean normalised rewards.
-        low, high (`np.ndarray` of shape `(experts,)`): reference point and upper ends of the hypervolume's box, see
-            [`bounds`].
+        reference (`np.ndarray` of shape `(experts,)`): the hypervolume's reference point, see [`reference_point`].
     """
 
     line: Line
     rewards: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    reference: np.ndarray
 
 
-def bounds(line: Line, alone: dict[str, dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+def rewards_alone(line: Line, alone: dict[str, dict[str, float]]) -> np.ndarray:
     r"""
-    Fix the hypervolume's box before any way is measured: for each expert's reward the worst and the best among the
-    base model and the line's experts alone.
+    Return what there is without any way to merge: rewards of the line's experts alone, and of the base model.
 
     Args:
         line (`Line`): the line.
-        alone (`dict[str, dict[str, float]]`): by expert that answers alone, and expert whose reward it is.
+        alone (`dict[str, dict[str, float]]`): mean rewards, by expert that answers alone, and expert whose reward it
+            is.
 
     Returns:
-        Reference point and upper ends, each `(experts,)`.
-
-    Raises:
-        ValueError: if the worst is the best, so that there is no unit to measure in.
+        `(experts + 1, experts)`, the base model last.
     """
-    rewards = np.array([[alone[answers][rewarded] for rewarded in line.experts] for answers in line.experts])
-    low, high = np.minimum(rewards.min(axis=0), BASE), np.maximum(rewards.max(axis=0), BASE)
-    if flat := [expert for expert, unit in zip(line.experts, high - low) if unit <= 0]:
-        raise ValueError(
-            f"The reward of {flat[0]} must differ among the base model and the experts {line.label} alone; it is "
-            "the same for all, so that a hypervolume has no unit."
-        )
-    return low, high
+    rewards = [[alone[answers][rewarded] for rewarded in line.experts] for answers in line.experts]
+    return np.array([*rewards, [BASE] * len(line.experts)])
+
+
+def reference_point(line: Line, alone: dict[str, dict[str, float]]) -> np.ndarray:
+    """
+    Fix the hypervolume's reference before any way is measured: for each expert the worst of [`rewards_alone`],
+    `(experts,)`.
+    """
+    return rewards_alone(line, alone).min(axis=0)
 
 
 def moved(rewards: np.ndarray, edges: list[list[int]]) -> np.ndarray:
@@ -100,11 +97,11 @@ def rank_correlation(weights: np.ndarray, rewards: np.ndarray) -> np.ndarray:
     return np.divide((x * y).sum(axis=0), scale, out=np.zeros(scale.shape), where=scale > 0)
 
 
-def hypervolume(rewards: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return `(draws,)`: what the points dominate of the box from `low` to `high`, in boxes."""
-    scaled = (rewards - low[:, None]) / (high - low)[:, None]
-    indicator = HV(ref_point=np.zeros(len(low)))  # which minimises
-    return np.array([indicator(-points) for points in np.moveaxis(scaled, 2, 0)])
+def hypervolume(rewards: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return `(draws,)`: the share of the box from the reference to 1 that the points dominate."""
+    indicator = HV(ref_point=-reference)  # which minimises
+    volumes = np.array([indicator(-points) for points in np.moveaxis(rewards, 2, 0)])
+    return volumes / np.prod(1 - reference)
 
 
 def inner_product(weights: np.ndarray, rewards: np.ndarray) -> np.ndarray:
@@ -116,8 +113,8 @@ def inner_product(weights: np.ndarray, rewards: np.ndarray) -> np.ndarray:
 def pareto_share(rewards: np.ndarray) -> np.ndarray:
     """Return `(draws,)`: the share of points than which none is as good in all rewards and better in one."""
     one, other = rewards[:, None], rewards[None]  # (points, points, experts, draws)
-    dominated = (other >= one).all(axis=2) & (other > one).any(axis=2)
-    return 1 - dominated.any(axis=1).mean(axis=0)
+    dominated = np.all(other >= one, axis=2) & np.any(other > one, axis=2)  # (points, points, draws)
+    return 1 - np.any(dominated, axis=1).mean(axis=0)
 
 
 def measure_line(entry: LineRewards, draws: np.ndarray) -> dict[str, np.ndarray]:
@@ -138,7 +135,7 @@ def measure_line(entry: LineRewards, draws: np.ndarray) -> dict[str, np.ndarray]
         "moved": moved(means, edges),
         "rank correlation": rank_correlation(weights, means),
         "violations": violations(means, edges),
-        "hypervolume": hypervolume(means, entry.low, entry.high),
+        "hypervolume": hypervolume(means, entry.reference),
         "inner product": inner_product(weights, means),
         "Pareto share": pareto_share(means),
     }
@@ -178,7 +175,6 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 __all__ = [
     "HIGHER_IS_BETTER",
     "LineRewards",
-    "bounds",
     "hypervolume",
     "inner_product",
     "interval",
@@ -188,5 +184,7 @@ __all__ = [
     "over_lines",
     "pareto_share",
     "rank_correlation",
+    "reference_point",
+    "rewards_alone",
     "violations",
 ]

@@ -18,16 +18,16 @@ def draw_fronts(by_way: dict[str, list[LineRewards]], alone: dict, judge: str, p
 
     Args:
         by_way (`dict[str, list[LineRewards]]`): each way's rewards; lines of three experts or more are left out.
-        alone (`dict[str, dict[str, float]]`): rewards of experts alone, see [`bounds`].
+        alone (`dict[str, dict[str, float]]`): rewards of experts alone, see [`rewards_alone`].
         judge (`str`): stands in the title.
         path (`Path`): of the picture.
     """
     pairs = {way: [entry for entry in lines if len(entry.line.experts) == 2] for way, lines in by_way.items()}
     number = len(next(iter(pairs.values())))
-    rows = ceil(number / COLUMNS)
-    figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(5 * COLUMNS, 1.2 + 4.2 * rows), layout="constrained", squeeze=False
-    )
+    columns = min(number, COLUMNS)
+    rows = ceil(number / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 1.5 + 4.2 * rows), squeeze=False)
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.1)  # or labels are cut off
 
     for place, axis in enumerate(axes.flat):
         if place >= number:
@@ -37,7 +37,6 @@ def draw_fronts(by_way: dict[str, list[LineRewards]], alone: dict, judge: str, p
             _draw_front(axis, entries[place], way, f"C{color}")
         _draw_fixed_points(axis, entries[place].line.experts, alone)
 
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)  # or labels of axes are cut off
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10)
     figure.suptitle(
@@ -89,10 +88,10 @@ def draw_rewards_by_weight(by_judge: dict[str, dict[str, list[LineRewards]]], wa
         len(heights),
         len(judges),
         figsize=(7.5 * len(judges), 1.6 + 0.27 * sum(heights) + 0.5 * len(heights)),
-        layout="constrained",
         squeeze=False,
         height_ratios=heights,
     )
+    figure.set_layout_engine("constrained", w_pad=0.15)  # or the longest names are cut off
 
     furthest = _furthest(by_judge)
     for column, judge in enumerate(judges):
@@ -100,7 +99,6 @@ def draw_rewards_by_weight(by_judge: dict[str, dict[str, list[LineRewards]]], wa
             image = _draw_panel(axis, shares, rows, furthest)
         axes[0, column].set_title(f"judge: {judge}", fontsize=10)
 
-    figure.get_layout_engine().set(w_pad=0.15)  # or the longest names are cut off
     bar = figure.colorbar(image, ax=axes, shrink=0.5)
     bar.set_label("mean reward (0.5 = base model)")
     figure.suptitle(

@@ -8,9 +8,18 @@ from tqdm import tqdm
 
 from ..checkpoint_staging import staged_folder
 from ..tables import number_interval, signed_interval, table
-from .statistics import draw_prompts
+from .statistics import bootstrap_interval
 from .steering import Line
-from .steering_measures import HIGHER_IS_BETTER, LineRewards, bounds, interval, measure_lines, over_lines
+from .steering_measures import (
+    HIGHER_IS_BETTER,
+    LineRewards,
+    hypervolume,
+    interval,
+    measure_lines,
+    over_lines,
+    reference_point,
+    rewards_alone,
+)
 from .steering_pictures import draw_fronts, draw_rewards_by_weight
 
 SAMPLES = 2000
@@ -24,7 +33,9 @@ raises violations and hypervolumes. Compare ways that were asked alike, and no n
 - rank correlation ↑: Spearman's ρ between weight and reward over a line's grid, mean over lines and experts; worst: \
 the least of them
 - violations ↓: share of the steps on which the reward falls while the weight rises; chance alone gives one half
-- hypervolume ↑: what the points dominate of the box between the bounds, which is 1, mean over lines
+- hypervolume ↑: share of the box between a reference point and the best reward, 1, that a line's points dominate, \
+mean over lines; the reference is the worst of the base model and the line's experts alone, fixed before any way was \
+measured
 - inner product ↑: rewards weighted by what was asked for, mean over grids
 - Pareto share ↑: share of a line's points that no other one dominates"""
 
@@ -63,9 +74,9 @@ def summarise_steering(experts: dict, results: list[dict], against: str) -> dict
         against (`str`): the way that all others are compared with.
 
     Returns:
-        `against`; `asked`; `judges`, each with `bounds` (by line and expert), `ways` and `differences` (by way and
-        measure, estimate and ends of the interval), `hypervolume` (by line and way, likewise); `text` and `cost` by
-        way.
+        `against`; `asked`; `judges`, each with `reference` (by line and expert), `hypervolume alone` (by line, what
+        the experts alone and the base model dominate), `ways` and `differences` (by way and measure, estimate and
+        ends of the interval), `hypervolume` (by line and way, likewise); `text` and `cost` by way.
 
     Raises:
         ValueError: if `against` was not measured.
@@ -88,17 +99,18 @@ def line_rewards(experts: dict, result: dict, judge: str) -> list[LineRewards]:
     entries = []
     for asked, measured in zip(experts["asked"]["lines"], result["lines"], strict=True):
         line = Line(tuple(asked["experts"]), tuple(map(tuple, asked["points"])))
-        low, high = bounds(line, experts["alone"][judge])
-        entries.append(LineRewards(line, np.array(measured["rewards"][judge]), low, high))
+        reference = reference_point(line, experts["alone"][judge])
+        entries.append(LineRewards(line, np.array(measured["rewards"][judge]), reference))
     return entries
 
 
 def _of_judge(judge: str, experts: dict, results: list[dict], against: str) -> dict:
     entries = line_rewards(experts, results[0], judge)
-    boxes = {}
+    references, without = {}, {}
     for entry in entries:
-        ends = zip(entry.line.experts, zip(entry.low.tolist(), entry.high.tolist()))
-        boxes[entry.line.label] = dict(ends)
+        label, points = entry.line.label, rewards_alone(entry.line, experts["alone"][judge])
+        references[label] = dict(zip(entry.line.experts, entry.reference.tolist()))
+        without[label] = float(hypervolume(points[:, :, None], entry.reference)[0])
 
     by_line = {}
     for result in tqdm(results, desc=f"measures: {judge}"):
@@ -106,7 +118,7 @@ def _of_judge(judge: str, experts: dict, results: list[dict], against: str) -> d
     whole = {way: over_lines(lines) for way, lines in by_line.items()}
 
     hypervolumes: dict[str, dict[str, tuple]] = {}
-    for place, label in enumerate(boxes):
+    for place, label in enumerate(references):
         hypervolumes[label] = {way: interval(lines[place]["hypervolume"]) for way, lines in by_line.items()}
 
     differences = {}
@@ -114,7 +126,8 @@ def _of_judge(judge: str, experts: dict, results: list[dict], against: str) -> d
         if way != against:
             differences[way] = {name: interval(v - whole[against][name]) for name, v in measures.items()}
     return {
-        "bounds": boxes,
+        "reference": references,
+        "hypervolume alone": without,
         "ways": {way: {name: interval(v) for name, v in measures.items()} for way, measures in whole.items()},
         "differences": differences,
         "hypervolume": hypervolumes,
@@ -123,12 +136,7 @@ def _of_judge(judge: str, experts: dict, results: list[dict], against: str) -> d
 
 def _text(by_prompt: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
     """Means of what was read in answers, with their intervals."""
-    found = {}
-    for name, values in by_prompt.items():
-        of_prompts = np.array(values)
-        draws = draw_prompts(len(values), SAMPLES)
-        found[name] = interval(np.concatenate([[of_prompts.mean()], of_prompts[draws].mean(axis=1)]))
-    return found
+    return {name: bootstrap_interval(np.array([values])) for name, values in by_prompt.items()}
 
 
 def write_steering_report(results: Path, folder: Path, against: str, command: str) -> dict:
@@ -173,8 +181,8 @@ def markdown(report: dict) -> str:
     parts = [
         "# Steering by weights",
         f"`{report['command']}`",
-        f"{len(asked['lines'])} lines with {points} points, {len(asked['prompts'])} prompts, {asked['answers']} "
-        "answers to each prompt at each point.",
+        f"Lines: {len(asked['lines'])}, with {points} points. Prompts: {len(asked['prompts'])}. Answers to each "
+        f"prompt at each point: {asked['answers']}.",
         EXPLAINED,
         summary_tables(report),
     ]
@@ -212,12 +220,13 @@ def _starred(difference: tuple[float, float, float]) -> str:
 
 
 def _hypervolumes(entry: dict) -> str:
-    """One row for each line: its box, and what each way dominates of it."""
+    """One row for each line: its reference point, and what each way dominates from there on."""
     rows = []
     for line, of_ways in entry["hypervolume"].items():
-        box = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in entry["bounds"][line].values())
-        rows.append([line, box, *(number_interval(value) for value in of_ways.values())])
-    return table(["line", "box: rewards in this order", *entry["ways"]], rows)
+        reference = ", ".join(f"{value:.3f}" for value in entry["reference"][line].values())
+        alone = f"{entry['hypervolume alone'][line]:.3f}"
+        rows.append([line, reference, alone, *(number_interval(value) for value in of_ways.values())])
+    return table(["line", "reference", "experts alone", *entry["ways"]], rows)
 
 
 def _text_and_cost(report: dict) -> str:
