@@ -255,6 +255,8 @@ def test_what_cannot_be_measured_is_refused_before_it_is_asked(steering, tmp_pat
         steering.measure(Parrot("picky"), tmp_path)
     with pytest.raises(ValueError, match="Judge 'half' has no reward for b, c"):
         SteeringTest([TRIPLE], PROMPTS, {"half": {"a": length(1)}}, [["x"], ["y"]], steering.quality)
+    with pytest.raises(ValueError, match="references to 1 prompts, and 2 prompts"):
+        SteeringTest([PAIR], PROMPTS, JUDGES, [["x"]], steering.quality)
     with pytest.raises(ValueError, match="twice"):
         SteeringTest([PAIR, PAIR], PROMPTS, JUDGES, [["x"], ["y"]], steering.quality)
 

@@ -122,11 +122,12 @@ def measure_ways(arguments: argparse.Namespace):
         lines = [*lines[:2], lines[-1]]
 
     ways = make_ways(model, lines, arguments.tokens)
-    if unknown := set(arguments.ways or ()) - set(ways):
+    wanted = arguments.ways or list(ways)
+    if unknown := {*wanted, arguments.against} - set(ways):
         raise ValueError(f"There is no way {', '.join(map(repr, unknown))}. There are {', '.join(map(repr, ways))}.")
 
     test = make_test(model, lines, arguments)
-    for name in arguments.ways or ways:
+    for name in wanted:
         result = test.measure(ways[name](), arguments.output / "answers" / name)
         write_text(arguments.output / "results" / f"{name}.json", json.dumps(result) + "\n")
 

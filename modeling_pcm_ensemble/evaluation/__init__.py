@@ -1,6 +1,6 @@
 """
 Comparing ways to answer under a preference: baselines, judges, statistics, reports. Needs the `evaluation` extra.
-`held_out_proxies` holds rewards that nothing was trained on.
+`held_out_proxies` holds rewards that nothing was trained on; `steering` measures whether answers follow weights.
 """
 
 from .answers import Case, collect_answers, collect_text_features, distributed_state, make_cases

@@ -137,7 +137,8 @@ class SteeringTest:
         batch_size (`int`): answers that are sampled at once.
 
     Raises:
-        ValueError: if a judge has no reward for an expert, or two lines have a point in common.
+        ValueError: if a judge has no reward for an expert, two lines have a point in common, or there are not as many
+            lists of references as prompts.
     """
 
     def __init__(
@@ -159,8 +160,10 @@ class SteeringTest:
         self.answers = answers
         self.batch_size = batch_size
 
+        if len(references) != len(prompts):
+            raise ValueError(f"There are references to {len(references)} prompts, and {len(prompts)} prompts.")
         as_messages = {}
-        for prompt, texts in zip(prompts, references, strict=True):
+        for prompt, texts in zip(prompts, references):
             as_messages[prompt_key({"prompt": prompt})] = [_as_answer(text) for text in texts]
         self.scorers = {name: Scorer(rewards, as_messages) for name, rewards in judges.items()}
 
