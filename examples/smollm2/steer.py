@@ -49,8 +49,11 @@ from modeling_pcm_ensemble.rewards.quality import TextQuality
 QUICK_WAYS = ("static mixture", "averaged adapters")
 
 
-def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], tokens: int) -> dict[str, Callable[[], Baseline]]:
-    """Name every way, each with what makes it. All sample from 20 tokens, as each expert of a mixture does."""
+def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], tokens: int) -> dict[str, Callable[[str], Baseline]]:
+    """
+    Say by name how every way is made. All sample from 20 tokens, as each expert of a mixture does. `lines` are those
+    that it will be asked on.
+    """
     base, tokenizer, top_k = model.backbones[0], model.tokenizer, demo.EXPERT_TOP_K
     descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
     folders = {name: str(demo.ARTIFACTS / name) for name in demo.PREFERENCES}
@@ -69,7 +72,7 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], tokens: int) -> 
         way.model.to(base.device)
         return way
 
-    makers: dict[str, Callable[[str], Baseline]] = {
+    return {
         "static mixture": lambda name: StaticWeights(name, model, tokens),
         "trained PCM": lambda name: TrainedEnsemble(name, model, tokens),
         "logit merging": logits,
@@ -79,7 +82,6 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], tokens: int) -> 
             name, base, tokenizer, tokens, descriptions, top_k=top_k
         ),
     }
-    return {name: lambda name=name, make=make: make(name) for name, make in makers.items()}
 
 
 def shares_of(preference: Preference) -> Preference:
@@ -128,7 +130,7 @@ def measure_ways(arguments: argparse.Namespace):
 
     test = make_test(model, lines, arguments)
     for name in wanted:
-        result = test.measure(ways[name](), arguments.output / "answers" / name)
+        result = test.measure(ways[name](name), arguments.output / "answers" / name)
         write_text(arguments.output / "results" / f"{name}.json", json.dumps(result) + "\n")
 
 
@@ -156,11 +158,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    named = bool(arguments.ways) and not arguments.quick
     if not arguments.report:
         measure_ways(arguments)
-    if named:
-        return
+        if arguments.ways and not arguments.quick:
+            return
 
     command = " ".join(["python", "examples/smollm2/steer.py", *sys.argv[1:]])
     report = write_steering_report(arguments.output / "results", arguments.output, arguments.against, command)
