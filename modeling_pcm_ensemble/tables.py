@@ -12,6 +12,12 @@ def _line(cells: Sequence[str]) -> str:
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
+def number_interval(interval: Sequence[float]) -> str:
+    """Write a number and the ends of its interval: `0.621 [0.580, 0.664]`."""
+    mean, low, high = interval
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def percent_interval(interval: Sequence[float]) -> str:
     """Write a share and the ends of its interval: `66.1 % [61.0, 71.2]`."""
     mean, low, high = (100 * value for value in interval)
@@ -24,4 +30,4 @@ def signed_interval(interval: Sequence[float]) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-__all__ = ["percent_interval", "signed_interval", "table"]
+__all__ = ["number_interval", "percent_interval", "signed_interval", "table"]

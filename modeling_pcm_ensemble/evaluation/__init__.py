@@ -1,11 +1,11 @@
 """
 Comparing ways to answer under a preference: baselines, judges, statistics, reports. Needs the `evaluation` extra.
-`held_out_proxies` holds rewards that nothing was trained on.
+`held_out_proxies` holds rewards that nothing was trained on; `steering` measures whether answers follow weights.
 """
 
 from .answering_judge import AnsweringJudge
 from .answers import Case, collect_answers, collect_text_features, distributed_state, make_cases
-from .baselines import Baseline, PlainModel, PromptedModel, WeightAverage
+from .baselines import Baseline, PlainModel, PromptedInWords, PromptedModel, WeightAverage
 from .comparison import Outcome, agreement, judge_answers, summarise
 from .cost import measure_cost
 from .ensemble_baselines import (
@@ -40,6 +40,7 @@ __all__ = [
     "LearnedJudge",
     "Outcome",
     "PlainModel",
+    "PromptedInWords",
     "PromptedModel",
     "RewardJudge",
     "SingleExpert",

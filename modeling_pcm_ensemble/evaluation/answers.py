@@ -17,6 +17,8 @@ from ..rewards.quality import TextQuality
 from .baselines import Baseline, Conversation, digest
 from .kept_lines import KeptLines, read_lines
 
+LONGEST_SETTINGS = 8192  # characters that are kept as they are
+
 
 @dataclass(frozen=True)
 class Case:
@@ -84,6 +86,8 @@ def collect_answers(
     state = distributed_state()
     known, own = open_kept_lines(folder, "answers", state.process_index)
     settings = baseline.settings()
+    if len(settings) > LONGEST_SETTINGS:  # such as words for every point of a grid, which would stand in each key
+        settings = hashlib.sha256(settings.encode()).hexdigest()
 
     keys = []
     for case in cases:

@@ -95,11 +95,37 @@ class PromptedModel(PlainModel):
         if missing := wanted - set(self.descriptions):
             raise ValueError(f"Baseline {self.name!r} has no description of {', '.join(sorted(missing))}.")
 
-        told = []
-        for prompt, preference in zip(prompts, preferences):
-            text = " ".join(self.descriptions[name] for name in preference.weights)
-            told.append([{"role": "system", "content": text}, *prompt])
-        return super().generate(told, preferences)
+        texts = [" ".join(self.descriptions[name] for name in preference.weights) for preference in preferences]
+        return super().generate(_told(prompts, texts), preferences)
+
+
+@dataclass
+class PromptedInWords(PlainModel):
+    r"""
+    One model that is told in its system prompt, in words for each preference, what is wanted and how much.
+
+    Args:
+        words (`Mapping[str, str]`): what is said for each preference, by its label.
+        others: as for [`PlainModel`].
+
+    Raises:
+        ValueError: from `generate`, if there are no words for a preference.
+    """
+
+    words: Mapping[str, str]
+
+    def settings(self) -> str:
+        return self._settings_with(self.words)
+
+    def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
+        if missing := {preference.label for preference in preferences} - set(self.words):
+            raise ValueError(f"Baseline {self.name!r} has no words for {', '.join(map(repr, sorted(missing)))}.")
+        return super().generate(_told(prompts, [self.words[p.label] for p in preferences]), preferences)
+
+
+def _told(prompts: list[Conversation], texts: list[str]) -> list[Conversation]:
+    """Each conversation behind its text as a system message."""
+    return [[{"role": "system", "content": text}, *prompt] for prompt, text in zip(prompts, texts)]
 
 
 class WeightAverage(Baseline):
@@ -225,6 +251,7 @@ __all__ = [
     "Baseline",
     "Conversation",
     "PlainModel",
+    "PromptedInWords",
     "PromptedModel",
     "WeightAverage",
     "chat_inputs",

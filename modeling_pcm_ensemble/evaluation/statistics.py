@@ -28,10 +28,18 @@ def bootstrap_interval(
     runs = rng.integers(num_runs, size=(samples, num_runs))
     prompts = rng.integers(num_prompts, size=(samples, num_prompts))
     drawn = differences[runs[:, :, None], prompts[:, None, :]]  # (samples, runs, prompts)
+    return percentile_interval(float(differences.mean()), drawn.mean(axis=(1, 2)), level)
 
-    means = drawn.mean(axis=(1, 2))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(differences.mean()), float(low), float(high)
+
+def draw_prompts(num_prompts: int, samples: int, seed: int = 0) -> np.ndarray:
+    """Draw as many prompts as there are, with replacement: their places, `(samples, prompts)`."""
+    return np.random.default_rng(seed).integers(num_prompts, size=(samples, num_prompts))
+
+
+def percentile_interval(estimate: float, resampled: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Return an estimate, and the ends between which the middle `level` of its resampled values `(samples,)` lie."""
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return estimate, float(low), float(high)
 
 
 def permutation_p_value(differences: np.ndarray, samples: int = 9999, seed: int = 0) -> float:
@@ -107,4 +115,11 @@ def _means(groups: Sequence[Hashable], values: np.ndarray) -> np.ndarray:
     return means
 
 
-__all__ = ["adjust_p_values", "bootstrap_interval", "omega_squared", "permutation_p_value"]
+__all__ = [
+    "adjust_p_values",
+    "bootstrap_interval",
+    "draw_prompts",
+    "omega_squared",
+    "percentile_interval",
+    "permutation_p_value",
+]

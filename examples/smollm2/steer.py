@@ -1,0 +1,173 @@
+"""
+Do answers follow the weights? Ask every way to merge the six experts alike, on grids of weights, and measure.
+
+    python examples/smollm2/steer.py                                       # all ways, then the report
+    python examples/smollm2/steer.py --ways "static mixture" "trained PCM"  # these alone, no report
+    python examples/smollm2/steer.py --report                              # of all results that are there
+
+1. Before any way: the base model answers each prompt several times, which rewards are normalised by; and the base
+   model and the experts alone fix where hypervolumes are measured from. The first process that comes does it.
+2. Every way answers each prompt at every point of every line: pairs of experts (shares of the weight .1 to .9), and
+   triples of one expert for each dimension.
+3. Judges measure the answers: the rewards of training, and proxies that nothing was trained on. What they found is
+   in OUTPUT/results, a file for each way.
+4. The report: report.md and pictures in OUTPUT.
+
+Run again, it goes on where it stopped. Processes with different --ways may run at once; what a token costs should
+then be measured again alone. --quick takes two pairs, one triple, four prompts and two ways.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from common import DEVICE, KOALA, chats, evaluation_prompts, spread
+from huggingface_hub.utils import WeakFileLock
+from rich.console import Console
+from rich.markdown import Markdown
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
+from modeling_pcm_ensemble.checkpoint_staging import write_text
+from modeling_pcm_ensemble.evaluation import (
+    Baseline,
+    PlainModel,
+    PromptedModel,
+    SingleExpert,
+    StaticWeights,
+    TrainedEnsemble,
+    WeightAverage,
+    with_settings,
+)
+from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
+from modeling_pcm_ensemble.evaluation.steering import Line, SteeringTest, collect_references, make_lines
+from modeling_pcm_ensemble.evaluation.steering_report import summary_tables, write_steering_report
+from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
+from modeling_pcm_ensemble.rewards.quality import TextQuality
+
+QUICK_WAYS = ("static mixture", "averaged adapters")
+
+
+def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], tokens: int) -> dict[str, Callable[[str], Baseline]]:
+    """
+    Say by name how every way is made. All sample from 20 tokens, as each expert of a mixture does. `lines` are those
+    that it will be asked on.
+    """
+    base, tokenizer, top_k = model.backbones[0], model.tokenizer, demo.EXPERT_TOP_K
+    descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
+    folders = {name: str(demo.ARTIFACTS / name) for name in demo.PREFERENCES}
+    shares = {p.label: shares_of(p) for line in lines for p in line.preferences()}
+
+    def soup(name: str) -> Baseline:
+        adapters = with_settings(model, merge="adapters", expert_top_k=None)
+        return StaticWeights(name, adapters, tokens, weights=shares, top_k=top_k)
+
+    def logits(name: str) -> Baseline:
+        return StaticWeights(name, with_settings(model, merge="logits", expert_top_k=None), tokens, top_k=top_k)
+
+    def average(name: str) -> Baseline:
+        source = demo.fetch_smollm2()
+        way = WeightAverage(name, source, folders, tokenizer, tokens, top_k=top_k, dtype=base.dtype)
+        way.model.to(base.device)
+        return way
+
+    return {
+        "static mixture": lambda name: StaticWeights(name, model, tokens),
+        "trained PCM": lambda name: TrainedEnsemble(name, model, tokens),
+        "logit merging": logits,
+        "averaged adapters": soup,
+        "weight average (PEFT)": average,
+        "prompting, without degrees": lambda name: PromptedModel(
+            name, base, tokenizer, tokens, descriptions, top_k=top_k
+        ),
+    }
+
+
+def shares_of(preference: Preference) -> Preference:
+    """Divide weights by their sum: an average of adapters, whatever the sum that is asked for."""
+    total = sum(preference.weights.values())
+    return Preference({name: weight / total for name, weight in preference.weights.items()})
+
+
+def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argparse.Namespace) -> SteeringTest:
+    """Prepare the test, and measure the experts alone where no process has done so."""
+    prompts = chats(spread(evaluation_prompts(path=arguments.prompt_file), arguments.prompts))
+    base = PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens)
+    quality = TextQuality(model.backbones[0], model.tokenizer)
+    folder = arguments.output / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    with WeakFileLock(f"{folder}.lock"):  # the first process makes what all of them need
+        references = collect_references(base, prompts, folder / "references", arguments.references)
+        test = SteeringTest(
+            lines,
+            prompts,
+            {"training rewards": proxy_rewards(quality), "held-out proxies": held_out_rewards()},
+            references,
+            quality,
+            answers=arguments.answers,
+            batch_size=arguments.batch_size,
+        )
+        path = arguments.output / "results" / "experts alone.json"
+        if not path.exists() or json.loads(path.read_text())["asked"] != test.asked():
+            alone = {name: SingleExpert(f"{name} alone", model, arguments.tokens, name) for name in demo.PREFERENCES}
+            write_text(path, json.dumps(test.measure_experts(alone, folder / "experts alone")) + "\n")
+    return test
+
+
+def measure_ways(arguments: argparse.Namespace):
+    """Measure the ways that were asked for, or all, and write a file of results for each."""
+    model = demo.trained_ensemble(dtype=demo.fast_dtype(DEVICE)).to(DEVICE)
+    lines = make_lines({name: dimension for name, (dimension, _) in demo.PREFERENCES.items()})
+    if arguments.quick:  # of one dimension, of two, and of three
+        lines = [*lines[:2], lines[-1]]
+
+    ways = make_ways(model, lines, arguments.tokens)
+    wanted = arguments.ways or list(ways)
+    if unknown := {*wanted, arguments.against} - set(ways):
+        raise ValueError(f"There is no way {', '.join(map(repr, unknown))}. There are {', '.join(map(repr, ways))}.")
+
+    test = make_test(model, lines, arguments)
+    for name in wanted:
+        result = test.measure(ways[name](name), arguments.output / "answers" / name)
+        write_text(arguments.output / "results" / f"{name}.json", json.dumps(result) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("evaluation/steering"))
+    parser.add_argument("--ways", nargs="*", help="these alone, by name, without a report; by default all")
+    parser.add_argument("--report", action="store_true", help="write the report of what was measured before")
+    parser.add_argument("--against", default="static mixture", help="the way that the others are compared with")
+    parser.add_argument("--prompt-file", type=Path, default=KOALA, help='a JSON list of {"prompt": …}')
+    parser.add_argument("--prompts", type=int, default=16, help="so many of these, of all lengths")
+    parser.add_argument("--answers", type=int, default=1, help="to each prompt at each point")
+    parser.add_argument("--references", type=int, default=4, help="the base model's answers to each prompt")
+    parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
+
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.output /= "quick"
+        arguments.prompts, arguments.answers, arguments.tokens = 4, 1, 24
+        arguments.ways = arguments.ways or QUICK_WAYS
+    return arguments
+
+
+def main():
+    arguments = parse_arguments()
+    if not arguments.report:
+        measure_ways(arguments)
+        if arguments.ways and not arguments.quick:
+            return
+
+    command = " ".join(["python", "examples/smollm2/steer.py", *sys.argv[1:]])
+    report = write_steering_report(arguments.output / "results", arguments.output, arguments.against, command)
+    Console(width=160).print(Markdown(summary_tables(report)))
+    print(f"Written to {arguments.output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()
