@@ -2,7 +2,7 @@
 Do answers follow the weights? Ask every way to merge the six experts alike, on grids of weights, and measure.
 
     python examples/smollm2/steer.py                                       # all ways, then the report
-    python examples/smollm2/steer.py --ways "static mixture" "trained PCM"  # these alone, no report
+    python examples/smollm2/steer.py --ways "static mixture" "static product"  # these alone, no report
     python examples/smollm2/steer.py --report                              # of all results that are there
 
 1. Before any way: the base model answers each prompt several times, which rewards are normalised by; and the base
@@ -28,7 +28,7 @@ from huggingface_hub.utils import WeakFileLock
 from rich.console import Console
 from rich.markdown import Markdown
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.checkpoint_staging import write_text
 from modeling_pcm_ensemble.evaluation import (
     Baseline,
@@ -39,6 +39,7 @@ from modeling_pcm_ensemble.evaluation import (
     TrainedEnsemble,
     WeightAverage,
     with_settings,
+    without_pcm,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.steering import Line, SteeringTest, collect_references, make_lines
@@ -57,14 +58,11 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], tokens: int) -> 
     base, tokenizer, top_k = model.backbones[0], model.tokenizer, demo.EXPERT_TOP_K
     descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
     folders = {name: str(demo.ARTIFACTS / name) for name in demo.PREFERENCES}
-    shares = {p.label: shares_of(p) for line in lines for p in line.preferences()}
 
-    def soup(name: str) -> Baseline:
-        adapters = with_settings(model, merge="adapters", expert_top_k=None)
-        return StaticWeights(name, adapters, tokens, weights=shares, top_k=top_k)
-
-    def logits(name: str) -> Baseline:
-        return StaticWeights(name, with_settings(model, merge="logits", expert_top_k=None), tokens, top_k=top_k)
+    untrained = without_pcm(model)
+    product = with_settings(untrained, merge="product")
+    adapters = with_settings(untrained, merge="adapters", expert_top_k=None)
+    logits = with_settings(untrained, merge="logits", expert_top_k=None)
 
     def average(name: str) -> Baseline:
         source = demo.fetch_smollm2()
@@ -74,20 +72,16 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], tokens: int) -> 
 
     return {
         "static mixture": lambda name: StaticWeights(name, model, tokens),
-        "trained PCM": lambda name: TrainedEnsemble(name, model, tokens),
-        "logit merging": logits,
-        "averaged adapters": soup,
+        "mixture with its PCM": lambda name: TrainedEnsemble(name, model, tokens),
+        "MOD, averaged logits": lambda name: StaticWeights(name, logits, tokens, top_k=top_k),
+        "static product": lambda name: StaticWeights(name, product, tokens),
+        "static added adapters": lambda name: StaticWeights(name, adapters, tokens, top_k=top_k),
+        "averaged adapters": lambda name: StaticWeights(name, adapters, tokens, top_k=top_k, average=True),
         "weight average (PEFT)": average,
         "prompting, without degrees": lambda name: PromptedModel(
             name, base, tokenizer, tokens, descriptions, top_k=top_k
         ),
     }
-
-
-def shares_of(preference: Preference) -> Preference:
-    """Divide weights by their sum: an average of adapters, whatever the sum that is asked for."""
-    total = sum(preference.weights.values())
-    return Preference({name: weight / total for name, weight in preference.weights.items()})
 
 
 def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argparse.Namespace) -> SteeringTest:
