@@ -12,7 +12,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from modeling_pcm_ensemble.rewards.features import text_features
 from modeling_pcm_ensemble.rewards.proxies import PROXIES, proxy, proxy_rewards, reward_constants
 from modeling_pcm_ensemble.rewards.quality import CONSTANTS, TextQuality, repetition
-from modeling_pcm_ensemble.rewards.scoring import Scorer, call_reward, normalised_reward, prompt_key
+from modeling_pcm_ensemble.rewards.scoring import SHARED, Scorer, call_reward, normalised_reward, prompt_key
 
 EASY = "The sun is hot. It gives us light. Plants need the sun to grow. We can play in the sun and have fun."
 HARD = (
@@ -158,7 +158,7 @@ def test_a_reward_below_0_counts_backwards_and_a_shared_one_beside_all():
     def letters(prompts, completions, **columns):
         return [float(text.count("x")) for text in completions]
 
-    scorer = Scorer({"a": length, "shared": letters}, "shared", 0.5)
+    scorer = Scorer({"a": length, SHARED: letters}, 0.5)
     row = {"prompt": "p"}
     scorer.references[prompt_key(row)] = ["yy"]
     scores = scorer.score([row, row], ["xxx", "y"], torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), ["a", "b"])

@@ -36,6 +36,7 @@ from modeling_pcm_ensemble.evaluation.steering_measures import (
     hypervolume,
     inner_product,
     interval,
+    measure_line,
     measure_lines,
     moved,
     over_lines,
@@ -46,6 +47,7 @@ from modeling_pcm_ensemble.evaluation.steering_measures import (
 )
 from modeling_pcm_ensemble.evaluation.steering_report import read_results, write_steering_report
 from modeling_pcm_ensemble.rewards.quality import TextQuality
+from modeling_pcm_ensemble.rewards.scoring import SHARED
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -59,7 +61,7 @@ def length(sign: int):
     return lambda prompts, completions, **_: [sign * len(answer[-1]["content"]) / 20 for answer in completions]
 
 
-JUDGES = {"length": {"a": length(1), "b": length(-1), "c": length(1)}}
+JUDGES = {"length": {"a": length(1), "b": length(-1), "c": length(1), SHARED: length(2)}}
 
 
 @pytest.fixture
@@ -135,6 +137,11 @@ def test_moves_violations_and_inner_products_are_those_worked_out_by_hand():
     of_points = [0.1 * 0.2 + 0.9 * 0.8, 0.5 * 0.6 + 0.5 * 0.5, 0.9 * 0.5 + 0.1 * 0.6]
     assert inner_product(np.array(PAIR.points), rewards) == pytest.approx([np.mean(of_points)])
     assert inner_product(7 * np.array(PAIR.points), rewards) == pytest.approx([np.mean(of_points)])
+
+    shared = np.array([[0.3], [0.6], [0.9]])
+    measures = measure_line(LineRewards(PAIR, rewards, np.zeros(2), shared), np.zeros((1, 1), dtype=int))
+    assert measures["shared"] == pytest.approx([0.6])
+    assert measures["inner product"] == pytest.approx([(np.mean(of_points) + 0.5 * 0.6) / 1.5])
 
 
 def test_pareto_shares_count_what_nothing_dominates():

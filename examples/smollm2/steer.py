@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common import DEVICE, KOALA, chats, evaluation_prompts, spread
+from common import DEVICE, KOALA, PCM_PROMPTS, chats, evaluation_prompts, spread, training_prompts
 from huggingface_hub.utils import WeakFileLock
 from rich.console import Console
 from rich.markdown import Markdown
@@ -44,8 +44,10 @@ from modeling_pcm_ensemble.evaluation import (
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.steering import Line, SteeringTest, collect_references, make_lines
 from modeling_pcm_ensemble.evaluation.steering_report import summary_tables, write_steering_report
+from modeling_pcm_ensemble.rewards.answering import AnsweringReward
 from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 from modeling_pcm_ensemble.rewards.quality import TextQuality
+from modeling_pcm_ensemble.rewards.scoring import SHARED
 
 QUICK_WAYS = ("static mixture", "averaged adapters")
 
@@ -89,6 +91,7 @@ def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argpa
     prompts = chats(spread(evaluation_prompts(path=arguments.prompt_file), arguments.prompts))
     base = PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens)
     quality = TextQuality(model.backbones[0], model.tokenizer)
+    answering = AnsweringReward(quality, training_prompts(PCM_PROMPTS))
     folder = arguments.output / "answers"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -97,7 +100,10 @@ def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argpa
         test = SteeringTest(
             lines,
             prompts,
-            {"training rewards": proxy_rewards(quality), "held-out proxies": held_out_rewards()},
+            {
+                "training rewards": proxy_rewards(quality) | {SHARED: answering},
+                "held-out proxies": held_out_rewards(),
+            },
             references,
             quality,
             answers=arguments.answers,

@@ -13,7 +13,7 @@ import torch
 
 from ..preference import Preference
 from ..rewards.quality import TextQuality
-from ..rewards.scoring import Scorer, prompt_key
+from ..rewards.scoring import SHARED, Scorer, prompt_key
 from .answers import Case, collect_answers, collect_text_features, make_cases
 from .baselines import Baseline, Conversation
 from .cost import measure_cost
@@ -130,7 +130,8 @@ class SteeringTest:
     Args:
         lines (`list[Line]`): the grids.
         prompts (`list[Conversation]`): each is asked at every point.
-        judges (`Mapping[str, Mapping[str, Callable]]`): by judge and expert, reward functions as TRL's.
+        judges (`Mapping[str, Mapping[str, Callable]]`): by judge and expert, reward functions as TRL's; under `SHARED`
+            one that counts whatever is wanted, half as much as all experts' together.
         references (`list[list[str]]`): the base model's answers to each prompt, from [`collect_references`].
         quality (`TextQuality`): reads answers as text.
         answers (`int`): to each prompt at each point.
@@ -165,7 +166,7 @@ class SteeringTest:
         as_messages = {}
         for prompt, texts in zip(prompts, references):
             as_messages[prompt_key({"prompt": prompt})] = [_as_answer(text) for text in texts]
-        self.scorers = {name: Scorer(rewards, as_messages) for name, rewards in judges.items()}
+        self.scorers = {name: Scorer(rewards, references=as_messages) for name, rewards in judges.items()}
 
         for name, rewards in judges.items():
             if missing := set(self.experts) - set(rewards):
@@ -184,8 +185,8 @@ class SteeringTest:
 
         Returns:
             `way`, its name; `asked`, what results must have in common to be compared; for each of `lines`, `rewards`
-            by judge, `(points, experts, prompts)`; `text`, by what [`TextQuality`] reads, a mean for each prompt; and
-            `cost`, see [`measure_cost`].
+            by judge, `(points, experts, prompts)`, and `shared` by judge, `(points, prompts)`; `text`, by what
+            [`TextQuality`] reads, a mean for each prompt; and `cost`, see [`measure_cost`].
 
         Raises:
             ValueError: if the way does not apply at every point.
@@ -196,11 +197,11 @@ class SteeringTest:
 
         answers = self._collect(way, self.cases, folder)
         wanted = np.array([[expert in case.preference.weights for expert in self.experts] for case in self.cases])
-        rewards = self._rewards(self.cases, answers, wanted)
+        rewards, shared = self._rewards(self.cases, answers, wanted)
         return {
             "way": way.name,
             "asked": self.asked(),
-            "lines": self._by_line(rewards),
+            "lines": self._by_line(rewards, shared),
             "text": self._text(answers),
             "cost": measure_cost([way], self.cases, self.quality.tokenizer)[way.name],
         }
@@ -223,7 +224,8 @@ class SteeringTest:
             answers = self._collect(alone[expert], cases, folder)
 
             every = np.ones((len(cases), len(self.experts)), dtype=bool)
-            for judge, values in self._rewards(cases, answers, every).items():
+            rewards, _ = self._rewards(cases, answers, every)
+            for judge, values in rewards.items():
                 means = values.mean(axis=0).round(DIGITS).tolist()
                 found[judge][expert] = dict(zip(self.experts, means))
         return {"asked": self.asked(), "alone": found}
@@ -252,24 +254,32 @@ class SteeringTest:
         collect_text_features(self.quality, cases, folder, *answers)
         return answers  # type: ignore[return-value]  # none is None, for the way applies to all
 
-    def _rewards(self, cases: list[Case], answers: list[list[str]], wanted: np.ndarray) -> dict[str, np.ndarray]:
-        """By judge, mean rewards over the answers `(cases, experts)`, NaN but where wanted `(cases, experts)`."""
+    def _rewards(
+        self, cases: list[Case], answers: list[list[str]], wanted: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """
+        By judge, mean rewards over the answers `(cases, experts)`, NaN but where wanted `(cases, experts)`; and shared
+        ones, `(cases,)`, of judges that have one.
+        """
         rows = [{"prompt": case.prompt} for case in cases] * len(answers)
         completions = [_as_answer(text) for texts in answers for text in texts]
         of_all = np.tile(wanted, (len(answers), 1))  # (answers · cases, experts)
 
-        found = {}
+        found, shared = {}, {}
         for judge, scorer in self.scorers.items():
             values = np.full(of_all.shape, np.nan)
             scores = scorer.score(rows, completions, torch.from_numpy(of_all).float(), self.experts)
+            if SHARED in scores.dimensions:
+                of_cases = np.array(scores.dimensions.pop(SHARED)).reshape(len(answers), len(cases))
+                shared[judge] = of_cases.mean(axis=0)
             for expert, rewards in scores.dimensions.items():
                 column = self.experts.index(expert)
                 values[of_all[:, column], column] = rewards
             found[judge] = values.reshape(len(answers), *wanted.shape).mean(axis=0)
-        return found
+        return found, shared
 
-    def _by_line(self, rewards: dict[str, np.ndarray]) -> list[dict]:
-        """Rewards `(cases, experts)` by line and judge, `(points, experts of the line, prompts)`."""
+    def _by_line(self, rewards: dict[str, np.ndarray], shared: dict[str, np.ndarray]) -> list[dict]:
+        """Rewards `(cases, experts)`, and shared ones `(cases,)`, by line and judge, see [`SteeringTest.measure`]."""
         found, start = [], 0
         for line in self.lines:
             end = start + len(line.points) * len(self.prompts)
@@ -279,7 +289,11 @@ class SteeringTest:
                 shape = (len(line.points), len(self.prompts), len(columns))
                 by_point = values[start:end, columns].reshape(shape).swapaxes(1, 2)
                 of_line[judge] = by_point.round(DIGITS).tolist()
-            found.append({"rewards": of_line})
+            of_all = {}
+            for judge, values in shared.items():
+                by_point = values[start:end].reshape(len(line.points), len(self.prompts))
+                of_all[judge] = by_point.round(DIGITS).tolist()
+            found.append({"rewards": of_line, "shared": of_all})
             start = end
         return found
 

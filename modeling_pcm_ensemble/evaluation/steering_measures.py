@@ -10,7 +10,8 @@ each draw of prompts. Every measure is computed for all draws, so that it has an
 | rank correlation | Spearman's ρ between an expert's weight and its reward over the grid | Spearman 1904 |
 | violations | share of an edge's steps on which the reward falls while the weight rises | |
 | hypervolume | share of the box from `reference` to the best reward, 1, that points dominate | Zitzler, Thiele 1999 |
-| inner product | mean over the grid of Σ w_i r_i / Σ w_i | arXiv 2505.06274 |
+| inner product | mean over the grid of Σ w_i r_i / Σ w_i; a shared reward counts half beside | arXiv 2505.06274 |
+| shared | mean over the grid of the reward that counts whatever is wanted | |
 | Pareto share | share of the points that no other one dominates | |
 
 The hypervolume is computed by pymoo (J. Blank and K. Deb, 2020).
@@ -25,6 +26,7 @@ from scipy.stats import rankdata
 from .statistics import draw_prompts, percentile_interval
 from .steering import Line
 
+SHARED_WEIGHT = 0.5  # of a shared reward, beside 1 for all that is wanted, as in training
 BASE = 0.5  # the base model's mean normalised reward, by symmetry
 HIGHER_IS_BETTER = {
     "moved": True,
@@ -33,6 +35,7 @@ HIGHER_IS_BETTER = {
     "violations": False,
     "hypervolume": True,
     "inner product": True,
+    "shared": True,
     "Pareto share": True,
 }
 
@@ -46,11 +49,13 @@ class LineRewards:
         line (`Line`): where they were measured.
         rewards (`np.ndarray` of shape `(points, experts, prompts)`): mean normalised rewards.
         reference (`np.ndarray` of shape `(experts,)`): the hypervolume's reference point, see [`reference_point`].
+        shared (`np.ndarray` of shape `(points, prompts)`, *optional*): mean rewards that count whatever is wanted.
     """
 
     line: Line
     rewards: np.ndarray
     reference: np.ndarray
+    shared: np.ndarray | None = None
 
 
 def rewards_alone(line: Line, alone: dict[str, dict[str, float]]) -> np.ndarray:
@@ -131,7 +136,7 @@ def measure_line(entry: LineRewards, draws: np.ndarray) -> dict[str, np.ndarray]
     weights = np.array(entry.line.points)
     edges = [entry.line.edge(place) for place in range(len(entry.line.experts))]
     means = np.stack([entry.rewards[:, :, prompts].mean(axis=2) for prompts in draws], axis=2)
-    return {
+    measures = {
         "moved": moved(means, edges),
         "rank correlation": rank_correlation(weights, means),
         "violations": violations(means, edges),
@@ -139,6 +144,12 @@ def measure_line(entry: LineRewards, draws: np.ndarray) -> dict[str, np.ndarray]
         "inner product": inner_product(weights, means),
         "Pareto share": pareto_share(means),
     }
+
+    if entry.shared is not None:
+        shared = np.array([entry.shared[:, prompts].mean() for prompts in draws])
+        measures["shared"] = shared
+        measures["inner product"] = (measures["inner product"] + SHARED_WEIGHT * shared) / (1 + SHARED_WEIGHT)
+    return measures
 
 
 def measure_lines(entries: list[LineRewards], samples: int = 2000, seed: int = 0) -> list[dict[str, np.ndarray]]:

@@ -36,7 +36,8 @@ the least of them
 - hypervolume ↑: share of the box between a reference point and the best reward, 1, that a line's points dominate, \
 mean over lines; the reference is the worst of the base model and the line's experts alone, fixed before any way was \
 measured
-- inner product ↑: rewards weighted by what was asked for, mean over grids
+- inner product ↑: rewards weighted by what was asked for, mean over grids; where a judge has a reward that counts \
+whatever is wanted (shared ↑, such as answering), it counts half as much beside
 - Pareto share ↑: share of a line's points that no other one dominates"""
 
 
@@ -100,7 +101,9 @@ def line_rewards(experts: dict, result: dict, judge: str) -> list[LineRewards]:
     for asked, measured in zip(experts["asked"]["lines"], result["lines"], strict=True):
         line = Line(tuple(asked["experts"]), tuple(map(tuple, asked["points"])))
         reference = reference_point(line, experts["alone"][judge])
-        entries.append(LineRewards(line, np.array(measured["rewards"][judge]), reference))
+        shared = measured["shared"].get(judge)
+        rewards = np.array(measured["rewards"][judge])
+        entries.append(LineRewards(line, rewards, reference, None if shared is None else np.array(shared)))
     return entries
 
 

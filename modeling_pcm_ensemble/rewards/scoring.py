@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+SHARED = "shared"  # what a reward is called that counts whatever is wanted
+
 
 def normalised_reward(reward: float, reference: float) -> float:
     """
@@ -68,16 +70,16 @@ class Scorer:
     Scores completions by the wanted dimensions, each normalised against the prompt's reference completions.
 
     Args:
-        reward_funcs (`Mapping[str, Callable]`): by expert, and the shared one by its own name.
-        shared_reward (`str`, *optional*): the reward that counts whatever is wanted, such as that of answering at all.
-        shared_reward_weight (`float`): how much that counts beside 1 for all wanted dimensions together.
+        reward_funcs (`Mapping[str, Callable]`): by expert; under `SHARED` one that counts whatever is wanted, such as
+            that of answering at all.
+        shared_reward_weight (`float`): how much the reward `SHARED`, where there is one, counts beside 1 for all
+            wanted dimensions together.
         references (`dict[str, list]`): completions of the base model, by prompt (see [`prompt_key`]).
         reference_rewards (`dict[str, dict[str, list[float]]]`): their rewards, by prompt and name, as needed.
     """
 
     reward_funcs: Mapping[str, Callable]
-    shared_reward: str | None = None
-    shared_reward_weight: float = 0.0
+    shared_reward_weight: float = 0.5
     references: dict[str, list] = field(default_factory=dict)
     reference_rewards: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
@@ -93,10 +95,10 @@ class Scorer:
             names (`list[str]`): the experts'.
         """
         counts = dict(zip(names, shares.T.tolist()))  # by name, of each completion
-        if self.shared_reward is not None:
+        if SHARED in self.reward_funcs:
             whole = 1 + self.shared_reward_weight
             counts = {name: [share / whole for share in of_name] for name, of_name in counts.items()}
-            counts[self.shared_reward] = [self.shared_reward_weight / whole] * len(rows)
+            counts[SHARED] = [self.shared_reward_weight / whole] * len(rows)
 
         rewards = [0.0] * len(rows)
         beaten: list[list[bool]] = [[] for _ in rows]  # of each completion, one for each reference and dimension

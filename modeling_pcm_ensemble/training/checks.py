@@ -9,13 +9,13 @@ from ..call_arguments import has_class
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
+from ..rewards.scoring import SHARED
 from .policies import policy_of
 from .preference_sampling import PreferenceSampler, ToldPreference
 from .prompts import tokenize, with_words
 from .rebel_config import RebelConfig
 
 UNLIMITED = 10**9  # tokens
-SHARED = "shared"  # what the shared reward is called in what is logged
 
 
 def check_ensemble(model):

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint_staging import finish_save
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..rewards.models import reward_function
-from ..rewards.scoring import Scorer
+from ..rewards.scoring import SHARED, Scorer
 from .checkpoints import CheckpointTrainer
-from .checks import SHARED, DatasetCheck, check_arguments, column
+from .checks import DatasetCheck, check_arguments, column
 from .losses import leave_one_out, ppo_loss, rebel_loss, rloo_loss, token_kl
 from .metrics import joined, means, reward_lists, rollout_metrics, weight_metrics
 from .pcm_trainer import padding_tokenizer
@@ -103,10 +103,9 @@ class RebelTrainer(CheckpointTrainer):
         )
         self.policy = policy_of(model.config)
         self.reward_funcs = rewards
-        self.scorer = Scorer(rewards)
         if shared_reward is not None:
-            shared = {SHARED: reward_function(SHARED, shared_reward, args.device)}
-            self.scorer = Scorer(rewards | shared, SHARED, args.shared_reward_weight)
+            rewards = rewards | {SHARED: reward_function(SHARED, shared_reward, args.device)}
+        self.scorer = Scorer(rewards, args.shared_reward_weight)
         self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
 
     def train(self, *args, **kwargs):
