@@ -154,6 +154,11 @@ class PCMEnsembleConfig(PreTrainedConfig):
         return [expert["name"] for expert in self.experts]
 
     @property
+    def adds_up(self) -> bool:
+        """Whether wishes add up: each expert has a strength of its own, and not a share of the whole."""
+        return self.merge in ("product", ADAPTERS)
+
+    @property
     def num_experts(self) -> int:
         """Number of experts, the width of α."""
         return len(self.experts)

@@ -38,6 +38,20 @@ def log_expert_weights(expert_weight_logits: torch.Tensor, log_weights: torch.Te
     return (precise(expert_weight_logits) + log_weights[:, None]).log_softmax(dim=-1)
 
 
+def expert_strengths(expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    r"""
+    Join the PCM's opinion and the user's weights where wishes add up: s = w · 2σ(h), in float32 (float64 where h is).
+
+    Args:
+        expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
+        weights (`torch.FloatTensor` of shape `(batch, experts)`): w, 0 for excluded experts.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, seq, experts)`: s; 1 is an expert's full tilt, and w where h = 0.
+    """
+    return weights[:, None] * 2 * precise(expert_weight_logits).sigmoid()
+
+
 def mixture_log_probs(
     expert_logits: list[ExpertLogits],
     log_expert_weights: torch.Tensor,
