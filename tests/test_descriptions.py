@@ -104,6 +104,7 @@ def test_a_pcm_learns_how_much_words_wish_for(tmp_path):
         errors[text] = (strengths(preference.description_ids) - torch.tensor(told[text])).abs().max().item()
     assert max(errors.values()) < 0.35, errors
 
+    ids = torch.tensor([model.tokenizer(TEXTS["prompt"][0])["input_ids"]])
     for wanted in (["e0"], ["e0", "e2"], ["e0", "e1", "e2"]):  # told in weights, these run at them
         of_weights = strengths(description_of(model.config, Preference(dict.fromkeys(wanted, 1.0))))
         assert_close(of_weights[[int(name[1]) for name in wanted]], torch.ones(len(wanted)), atol=0.1, rtol=0)
@@ -131,30 +132,23 @@ def test_the_loss_is_that_of_each_token_by_itself(space, tmp_path):
 
 
 def loss_by_hand(model, before, row: dict, wish) -> torch.Tensor:
-    """The loss of each token of a row's completion, `(seq,)`, from the definitions alone."""
+    """The loss of each token of a row's prompt and completion, `(seq,)`, from the definitions alone."""
     tokenizer, config, preference = model.tokenizer, model.config, wish.preference
-    described = description_of(config, Preference(preference.weights))
-    words = preference.description_ids
-    if words is None:
-        words = [token for expert in config.experts if expert["name"] in preference.weights for token in
-                 expert["description_ids"]]  # fmt: skip
+    read = tokenizer(row["prompt"] + row["completion"])["input_ids"]
 
-    def h(pcm, prompt: str, prefix) -> torch.Tensor:
-        prompt_ids, completion_ids = (tokenizer(text)["input_ids"] for text in (prompt, row["completion"]))
-        ids = torch.tensor([prompt_ids + completion_ids])
-        return pcm(ids, descriptions=[tuple(prefix)])[0][0, len(prompt_ids) - 1 : -1]
+    def h(pcm, words: list[int], prefix: tuple[int, ...]) -> torch.Tensor:
+        return pcm(torch.tensor([words + read]), descriptions=[prefix])[0][0, -len(read) :]
+
+    old = h(before, [], description_of(config, Preference(preference.weights)))
+    if wish.way == "system":
+        of_experts = [expert["description_ids"] for expert in config.experts if expert["name"] in preference.weights]
+        texts = of_experts if preference.description_ids is None else [preference.description_ids]
+        system = " ".join(tokenizer.decode(list(ids)).strip() for ids in texts)
+        new = h(model.pcm, tokenizer(f"{system}\n\n")["input_ids"], ())
+    else:
+        new = h(model.pcm, [], description_of(config, preference))
 
     meant = torch.tensor([preference.weights.get(name, 0.0) for name in config.expert_names])
-    old = h(before, row["prompt"], described)
-    if wish.way == "system":
-        texts = [preference.description_ids] if preference.description_ids is not None else [
-            expert["description_ids"] for expert in config.experts if expert["name"] in preference.weights
-        ]  # fmt: skip
-        system = " ".join(tokenizer.decode(list(ids)).strip() for ids in texts)
-        new = h(model.pcm, f"{system}\n\n{row['prompt']}", ())
-    else:
-        new = h(model.pcm, row["prompt"], description_of(config, preference))
-
     if not config.adds_up:
         target = meant * old.exp() / (meant * old.exp()).sum(dim=-1, keepdim=True)
         return -(target * new.log_softmax(dim=-1)).sum(dim=-1)

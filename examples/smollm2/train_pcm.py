@@ -7,8 +7,8 @@ less often, on those of two experts.
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
    context is. Stopped and run again, it goes on from the last checkpoint.
-3. On the base model's answers, teach it which experts a description names, and to do when told in words what it does
-   when told weights; no expert runs.
+3. On the base model's answers, teach it which experts a description names, which other words mean and how much of each
+   (demo_wordings.py), and to do when told in words what it does when told weights; no expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
 measure_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
@@ -16,8 +16,9 @@ measure_pcm.py measures what it has won. --quick trains on eight prompts for one
 
 import argparse
 import json
+import random
 from collections import defaultdict
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from statistics import fmean
 
@@ -31,11 +32,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
+from modeling_pcm_ensemble.demo_wordings import compose
 from modeling_pcm_ensemble.evaluation.pictures import save
 from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
+
+# What users may ask for by weights, told in descriptions
+DESCRIBED = [list(names) for number in (1, 2, 3) for names in combinations(demo.PREFERENCES, number)]
 
 
 def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
@@ -78,7 +83,7 @@ def make_trainer(model, rewards, dataset: Dataset, folder: Path, seed: int, argu
 
 
 def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: int):
-    """Train a PCM to do when told in words what it does when told weights."""
+    """Train a PCM to do when told in words what it does when told the weights that they mean."""
     config = DescriptionConfig(
         output_dir=str(folder),
         seed=seed,
@@ -90,7 +95,9 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
     )
 
     written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
-    DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES).train()
+    generator = random.Random(seed)
+    wordings = [compose(generator, "training") for _ in range(steps * config.per_device_train_batch_size)]
+    DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings).train()
 
 
 def save_learnt(pcm, path: Path):

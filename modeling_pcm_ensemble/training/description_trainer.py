@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,13 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArgume
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..merging import expert_strengths, log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..preference import Preference, preference_weights
+from ..preference import Preference, description_of, preference_weights
 from ..rows import stack_padded
 from .checks import check_columns, check_ensemble, check_lengths, everything
 from .losses import expert_strength_cross_entropy, expert_weight_cross_entropy
 from .pcm_trainer import PCMTrainer, padding_tokenizer
 from .preference_sampling import WORDS, PreferenceSampler, ToldPreference, default_preference_sets
-from .prompts import descriptions, tokenize, with_words
-from .rollouts import completion_weight_logits
+from .prompts import tokenize, with_words
 
 PLAINLY = 0.3  # of the rows are told in descriptions alone, which is how the PCM reads a preference given in weights
 STRONGEST = 1.98  # that an expert is taught to be: 2σ(h) comes to 2 for no h
@@ -51,7 +51,8 @@ class DescriptionConfig(TrainingArguments):
 class DescriptionTrainer(PCMTrainer):
     r"""
     Teaches a PCM to choose from words, with every expert active at weight 1. Words are told as `preference_text` as
-    often as in a system message. No expert runs and no reward is needed, since what words mean is declared.
+    often as in a system message. What they mean is wanted at each token after them, of prompt and completion: it is
+    learnt near the words first. No expert runs and no reward is needed, since what words mean is declared.
 
     - Where wishes add up (`config.adds_up`), an expert's strength 2σ(h) should be, at each token, what it was under
       weights, times the strength that the words mean; 0 for experts that they do not wish for.
@@ -140,22 +141,28 @@ class DescriptionTrainer(PCMTrainer):
         Draw what each row is told.
 
         Returns:
-            `dict`: what [`completion_weight_logits`] takes; `targets`, `(rows, seq, experts)`, the strengths or, in
-            mixtures, the weights that are wanted; and `wanted`, `(rows, experts)`, whether an expert is.
+            `dict`: `texts`, what [`_expert_weight_logits`] takes; `mask`, `(rows, kept)`, the tokens that stand after
+            the words; `targets`, `(rows, kept, experts)`, the strengths or, in mixtures, the weights that are wanted;
+            and `wanted`, `(rows, experts)`, whether an expert is.
         """
         told = [self._draw(generator) for generator in generators]
         by_weights = [ToldPreference(Preference(wish.preference.weights)) for wish in told]
-        with torch.no_grad(), self.compute_loss_context_manager():
-            before = completion_weight_logits(self._before, **self._tensors(rows, by_weights))
+        texts, texts_by_weights = self._texts(rows, told), self._texts(rows, by_weights)
 
+        # Both are padded on the left: what ends alike stands after the words.
+        texts["kept"] = min(texts["ids"].shape[1], texts_by_weights["ids"].shape[1])
+        ids, ids_by_weights = (some["ids"][:, -texts["kept"] :] for some in (texts, texts_by_weights))
+        after_words = (ids == ids_by_weights).flip(1).cumprod(dim=1).flip(1)  # (rows, kept)
+        mask = after_words * texts["attention_mask"][:, -texts["kept"] :]
+
+        with torch.no_grad(), self.compute_loss_context_manager():
+            before = _expert_weight_logits(self._before, **texts_by_weights | {"kept": texts["kept"]})
         names = self.preferences.names
-        meant = preference_weights([wish.preference for wish in told], names, len(told)).to(
-            self.args.device
-        )  # (rows, experts)
+        meant = preference_weights([wish.preference for wish in told], names, len(told)).to(self.args.device)
         targets = self._opinions(before, meant)
         if self.ensemble.config.adds_up:
             targets = targets.clamp(max=STRONGEST)
-        return self._tensors(rows, told) | {"targets": targets, "wanted": (meant > 0).to(self.args.device)}
+        return {"texts": texts, "mask": mask, "targets": targets, "wanted": meant > 0}
 
     def _draw(self, generator: random.Random) -> ToldPreference:
         """Draw a preference to be told in descriptions, or a wording."""
@@ -169,22 +176,17 @@ class DescriptionTrainer(PCMTrainer):
             return expert_strengths(expert_weight_logits, weights)
         return log_expert_weights(expert_weight_logits, weights.log()).exp()
 
-    def _tensors(self, rows: list[dict], told: list[ToldPreference]) -> dict[str, torch.Tensor]:
-        """Return what [`completion_weight_logits`] takes."""
+    def _texts(self, rows: list[dict], told: list[ToldPreference]) -> dict[str, Any]:
+        """Return rows of prompt and completion as [`_expert_weight_logits`] takes them, padded on both sides."""
         tokenizer, config = self._tokenizer, self.ensemble.config
         prompts = [with_words(row["prompt"], wish, config, tokenizer) for row, wish in zip(rows, told)]
         prompt_ids, prompt_mask = stack_padded(tokenize(tokenizer, prompts))  # (rows, prompt tokens)
         completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in rows]
         completion_ids, completion_mask = stack_padded(completions, padding_side="right")  # (rows, seq)
+        ids, mask = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
 
-        tensors = {
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "completion_ids": completion_ids,
-            "completion_mask": completion_mask,
-            "prefix_ids": descriptions(config, told),
-        }
-        return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
+        prefixes = [() if wish.way == "system" else description_of(config, wish.preference) for wish in told]
+        return {"ids": ids.to(self.args.device), "attention_mask": mask.to(self.args.device), "prefixes": prefixes}
 
     # Losses
 
@@ -194,14 +196,13 @@ class DescriptionTrainer(PCMTrainer):
         and, with `return_outputs`, each row's metrics, `(rows, 2)`: means over its tokens of the share that the wanted
         experts have, and of the absolute difference from what is wanted.
         """
-        targets, wanted, mask = inputs["targets"], inputs["wanted"], inputs["completion_mask"]
-        texts = {name: tensor for name, tensor in inputs.items() if name not in ("targets", "wanted")}
-        expert_weight_logits = completion_weight_logits(model, **texts)  # (rows, seq, experts)
+        targets, wanted, mask = inputs["targets"], inputs["wanted"], inputs["mask"]
+        expert_weight_logits = _expert_weight_logits(model, **inputs["texts"])  # (rows, kept, experts)
         cross_entropy = expert_strength_cross_entropy if self.ensemble.config.adds_up else expert_weight_cross_entropy
         loss = (cross_entropy(expert_weight_logits, targets) * mask).sum() / mask.sum()
 
         opinions = self._opinions(expert_weight_logits.detach(), torch.ones_like(wanted, dtype=torch.float32))
-        share = (opinions * wanted[:, None]).sum(dim=-1) / opinions.sum(dim=-1)  # (rows, seq)
+        share = (opinions * wanted[:, None]).sum(dim=-1) / opinions.sum(dim=-1)  # (rows, kept)
         error = (opinions - targets).abs().mean(dim=-1)
         tokens = mask.sum(dim=1)  # (rows,)
         metrics = torch.stack([(metric * mask).sum(dim=1) / tokens for metric in (share, error)], dim=1)
@@ -222,7 +223,14 @@ class DescriptionTrainer(PCMTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             told = self._told(inputs, generators)
             loss, metrics = self.compute_loss(model, told, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, metrics, told["completion_mask"].sum(dim=1))
+        return (loss, None, None) if prediction_loss_only else (loss, metrics, told["mask"].sum(dim=1))
+
+
+def _expert_weight_logits(
+    pcm, ids: torch.Tensor, attention_mask: torch.Tensor, prefixes: list[tuple[int, ...]], kept: int
+) -> torch.Tensor:
+    """Compute h at the last `kept` tokens, `(rows, kept, experts)`; `pcm` may be wrapped."""
+    return pcm(ids, attention_mask, descriptions=prefixes, logits_to_keep=kept)[0]
 
 
 def _means_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
