@@ -91,8 +91,8 @@ def test_a_pcm_learns_how_much_words_wish_for(tmp_path):
     ]
 
     model = adding_up(tiny_ensemble())
-    make_trainer(tmp_path, model, wordings=wordings, learning_rate=3e-3, max_steps=900).train()
-    ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
+    make_trainer(tmp_path, model, wordings=wordings, learning_rate=3e-3, max_steps=1000).train()
+    ids = torch.tensor([model.tokenizer(TEXTS["prompt"][0])["input_ids"]])
 
     def strengths(description_ids) -> torch.Tensor:
         with torch.no_grad():
@@ -101,10 +101,9 @@ def test_a_pcm_learns_how_much_words_wish_for(tmp_path):
     errors = {}
     for text in unseen:
         [preference] = Preference.parse_batch(model.config, 1, None, text, tokenizer=model.tokenizer)
-        errors[text] = (strengths(preference.description_ids) - torch.tensor(told[text])).abs().max().item()
-    assert max(errors.values()) < 0.35, errors
+        errors[text] = (strengths(preference.description_ids) - torch.tensor(told[text])).abs().mean().item()
+    assert sum(errors.values()) / len(errors) < 0.25, errors  # 0.41 from the mean of what was told
 
-    ids = torch.tensor([model.tokenizer(TEXTS["prompt"][0])["input_ids"]])
     for wanted in (["e0"], ["e0", "e2"], ["e0", "e1", "e2"]):  # told in weights, these run at them
         of_weights = strengths(description_of(model.config, Preference(dict.fromkeys(wanted, 1.0))))
         assert_close(of_weights[[int(name[1]) for name in wanted]], torch.ones(len(wanted)), atol=0.1, rtol=0)
@@ -194,7 +193,7 @@ def test_what_the_pcm_does_under_weights_it_keeps_and_does_when_told_in_words(tm
 
     before = answer(preference=["e0", "e2"])
     assert before.std(dim=0).min() > 0.1  # it depends on the context
-    make_trainer(tmp_path, model, learning_rate=3e-3, max_steps=400, logging_steps=400).train()
+    make_trainer(tmp_path, model, learning_rate=3e-3, max_steps=600, logging_steps=600).train()
     for told in ({"preference": ["e0", "e2"]}, {"preference_ids": prefix_ids}):
         assert (answer(**told) - before).abs().mean() < 0.04, told
 

@@ -61,21 +61,22 @@ def test_opposites_are_wished_for_together_and_experts_are_denied():
         assert any(strengths.get(name) == 0 for strengths in told), name
 
 
+def pattern(phrase: str) -> str:
+    """What finds a phrase in the words of a text, whatever stands in its blanks; empty for a blank alone."""
+    pieces = [words(piece).strip() for piece in phrase.split("{}")]
+    return " .+ ".join(re.escape(piece) for piece in pieces if piece)
+
+
 def test_no_held_out_phrase_is_in_a_text_of_training():
     generator = random.Random(0)
-    composed = [compose(generator, "training")[0] for _ in range(4000)]
+    composed = [compose(generator, "training")[0] for _ in range(3000)]
     known = [phrase for part in PARTS.values() for phrase in phrases(part, "training")]
-    told = " | ".join(map(words, composed + known))
-    held_out = {
-        words(piece)
-        for name, part in PARTS.items()
-        if name != "links"
-        for phrase in phrases(part, "held_out")
-        for piece in phrase.split("{}")
-        if len(words(piece)) > 5  # what is left of a pattern: "a", "for"
-    }
+    told = "\n".join(map(words, composed + known))
+
+    held_out = [pattern(phrase) for name, part in PARTS.items() for phrase in phrases(part, "held_out")]
+    held_out = [phrase for phrase in held_out if phrase]
     assert len(held_out) > 130
-    assert not {phrase for phrase in held_out if phrase in told}
+    assert not [phrase for phrase in held_out if re.search(f" {phrase} ", told)]
 
 
 def test_as_many_personas_as_training_needs_and_others_to_judge_it():
