@@ -208,7 +208,7 @@ class DescriptionTrainer(PCMTrainer):
         metrics = torch.stack([(metric * mask).sum(dim=1) / tokens for metric in (share, error)], dim=1)
 
         if model.training:
-            self._note(_means_over_tokens(EvalPrediction(metrics.cpu(), tokens.cpu())))
+            self._note(_means_over_tokens(EvalPrediction(metrics.cpu().numpy(), tokens.cpu().numpy())))
         return (loss, metrics) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
