@@ -7,8 +7,8 @@ less often, on those of two experts.
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
    context is. Stopped and run again, it goes on from the last checkpoint.
-3. On the base model's answers, teach it which experts a description names, which other words mean and how much of each
-   (demo_wordings.py), and to do when told in words what it does when told weights; no expert runs.
+3. On the openings of the base model's answers, teach it which experts descriptions and other words ask for, and how much
+   of each (demo_wordings.py): to do when told in words what it does when told weights. No expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
 measure_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
@@ -39,6 +39,7 @@ from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer, RebelConfig, RebelTrainer
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
+OPENING = 12  # tokens of an answer that descriptions are learnt on
 # What users may ask for by weights, told in descriptions
 DESCRIBED = [list(names) for number in (1, 2, 3) for names in combinations(demo.PREFERENCES, number)]
 
@@ -88,15 +89,21 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
         output_dir=str(folder),
         seed=seed,
         max_steps=steps,
-        per_device_train_batch_size=16,
+        learning_rate=5e-4,
+        per_device_train_batch_size=8,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         report_to="none",
     )
 
-    written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
+    def opening(row: dict) -> dict:
+        """What is learnt there holds for the rest of an answer."""
+        tokens = model.tokenizer(row["reference"], add_special_tokens=False)["input_ids"][:OPENING]
+        return {"completion": model.tokenizer.decode(tokens)}
+
+    written = dataset.filter(lambda row: row["reference"]).map(opening)
     generator = random.Random(seed)
-    wordings = [compose(generator, "training") for _ in range(steps * config.per_device_train_batch_size)]
+    wordings = [compose(generator, "training") for _ in range(20_000)]
     DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings).train()
 
 
@@ -170,7 +177,7 @@ def main():
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
     parser.add_argument("--iterations", type=int, default=8, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
-    parser.add_argument("--description-steps", type=int, default=480, help="updates that teach descriptions")
+    parser.add_argument("--description-steps", type=int, default=1100, help="updates that teach descriptions")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--exploration", type=float, default=2.0, help="noise on the weights of a rollout")
