@@ -7,8 +7,8 @@ less often, on those of two experts.
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
    context is. Stopped and run again, it goes on from the last checkpoint.
-3. On the openings of the base model's answers, teach it which experts descriptions and other words ask for, and how much
-   of each (demo_wordings.py): to do when told in words what it does when told weights. No expert runs.
+3. On the openings of the base model's answers, teach it which experts descriptions and other words ask for, and how
+   much of each (demo_wordings.py): to do when told in words what it does when told weights. No expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
 measure_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
