@@ -103,7 +103,7 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
 
     written = dataset.filter(lambda row: row["reference"]).map(opening)
     generator = random.Random(seed)
-    wordings = [compose(generator, "training") for _ in range(20_000)]
+    wordings = [compose(generator, "training") for _ in range(steps * config.per_device_train_batch_size)]
     DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings).train()
 
 

@@ -59,8 +59,8 @@ class DescriptionTrainer(PCMTrainer):
     - In mixtures, α should be what it was under weights that are as the strengths.
 
     What [`RebelTrainer`] has taught the PCM to do under weights hardly changes; an untrained PCM is taught the
-    strengths themselves. Under weights it reads descriptions, without how much each counts. Half of the rows are
-    therefore told in these alone.
+    strengths themselves. Under weights it reads descriptions, without how much each counts. Three of ten
+    rows are therefore told in these, whatever other wordings there are.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
@@ -74,7 +74,7 @@ class DescriptionTrainer(PCMTrainer):
             combination of at most one expert for each dimension. All experts at weight 1 are always among them.
         wordings (`Sequence`, *optional*): other texts, each with what it means: pairs `(text, strengths)`, where
             strengths are by expert: 0 where an expert is denied or left out, 1 where no degree is told. At least one
-            must be above 0. Half of the rows are told in these.
+            must be above 0.
 
     What is logged stands in docs/metrics.md of the repository.
 
