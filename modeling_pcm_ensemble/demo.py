@@ -61,60 +61,6 @@ PREFERENCES = {
 ARTIFACTS = Path(__file__).parents[1] / "examples" / "smollm2" / "artifacts"  # where the package lies in a clone
 EXPERT_TOP_K = 20  # of the trained experts: what a small model writes from its tail breaks a sentence off
 
-# Other words for the same, our own: the PCM learns from `PARAPHRASES`, and is judged by `UNSEEN_PARAPHRASES` too.
-PARAPHRASES = {
-    "elementary": [
-        "Explain it so that a young child can follow.",
-        "Use simple words and short sentences.",
-        "I am ten years old.",
-        "Avoid difficult terms and keep the language easy.",
-        "Make it easy to understand for beginners.",
-    ],
-    "knowledgeable": [
-        "Write for an expert in the field.",
-        "Use precise technical terms, I know the subject well.",
-        "Give me the level of a scientific paper.",
-        "I am a professor and want the academic details.",
-        "Make it advanced and scholarly.",
-    ],
-    "concise": [
-        "Keep it short.",
-        "Answer in one sentence or two.",
-        "Be brief, I have little time.",
-        "No long explanations, only the essential.",
-        "Give a short and direct answer.",
-    ],
-    "informative": [
-        "Give me plenty of details and background.",
-        "Be thorough and complete.",
-        "Tell me everything that there is to know about it.",
-        "I want a long answer with much information.",
-        "Cover all the facts in depth.",
-    ],
-    "friendly": [
-        "Be warm and cheerful.",
-        "Talk to me like a good friend, with a joke or two.",
-        "Use a kind and playful tone.",
-        "Make me smile.",
-        "Answer in a nice, casual way.",
-    ],
-    "unfriendly": [
-        "Be rude.",
-        "Answer in a cold and hostile tone.",
-        "Do not be nice to me.",
-        "Sound annoyed and harsh.",
-        "Be grumpy and insulting.",
-    ],
-}
-UNSEEN_PARAPHRASES = {
-    "elementary": "Put it in plain language that kids get.",
-    "knowledgeable": "Assume that your reader is a specialist.",
-    "concise": "As few words as possible, please.",
-    "informative": "Leave nothing out and elaborate.",
-    "friendly": "Chat with me as if we were buddies.",
-    "unfriendly": "Treat me with contempt.",
-}
-
 
 def fast_dtype(device: str = "cpu") -> torch.dtype:
     """Return bfloat16, or float32 on a CPU without AVX-512, which multiplies eight times as slowly in bfloat16."""

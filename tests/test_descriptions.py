@@ -1,7 +1,9 @@
 """Teaching a PCM what descriptions ask for."""
 
 import copy
+import itertools
 import json
+import random
 
 import pytest
 import torch
@@ -11,15 +13,20 @@ from torch.testing import assert_close
 from transformers import TrainerCallback
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference
+from modeling_pcm_ensemble.merging import expert_strengths
 from modeling_pcm_ensemble.preference import description_of
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
-from modeling_pcm_ensemble.training.losses import expert_weight_cross_entropy, log_described_share
+from modeling_pcm_ensemble.training.losses import (
+    expert_strength_cross_entropy,
+    expert_weight_cross_entropy,
+    log_described_share,
+)
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
 
 
-TRAINER_OPTIONS = ("eval_dataset", "callbacks", "optimizers", "preference_sets", "paraphrases")
+TRAINER_OPTIONS = ("eval_dataset", "callbacks", "optimizers", "preference_sets", "wordings")
 
 
 def make_trainer(folder, model, dataset=None, **settings):
@@ -53,8 +60,8 @@ def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
 def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_path):
     model = tiny_ensemble()
     names = [model.tokenizer.decode(expert["description_ids"]) for expert in model.config.experts]
-    paraphrases = {"e0": ["be big", "grow"], "e2": ["paint it"]}
-    make_trainer(tmp_path, model, paraphrases=paraphrases, learning_rate=3e-3, max_steps=900).train()
+    wordings = [("be big", {"e0": 1.0}), ("grow", {"e0": 1.0}), ("paint it", {"e2": 1.0, "e0": 0.0})]
+    make_trainer(tmp_path, model, wordings=wordings, learning_rate=3e-3, max_steps=900).train()
     ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
     told = {
         words: model.compute_expert_weights(ids, preference_text=words)[0, -1, expert].item()
@@ -63,18 +70,107 @@ def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_pat
     assert min(told.values()) > 0.8, told
 
 
+def adding_up(model: PCMEnsembleForCausalLM) -> PCMEnsembleForCausalLM:
+    """The same, in a space where wishes add up. Its experts are no adapters, but none runs in training."""
+    model.config.merge = "adapters"
+    return model
+
+
+DEGREES = {"bit ": 0.5, "": 1.0, "so ": 1.8, "no ": 0.0}
+
+
+def test_a_pcm_learns_how_much_words_wish_for(tmp_path):
+    told = {}
+    for (first, big), (second, red) in itertools.product(DEGREES.items(), repeat=2):
+        told[f"{first}big {second}red"] = (big, 0.0, red)
+    unseen = ["so big bit red", "bit big so red", "big no red"]
+    wordings = [
+        (text, dict(zip(("e0", "e1", "e2"), strengths)))
+        for text, strengths in told.items()
+        if text not in unseen and any(strengths)
+    ]
+
+    model = adding_up(tiny_ensemble())
+    make_trainer(tmp_path, model, wordings=wordings, learning_rate=3e-3, max_steps=1000).train()
+    ids = torch.tensor([model.tokenizer(TEXTS["prompt"][0])["input_ids"]])
+
+    def strengths(description_ids) -> torch.Tensor:
+        with torch.no_grad():
+            return expert_strengths(model.pcm(ids, descriptions=[description_ids])[0], torch.ones(1, 3))[0, -1]
+
+    errors = {}
+    for text in unseen:
+        [preference] = Preference.parse_batch(model.config, 1, None, text, tokenizer=model.tokenizer)
+        errors[text] = (strengths(preference.description_ids) - torch.tensor(told[text])).abs().mean().item()
+    assert sum(errors.values()) / len(errors) < 0.25, errors  # 0.41 from the mean of what was told
+
+    for wanted in (["e0"], ["e0", "e2"], ["e0", "e1", "e2"]):  # told in weights, these run at them
+        of_weights = strengths(description_of(model.config, Preference(dict.fromkeys(wanted, 1.0))))
+        assert_close(of_weights[[int(name[1]) for name in wanted]], torch.ones(len(wanted)), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("space", [tiny_ensemble, lambda: adding_up(tiny_ensemble())])
+def test_the_loss_is_that_of_each_token_by_itself(space, tmp_path):
+    model = space()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.pcm.head.weight, std=0.2)  # as if rewards had taught it
+    wordings = [("be big, or red", {"e0": 1.5, "e2": 0.5}), ("grow!", {"e0": 0.25, "e1": 0.0})]
+    trainer = make_trainer(tmp_path, model, wordings=wordings)
+    before = copy.deepcopy(model.pcm)
+    torch.nn.init.normal_(model.pcm.head.weight, std=0.2)
+
+    rows = [dict(zip(TEXTS, texts)) for texts in zip(*TEXTS.values())] * 4
+    told = [trainer._draw(random.Random(seed)) for seed in range(len(rows))]
+    assert len({(wish.way, wish.preference.description_ids is None) for wish in told}) == 4
+    tensors = trainer._told(rows, [random.Random(seed) for seed in range(len(rows))])
+    found, metrics = trainer.compute_loss(model.pcm, tensors, return_outputs=True)
+
+    losses = [loss_by_hand(model, before, row, wish) for row, wish in zip(rows, told)]
+    assert_close(found, torch.cat(losses).mean())
+    assert metrics.shape == (len(rows), 2)
+
+
+def loss_by_hand(model, before, row: dict, wish) -> torch.Tensor:
+    """The loss of each token of a row's prompt and completion, `(seq,)`, from the definitions alone."""
+    tokenizer, config, preference = model.tokenizer, model.config, wish.preference
+    read = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+
+    def h(pcm, words: list[int], prefix: tuple[int, ...]) -> torch.Tensor:
+        return pcm(torch.tensor([words + read]), descriptions=[prefix])[0][0, -len(read) :]
+
+    old = h(before, [], description_of(config, Preference(preference.weights)))
+    if wish.way == "system":
+        of_experts = [expert["description_ids"] for expert in config.experts if expert["name"] in preference.weights]
+        texts = of_experts if preference.description_ids is None else [preference.description_ids]
+        system = " ".join(tokenizer.decode(list(ids)).strip() for ids in texts)
+        new = h(model.pcm, tokenizer(f"{system}\n\n")["input_ids"], ())
+    else:
+        new = h(model.pcm, [], description_of(config, preference))
+
+    meant = torch.tensor([preference.weights.get(name, 0.0) for name in config.expert_names])
+    if not config.adds_up:
+        target = meant * old.exp() / (meant * old.exp()).sum(dim=-1, keepdim=True)
+        return -(target * new.log_softmax(dim=-1)).sum(dim=-1)
+    target = (meant / (1 + (-old).exp())).clamp(max=0.99)
+    return -(target * new.sigmoid().log() + (1 - target) * (-new).sigmoid().log()).sum(dim=-1)
+
+
 @pytest.mark.parametrize(
-    ("paraphrases", "words"),
+    ("wording", "words"),
     [
-        ({"e9": ["be big"]}, "`paraphrases` names e9, but the experts are e0, e1, e2"),
-        ({"e0": "be big"}, "`paraphrases` of 'e0' must be a list of texts"),
-        ({"e0": ["be big", " "]}, "`paraphrases` of 'e0' must be a list of texts"),
-        ({"e0": ["be big" * 40]}, "Row 0 of `train_dataset` has a prompt of"),
+        ("be big", r"`wordings\[1\]` must be a text and a dict of strengths, got 'be big'"),
+        (("be big",), r"`wordings\[1\]` must be a text and a dict"),
+        (("be big", ["e0"]), r"`wordings\[1\]` must be a text and a dict"),
+        ((" ", {"e0": 1.0}), r"`wordings\[1\]` has an empty text"),
+        (("be big", {"e9": 1.0}), r"`wordings\[1\]`, 'be big': .* unknown expert 'e9'"),
+        (("be big", {"e0": -1.0}), r"`wordings\[1\]`, 'be big': .* at least 0"),
+        (("be big", {"e0": 0.0}), r"`wordings\[1\]`, 'be big': .* without an expert"),
+        (("be big" * 40, {"e0": 1.0}), "Row 0 of `train_dataset` has a prompt of"),
     ],
 )
-def test_paraphrases_of_no_expert_or_too_long_are_refused(paraphrases, words, tmp_path):
+def test_wordings_that_are_none_or_too_long_are_refused(wording, words, tmp_path):
     with pytest.raises((TypeError, ValueError), match=words):
-        make_trainer(tmp_path, tiny_ensemble(), paraphrases=paraphrases)
+        make_trainer(tmp_path, tiny_ensemble(), wordings=[("grow", {"e0": 1.0}), wording])
 
 
 def test_words_stand_for_the_weights_of_the_preferences_that_are_given(tmp_path):
@@ -97,7 +193,7 @@ def test_what_the_pcm_does_under_weights_it_keeps_and_does_when_told_in_words(tm
 
     before = answer(preference=["e0", "e2"])
     assert before.std(dim=0).min() > 0.1  # it depends on the context
-    make_trainer(tmp_path, model, learning_rate=3e-3, max_steps=400, logging_steps=400).train()
+    make_trainer(tmp_path, model, learning_rate=3e-3, max_steps=600, logging_steps=600).train()
     for told in ({"preference": ["e0", "e2"]}, {"preference_ids": prefix_ids}):
         assert (answer(**told) - before).abs().mean() < 0.04, told
 
@@ -108,6 +204,10 @@ def test_the_losses_equal_their_formulas():
     assert_close(log_described_share(logits, torch.tensor([[True, False, True]]))[0, 0], (probs[0] + probs[2]).log())
     expected = -(0.25 * probs[0].log() + 0.75 * probs[2].log())
     assert_close(expert_weight_cross_entropy(logits, torch.tensor([[[0.25, 0.0, 0.75]]]))[0, 0], expected)
+
+    p, q = logits.sigmoid()[0, 0], (-logits).sigmoid()[0, 0]
+    expected = -(0.25 * p[0].log() + 0.75 * q[0].log() + q[1].log() + 0.95 * p[2].log() + 0.05 * q[2].log())
+    assert_close(expert_strength_cross_entropy(logits, torch.tensor([[[0.5, 0.0, 1.9]]]))[0, 0], expected)
 
 
 def test_every_choice_of_at_most_one_expert_a_dimension_is_described(tmp_path):

@@ -26,6 +26,7 @@ from rich.markdown import Markdown
 
 from modeling_pcm_ensemble import Preference, demo
 from modeling_pcm_ensemble.checkpoint_staging import write_text
+from modeling_pcm_ensemble.demo_wordings import WORDINGS
 from modeling_pcm_ensemble.evaluation import (
     Baseline,
     PromptedModel,
@@ -51,6 +52,8 @@ ADDED = {  # the seventh expert, judged as friendly
     "prompt": "You are cheerful. Answer in a warm and happy way.",
     "description": "Generate a response that is warm, cheerful and happy.",
 }
+# Words that no training has had
+UNSEEN = {name: texts[0] for name, texts in WORDINGS["sentences"]["held_out"].items()}
 
 
 def kinds_of_preferences(paper: list[Preference]) -> dict[str, list[Preference]]:
@@ -118,9 +121,9 @@ def compare_all(model, judges: list[RewardJudge], arguments) -> list[dict]:
 
     words = {}
     for preference in paper:
-        words[preference.label] = " ".join(demo.UNSEEN_PARAPHRASES[name] for name in preference.weights)
+        words[preference.label] = " ".join(UNSEEN[name] for name in preference.weights)
     told = ToldInWords("trained PCM, other words", model, tokens, words)
-    others = [given, prompting(demo.UNSEEN_PARAPHRASES)]
+    others = [given, prompting(UNSEEN)]
     found.append(compare("other words", told, others, paper, judges, arguments))
 
     name, expert = ADDED["name"], {"model": demo.fetch_smollm2()} | ADDED

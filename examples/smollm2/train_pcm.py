@@ -8,18 +8,18 @@ strengths of both signs, of their mixture on the paper's eight preferences and, 
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
    context is. Stopped and run again, it goes on from the last checkpoint.
-3. On the base model's answers, teach it which experts a description names, and to do when told in words what it does
-   when told weights; no expert runs.
+3. On the openings of the base model's answers, teach it which experts descriptions and other words ask for, and how
+   much of each (demo_wordings.py): to do when told in words what it does when told weights. No expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
 measure_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
 """
 
 import argparse
-import itertools
 import json
+import random
 from collections import defaultdict
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from statistics import fmean
 
@@ -33,6 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
+from modeling_pcm_ensemble.demo_wordings import compose
 from modeling_pcm_ensemble.evaluation.pictures import save
 from modeling_pcm_ensemble.rewards.answering import AnsweringReward
 from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
@@ -42,6 +43,9 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 
 # Noise on the weights that a rollout is sampled under. Shares are less sensitive: only their ratios count.
 EXPLORATION = {"product": 0.5, "probabilities": 2.0}
+OPENING = 12  # tokens of an answer that descriptions are learnt on
+# What users may ask for by weights, told in descriptions
+DESCRIBED = [list(names) for number in (1, 2, 3) for names in combinations(demo.PREFERENCES, number)]
 
 
 def make_trainer(model, rewards, answering, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
@@ -92,25 +96,33 @@ def preference_sets(config) -> list[list[str]]:
     # Any experts go together where tilts add up, opposites too; of each number of them as many.
     sets = []
     for size in range(2, config.num_experts + 1):
-        combinations = [list(names) for names in itertools.combinations(config.expert_names, size)]
-        sets += combinations * (60 // len(combinations))  # 15, 20, 15, 6 and 1 of six experts
+        of_size = [list(names) for names in combinations(config.expert_names, size)]
+        sets += of_size * (60 // len(of_size))  # there are 15, 20, 15, 6 and 1 of six experts
     return sets
 
 
 def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: int):
-    """Train a PCM to do when told in words what it does when told weights."""
+    """Train a PCM to do when told in words what it does when told the weights that they mean."""
     config = DescriptionConfig(
         output_dir=str(folder),
         seed=seed,
         max_steps=steps,
-        per_device_train_batch_size=16,
+        learning_rate=5e-4,
+        per_device_train_batch_size=8,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         report_to="none",
     )
 
-    written = dataset.rename_column("reference", "completion").filter(lambda row: row["completion"])
-    DescriptionTrainer(model, config, written, paraphrases=demo.PARAPHRASES).train()
+    def opening(row: dict) -> dict:
+        """What is learnt there holds for the rest of an answer."""
+        tokens = model.tokenizer(row["reference"], add_special_tokens=False)["input_ids"][:OPENING]
+        return {"completion": model.tokenizer.decode(tokens)}
+
+    written = dataset.filter(lambda row: row["reference"]).map(opening)
+    generator = random.Random(seed)
+    wordings = [compose(generator, "training") for _ in range(steps * config.per_device_train_batch_size)]
+    DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings).train()
 
 
 def save_learnt(model, path: Path):
@@ -185,7 +197,7 @@ def main():
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
     parser.add_argument("--iterations", type=int, default=8, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
-    parser.add_argument("--description-steps", type=int, default=480, help="updates that teach descriptions")
+    parser.add_argument("--description-steps", type=int, default=1100, help="updates that teach descriptions")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")

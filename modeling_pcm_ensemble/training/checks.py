@@ -126,7 +126,9 @@ class DatasetCheck:
         self._check_preferences(dataset, name)
         self._check_references(dataset, name)
         completions = [self.args.max_completion_length] * len(dataset)
-        check_lengths(dataset, name, self.config, self.tokenizer, completions, self.args.text_only_fraction > 0)
+        in_words = self.args.text_only_fraction > 0
+        told = ToldPreference(everything(self.config), "system" if in_words else "weights")
+        check_lengths(dataset, name, self.config, self.tokenizer, completions, told)
 
     def _check_preferences(self, dataset, name: str):
         asked = [wish.preference for wish in self.preferences.sets]
@@ -154,13 +156,18 @@ class DatasetCheck:
                 )
 
 
+def everything(config: PCMEnsembleConfig) -> Preference:
+    """Return the preference that wants every expert, whose descriptions are longest."""
+    return Preference(dict.fromkeys(config.weighted_names, 1.0))
+
+
 def check_lengths(
     dataset,
     name: str,
     config: PCMEnsembleConfig,
     tokenizer: PreTrainedTokenizerBase,
     completions: list[int],
-    in_words: bool,
+    told: ToldPreference,
 ):
     r"""
     Refuse prompts that are none, or that leave too little of the models' context.
@@ -170,7 +177,7 @@ def check_lengths(
         config (`PCMEnsembleConfig`): the ensemble's.
         tokenizer (`PreTrainedTokenizerBase`): counts the tokens of prompts.
         completions (`list[int]`): tokens of each row's completion.
-        in_words (`bool`): whether all descriptions must fit into a prompt.
+        told (`ToldPreference`): the longest preference, in the way that takes most room.
 
     Raises:
         ValueError: with the row.
@@ -180,9 +187,9 @@ def check_lengths(
         for part in config.sub_config_items().values()
     )
     experts = config.experts or []
-    descriptions = sum(len(expert["description_ids"]) for expert in experts)
+    own_words = len(told.preference.description_ids or ())
+    descriptions = max(own_words, sum(len(expert["description_ids"]) for expert in experts))
     prefix = descriptions + max(len(expert["prompt_ids"]) for expert in experts)
-    told = ToldPreference(Preference(dict.fromkeys(config.weighted_names, 1.0)), "system" if in_words else "weights")
 
     for row, (prompt, completion) in enumerate(zip(dataset["prompt"], completions)):
         if not isinstance(prompt, (str, list)) or not prompt:

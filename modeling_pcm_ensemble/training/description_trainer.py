@@ -1,9 +1,10 @@
-"""Teaches a Preference Control Model what descriptions ask for."""
+"""Teaches a Preference Control Model what descriptions ask for, and how much of it."""
 
 import copy
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,17 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArgume
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from ..preference import encode_description
+from ..preference import Preference, description_of, preference_weights
 from ..rows import stack_padded
-from .checks import check_columns, check_ensemble, check_lengths
-from .losses import expert_weight_cross_entropy, log_described_share
+from ..tilts import expert_strengths
+from .checks import check_columns, check_ensemble, check_lengths, everything
+from .losses import expert_strength_cross_entropy, expert_weight_cross_entropy
 from .pcm_trainer import PCMTrainer, padding_tokenizer
-from .preference_sampling import PreferenceSampler, ToldPreference, default_preference_sets, reward_shares
-from .prompts import descriptions, tokenize, with_words
-from .rollouts import completion_weight_logits
+from .preference_sampling import WORDS, PreferenceSampler, ToldPreference, default_preference_sets
+from .prompts import tokenize, with_words
+
+PLAINLY = 0.3  # of the rows are told in descriptions alone, which is how the PCM reads a preference given in weights
+STRONGEST = 1.98  # that an expert is taught to be: 2σ(h) comes to 2 for no h
 
 
 @dataclass
@@ -47,12 +51,17 @@ class DescriptionConfig(TrainingArguments):
 
 class DescriptionTrainer(PCMTrainer):
     r"""
-    Teaches a PCM to choose from words: with every expert active, α should be, at each token, what the PCM as it was
-    gives under the weights that the words stand for. They are told as `preference_text` as often as in a system
-    message. No expert runs and no reward is needed, since what words stand for is declared. What [`RebelTrainer`] has
-    taught the PCM to do under equal weights hardly changes; an untrained PCM is taught the weights themselves. Under
-    weights it reads descriptions too, without how much each counts: if words stand for unequal weights, it leans
-    likewise there, beside the weights it is given.
+    Teaches a PCM to choose from words, with every expert active at weight 1. Words are told as `preference_text` as
+    often as in a system message. What they mean is wanted at each token after them, of prompt and completion: it is
+    learnt near the words first. No expert runs and no reward is needed, since what words mean is declared.
+
+    - Where wishes add up (`config.adds_up`), an expert's strength 2σ(h) should be, at each token, what it was under
+      weights, times the strength that the words mean; 0 for experts that they do not wish for.
+    - In mixtures, α should be what it was under weights that are as the strengths.
+
+    What [`RebelTrainer`] has taught the PCM to do under weights hardly changes; an untrained PCM is taught the
+    strengths themselves. Under weights it reads descriptions, without how much each counts. Three of ten
+    rows are therefore told in these, whatever other wordings there are.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
@@ -62,18 +71,26 @@ class DescriptionTrainer(PCMTrainer):
         eval_dataset (`Dataset`, *optional*): likewise; each row is told one preference, the same at each evaluation.
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the ensemble's tokenizer.
         callbacks, optimizers: as for [`~transformers.Trainer`].
-        preference_sets (`list`, *optional*): preferences that are described; defaults to every combination of at most
-            one expert for each dimension. All experts at weight 1 are always among them.
-        paraphrases (`Mapping`, *optional*): an expert's name → other wordings of its description, so that the PCM
-            learns what is meant and not how it is put. Half of the rows are told in the descriptions, which it reads
-            under weights too; in the other half, each description is drawn from it and its paraphrases.
+        preference_sets (`list`, *optional*): preferences that are told in the experts' descriptions; defaults to every
+            combination of at most one expert for each dimension. All experts at weight 1 are always among them.
+        wordings (`Sequence`, *optional*): other texts, each with what it means: pairs `(text, strengths)`, where
+            strengths are by expert: 0 where an expert is denied or left out, 1 where no degree is told. In a mixture
+            at least one must be above 0.
 
     What is logged stands in docs/metrics.md of the repository.
 
     Raises:
         TypeError, ValueError: on a model that is no ensemble, experts without `dimension` where no sets are given,
-            paraphrases of no expert, or a dataset without these columns, with an empty completion or a text that the
-            models have no room for.
+            wordings that are no such pairs, or a dataset without these columns, with an empty completion or a text
+            that the models have no room for.
+
+    Example:
+
+    ```python
+    >>> wordings = [("Be very kind.", {"friendly": 1.5}), ("Keep it short, and not too nice.", {"concise": 1.0})]
+    >>> trainer = DescriptionTrainer(model, train_dataset=dataset, wordings=wordings)  # doctest: +SKIP
+
+    ```
     """
 
     def __init__(
@@ -87,25 +104,26 @@ class DescriptionTrainer(PCMTrainer):
         optimizers=(None, None),
         *,
         preference_sets: list | None = None,
-        paraphrases: Mapping[str, list[str]] | None = None,
+        wordings: Sequence[tuple[str, Mapping[str, float]]] = (),
     ):
         args = args or DescriptionConfig(output_dir="descriptions")
         check_ensemble(model)
         tokenizer = padding_tokenizer(model, processing_class)
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
-        self.preferences = PreferenceSampler(model.config, [*sets, model.config.expert_names], text_only_fraction=1.0)
+        self.preferences = PreferenceSampler(
+            model.config, [*sets, model.config.weighted_names], text_only_fraction=1.0
+        )
+        self.wordings = _as_preferences(wordings, model.config, tokenizer)
+        for preference in (*(wish.preference for wish in self.preferences.sets), *self.wordings):
+            if min(preference.weights.values(), default=0.0) < 0:
+                raise ValueError(
+                    f"Words cannot mean {preference.label}: they make strengths between 0 and 2, and what is denied is "
+                    "0. Weights below 0 are told as weights."
+                )
 
-        paraphrases = paraphrases or {}
-        _check_paraphrases(paraphrases, model.config.expert_names)
-        self.wordings: list[list[list[int]]] = []  # of each expert, as tokens
-        for expert in model.config.experts or []:
-            others = [encode_description(tokenizer, text) for text in paraphrases.get(expert["name"], ())]
-            self.wordings.append([expert["description_ids"], *others])
-
-        longest = _worded(model.config, [max(wordings, key=len) for wordings in self.wordings])
         for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
             if dataset is not None:
-                _check_texts(dataset, name, longest, tokenizer)
+                _check_texts(dataset, name, model.config, tokenizer, self.wordings)
 
         super().__init__(
             model,
@@ -115,13 +133,13 @@ class DescriptionTrainer(PCMTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            compute_metrics=_described_share,
+            compute_metrics=_means_over_tokens,
         )
         self._tokenizer = tokenizer
         self._before = copy.deepcopy(model.pcm).eval()
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
-    # What a row is told, and what α should be then
+    # What a row is told, and what the PCM should do then
 
     def _prepare_inputs(self, inputs) -> dict[str, torch.Tensor]:
         """Tell each of a batch's rows a preference."""
@@ -129,111 +147,136 @@ class DescriptionTrainer(PCMTrainer):
 
     def _told(self, rows: list[dict], generators: list[random.Random]) -> dict[str, torch.Tensor]:
         """
-        Draw each row's preference, and how it is worded.
+        Draw what each row is told.
 
         Returns:
-            `dict`: what [`completion_weight_logits`] takes; `targets`, `(rows, seq, experts)`, the weights that are
-            wanted; and `shares`, `(rows, experts)`, the weights of the preference.
+            `dict`: `texts`, what [`_expert_weight_logits`] takes; `mask`, `(rows, kept)`, the tokens that stand after
+            the words; `targets`, `(rows, kept, experts)`, the strengths or, in mixtures, the weights that are wanted;
+            and `wanted`, `(rows, experts)`, whether an expert is.
         """
-        told = [self.preferences.draw(generator) for generator in generators]
-        shares = reward_shares(told, self.preferences.names).to(self.args.device)
+        told = [self._draw(generator) for generator in generators]
+        by_weights = [ToldPreference(Preference(wish.preference.weights)) for wish in told]
+        texts, texts_by_weights = self._texts(rows, told), self._texts(rows, by_weights)
 
-        by_weights = [replace(wish, way="weights") for wish in told]
+        # Both are padded on the left: what ends alike stands after the words.
+        texts["kept"] = min(texts["ids"].shape[1], texts_by_weights["ids"].shape[1])
+        ids, ids_by_weights = (some["ids"][:, -texts["kept"] :] for some in (texts, texts_by_weights))
+        after_words = (ids == ids_by_weights).flip(1).cumprod(dim=1).flip(1)  # (rows, kept)
+        mask = after_words * texts["attention_mask"][:, -texts["kept"] :]
+
         with torch.no_grad(), self.compute_loss_context_manager():
-            texts = self._tensors(rows, by_weights, [self.ensemble.config] * len(rows))
-            before = completion_weight_logits(self._before, **texts)
-        targets = log_expert_weights(before, shares.log()).exp()
+            before = _expert_weight_logits(self._before, **texts_by_weights | {"kept": texts["kept"]})
+        names = self.preferences.names
+        adds_up = self.ensemble.config.adds_up
+        meant = preference_weights([wish.preference for wish in told], names, len(told), adds_up).to(self.args.device)
+        targets = self._opinions(before, meant)
+        if adds_up:
+            targets = targets.clamp(max=STRONGEST)
+        return {"texts": texts, "mask": mask, "targets": targets, "wanted": meant > 0}
 
-        reworded = self._tensors(rows, told, [self._reworded(generator) for generator in generators])
-        return reworded | {"targets": targets, "shares": shares}
+    def _draw(self, generator: random.Random) -> ToldPreference:
+        """Draw a preference to be told in descriptions, or a wording."""
+        if not self.wordings or generator.random() < PLAINLY:
+            return self.preferences.draw(generator)
+        return ToldPreference(generator.choice(self.wordings), generator.choice(WORDS))
 
-    def _tensors(
-        self, rows: list[dict], told: list[ToldPreference], configs: list[PCMEnsembleConfig]
-    ) -> dict[str, torch.Tensor]:
-        """Return what [`completion_weight_logits`] takes; each row has its descriptions from its own config."""
-        tokenizer = self._tokenizer
-        prompts = [
-            with_words(row["prompt"], wish, config, tokenizer) for row, wish, config in zip(rows, told, configs)
-        ]
+    def _opinions(self, expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the strengths or, in mixtures, α under weights `(rows, experts)`."""
+        if self.ensemble.config.adds_up:
+            return expert_strengths(expert_weight_logits, weights)
+        return log_expert_weights(expert_weight_logits, weights.log()).exp()
+
+    def _texts(self, rows: list[dict], told: list[ToldPreference]) -> dict[str, Any]:
+        """Return rows of prompt and completion as [`_expert_weight_logits`] takes them, padded on both sides."""
+        tokenizer, config = self._tokenizer, self.ensemble.config
+        prompts = [with_words(row["prompt"], wish, config, tokenizer) for row, wish in zip(rows, told)]
         prompt_ids, prompt_mask = stack_padded(tokenize(tokenizer, prompts))  # (rows, prompt tokens)
         completions = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in rows]
         completion_ids, completion_mask = stack_padded(completions, padding_side="right")  # (rows, seq)
+        ids, mask = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
 
-        tensors = {
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "completion_ids": completion_ids,
-            "completion_mask": completion_mask,
-            "prefix_ids": descriptions(configs, told),
-        }
-        return {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
-
-    def _reworded(self, generator: random.Random) -> PCMEnsembleConfig:
-        """Return the config, as it is or, half of the time, with one of each expert's wordings."""
-        if all(len(wordings) == 1 for wordings in self.wordings) or generator.random() < 0.5:
-            return self.ensemble.config
-        return _worded(self.ensemble.config, [generator.choice(wordings) for wordings in self.wordings])
+        prefixes = [() if wish.way == "system" else description_of(config, wish.preference) for wish in told]
+        return {"ids": ids.to(self.args.device), "attention_mask": mask.to(self.args.device), "prefixes": prefixes}
 
     # Losses
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         """
-        Return the cross-entropy of α, if all experts ran, from what it was under weights, in nats a token; and, with
-        `return_outputs`, the share of α that the described experts have at each token, `(rows, seq)`.
+        Return the cross-entropy from what is wanted, in nats a token: of α or, where wishes add up, of the strengths;
+        and, with `return_outputs`, each row's metrics, `(rows, 2)`: means over its tokens of the share that the wanted
+        experts have, and of the absolute difference from what is wanted.
         """
-        texts = {name: tensor for name, tensor in inputs.items() if name not in ("targets", "shares")}
-        expert_weight_logits = completion_weight_logits(model, **texts)  # (rows, seq, experts)
-        mask = inputs["completion_mask"]
-        loss = (expert_weight_cross_entropy(expert_weight_logits, inputs["targets"]) * mask).sum() / mask.sum()
+        targets, wanted, mask = inputs["targets"], inputs["wanted"], inputs["mask"]
+        expert_weight_logits = _expert_weight_logits(model, **inputs["texts"])  # (rows, kept, experts)
+        cross_entropy = expert_strength_cross_entropy if self.ensemble.config.adds_up else expert_weight_cross_entropy
+        loss = (cross_entropy(expert_weight_logits, targets) * mask).sum() / mask.sum()
 
-        share = log_described_share(expert_weight_logits.detach(), inputs["shares"] > 0).exp()
+        opinions = self._opinions(expert_weight_logits.detach(), torch.ones_like(wanted, dtype=torch.float32))
+        share = (opinions * wanted[:, None]).sum(dim=-1) / opinions.sum(dim=-1)  # (rows, kept)
+        error = (opinions - targets).abs().mean(dim=-1)
+        tokens = mask.sum(dim=1)  # (rows,)
+        metrics = torch.stack([(metric * mask).sum(dim=1) / tokens for metric in (share, error)], dim=1)
+
         if model.training:
-            self._note({"described_share": ((share * mask).sum() / mask.sum()).item()})
-        return (loss, share) if return_outputs else loss
+            self._note(_means_over_tokens(EvalPrediction(metrics.cpu().numpy(), tokens.cpu().numpy())))
+        return (loss, metrics) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Return the loss on `eval_dataset`, and the described share, as any trainer returns its metrics."""
+        """Return the loss and the metrics of training on `eval_dataset`, as any trainer returns its metrics."""
         with self._training_metrics_held():
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
-        """Return a batch's loss, each row's mean described share, and its number of tokens."""
+        """Return a batch's loss, each row's metrics, and its number of tokens."""
         # A row's own generator: it is told the same whatever was drawn before, and on whichever process.
         generators = [random.Random(f"{self.args.seed} {row}") for row in inputs]
         with torch.no_grad(), self.compute_loss_context_manager():
             told = self._told(inputs, generators)
-            loss, share = self.compute_loss(model, told, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-
-        tokens = told["completion_mask"].sum(dim=1)  # (rows,)
-        return loss, (share * told["completion_mask"]).sum(dim=1) / tokens, tokens
+            loss, metrics = self.compute_loss(model, told, return_outputs=True)
+        return (loss, None, None) if prediction_loss_only else (loss, metrics, told["mask"].sum(dim=1))
 
 
-def _described_share(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the mean over all tokens, from means of rows and their numbers of tokens."""
-    shares, tokens = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    return {"described_share": float((shares * tokens).sum() / tokens.sum())}
+def _expert_weight_logits(
+    pcm, ids: torch.Tensor, attention_mask: torch.Tensor, prefixes: list[tuple[int, ...]], kept: int
+) -> torch.Tensor:
+    """Compute h at the last `kept` tokens, `(rows, kept, experts)`; `pcm` may be wrapped."""
+    return pcm(ids, attention_mask, descriptions=prefixes, logits_to_keep=kept)[0]
 
 
-def _check_paraphrases(paraphrases: Mapping, names: list[str]):
-    if unknown := set(paraphrases) - set(names):
-        raise ValueError(f"`paraphrases` names {', '.join(sorted(unknown))}, but the experts are {', '.join(names)}.")
-    for name, texts in paraphrases.items():
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise TypeError(f"`paraphrases` of {name!r} must be a list of texts, none of them empty, got {texts!r}.")
+def _means_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
+    """Return means over all tokens, from means of rows, `(rows, 2)`, and their numbers of tokens, `(rows,)`."""
+    metrics, tokens = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    share, error = np.average(metrics, axis=0, weights=tokens)
+    return {"described_share": float(share), "error": float(error)}
 
 
-def _worded(config: PCMEnsembleConfig, description_ids: list[list[int]]) -> PCMEnsembleConfig:
-    """Return a config with other wordings of its descriptions."""
-    config = copy.copy(config)
-    config.experts = [expert | {"description_ids": ids} for expert, ids in zip(config.experts or [], description_ids)]
-    return config
+def _as_preferences(
+    wordings: Sequence, config: PCMEnsembleConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Preference]:
+    """Read wordings: what is meant, told in these words."""
+    preferences = []
+    for number, wording in enumerate(wordings):
+        if not isinstance(wording, (list, tuple)) or [type(part) for part in wording] != [str, dict]:
+            raise TypeError(f"`wordings[{number}]` must be a text and a dict of strengths, got {wording!r}.")
+
+        text, strengths = wording
+        if not text.strip():
+            raise ValueError(f"`wordings[{number}]` has an empty text.")
+        try:
+            preferences += Preference.parse_batch(config, 1, strengths, text, tokenizer=tokenizer)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`wordings[{number}]`, {text!r}: {error}") from error
+    return preferences
 
 
-def _check_texts(dataset, name: str, config: PCMEnsembleConfig, tokenizer: PreTrainedTokenizerBase):
+def _check_texts(
+    dataset, name: str, config: PCMEnsembleConfig, tokenizer: PreTrainedTokenizerBase, wordings: list[Preference]
+):
     check_columns(dataset, name, "prompt", "completion")
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in dataset["completion"]]
     if 0 in lengths:
         raise ValueError(f"Row {lengths.index(0)} of `{name}` has an empty completion: nothing to weight for.")
-    check_lengths(dataset, name, config, tokenizer, lengths, in_words=True)
+
+    longest = max(wordings, key=lambda wording: len(wording.description_ids or ()), default=everything(config))
+    for preference in (everything(config), longest):
+        check_lengths(dataset, name, config, tokenizer, lengths, ToldPreference(preference, "system"))

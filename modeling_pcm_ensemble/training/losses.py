@@ -1,6 +1,7 @@
 """What a policy update minimises: tensors in, tensors out. The gradient flows through the experts' weights alone."""
 
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..merging import precise
 
@@ -140,3 +141,16 @@ def expert_weight_cross_entropy(expert_weight_logits: torch.Tensor, targets: tor
         targets (`torch.FloatTensor` of shape `(batch, seq, experts)`): the weights; each token's sum to 1.
     """
     return -(targets * precise(expert_weight_logits).log_softmax(dim=-1)).sum(dim=-1)
+
+
+def expert_strength_cross_entropy(expert_weight_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    r"""
+    Compute the binary cross-entropy of g / 2 = σ(h) from target strengths, summed over experts, `(batch, seq)`, in
+    nats.
+
+    Args:
+        expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
+        targets (`torch.FloatTensor` of shape `(batch, seq, experts)`): strengths of an expert at weight 1, 0 to 2.
+    """
+    logits = precise(expert_weight_logits)
+    return binary_cross_entropy_with_logits(logits, targets.to(logits) / 2, reduction="none").sum(dim=-1)

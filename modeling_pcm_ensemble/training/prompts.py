@@ -16,8 +16,12 @@ def with_words(prompt, told: ToldPreference, config: PCMEnsembleConfig, tokenize
     if told.way != "system":
         return prompt
 
-    wanted = [expert for expert in config.experts or [] if expert["name"] in told.preference.weights]
-    text = " ".join(cast(str, tokenizer.decode(expert["description_ids"])).strip() for expert in wanted)
+    preference = told.preference
+    experts = [expert for expert in config.experts or [] if preference.weights.get(expert["name"], 0.0) > 0]
+    words = [expert["description_ids"] for expert in experts]
+    if preference.description_ids is not None:
+        words = [list(preference.description_ids)]
+    text = " ".join(cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in words)
     if isinstance(prompt, str):
         return f"{text}\n\n{prompt}"
     if prompt[0]["role"] == "system":
@@ -25,13 +29,13 @@ def with_words(prompt, told: ToldPreference, config: PCMEnsembleConfig, tokenize
     return [{"role": "system", "content": text}, *prompt]
 
 
-def descriptions(configs: list[PCMEnsembleConfig], told: list[ToldPreference]) -> torch.Tensor:
+def descriptions(config: PCMEnsembleConfig, told: list[ToldPreference]) -> torch.Tensor:
     """
-    Return what the PCM reads before each row's prompt, `(rows, tokens)`, padded on the left with -1: the descriptions
-    of the wanted experts, as the row's config has them, unless they stand in the prompt.
+    Return what the PCM reads before each row's prompt, `(rows, tokens)`, padded on the left with -1: the preference's
+    own words, or the descriptions of the wanted experts, unless they stand in the prompt.
     """
     rows = []
-    for config, wish in zip(configs, told):
+    for wish in told:
         ids = () if wish.way == "system" else description_of(config, wish.preference)
         rows.append(torch.tensor(ids, dtype=torch.long))
     return pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")

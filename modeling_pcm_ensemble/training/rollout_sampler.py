@@ -76,7 +76,7 @@ class RolloutSampler:
             inputs["input_ids"],
             inputs["attention_mask"],
             weights,
-            descriptions([config] * len(told), told),
+            descriptions(config, told),
             self.generation_config,
             exploration,
         )
