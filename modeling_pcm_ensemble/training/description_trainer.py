@@ -110,15 +110,14 @@ class DescriptionTrainer(PCMTrainer):
         check_ensemble(model)
         tokenizer = padding_tokenizer(model, processing_class)
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
-        self.preferences = PreferenceSampler(
-            model.config, [*sets, model.config.weighted_names], text_only_fraction=1.0
-        )
+        sets = [*sets, model.config.weighted_names]
+        self.preferences = PreferenceSampler(model.config, sets, text_only_fraction=1.0)
         self.wordings = _as_preferences(wordings, model.config, tokenizer)
         for preference in (*(wish.preference for wish in self.preferences.sets), *self.wordings):
             if min(preference.weights.values(), default=0.0) < 0:
                 raise ValueError(
-                    f"Words cannot mean {preference.label}: they make strengths between 0 and 2, and what is denied is "
-                    "0. Weights below 0 are told as weights."
+                    f"Words cannot mean {preference.label}: they make strengths between 0 and 2, and 0 is what they "
+                    "deny. Give weights below 0 as weights."
                 )
 
         for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
