@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from transformers import TrainerCallback
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference
-from modeling_pcm_ensemble.merging import expert_strengths
 from modeling_pcm_ensemble.preference import description_of
+from modeling_pcm_ensemble.tilts import expert_strengths
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
 from modeling_pcm_ensemble.training.losses import (
     expert_strength_cross_entropy,
