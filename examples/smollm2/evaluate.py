@@ -4,10 +4,11 @@ Does the trained PCM win? Compare it with what a user would do instead, and writ
     python examples/smollm2/evaluate.py --output evaluation
     accelerate launch examples/smollm2/evaluate.py --output evaluation  # on all GPUs
 
-1. Best static weights: tried for each preference on training prompts.
+1. Best static weights: tried for each preference on training prompts, as shares of a mixture and as strengths.
 2. Every baseline answers every prompt under the paper's eight preferences.
 3. Judges compare each answer with the trained PCM's: the rewards of training, proxies that nothing was trained on,
-   and, where they are given, a language model (--judge-url) and people's votes (--votes).
+   whether the prompt is answered, styles that are learned from prompted answers, and, where they are given, a language
+   model (--judge-url) and people's votes (--votes).
 4. The report: report.md, report.json and pictures in OUTPUT.
 
 Run again, it goes on where it stopped; other judges judge the same answers. --model takes another ensemble of the
@@ -28,11 +29,13 @@ from static_weights import best_static_weights, static_rewards
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.evaluation import (
+    AnsweringJudge,
     Baseline,
     ChatEndpoint,
     HumanVotes,
     Judge,
     LanguageModelJudge,
+    LearnedJudge,
     PlainModel,
     PromptedModel,
     RewardJudge,
@@ -68,8 +71,6 @@ def make_baselines(model, arguments) -> list[Baseline]:
     if arguments.ablations:
         return [ours, vanilla, uniform, *ablations(model, tokens)]
 
-    tried = static_rewards(model, arguments.static_prompts, tokens, arguments.output / "static", arguments.batch_size)
-    static = StaticWeights("best static weights", model, tokens, weights=best_static_weights(model, tried))
     experts = [SingleExpert(f"{name} alone", model, tokens, name) for name in model.config.expert_names]
     top_k = model.config.expert_top_k
     return [
@@ -78,10 +79,30 @@ def make_baselines(model, arguments) -> list[Baseline]:
         prompting,
         *merged,
         uniform,
-        static,
+        *best_static(model, arguments),
         *experts,
         *(single_models(model, arguments, top_k) if top_k else []),
     ]
+
+
+def best_static(model, arguments) -> list[Baseline]:
+    """Search the best weights that stay the same in every space, with as many answers to training prompts in each."""
+    untrained, tokens = without_pcm(model), arguments.tokens
+    product = with_settings(untrained, merge="product")
+    adapters = with_settings(untrained, merge="adapters", expert_top_k=None)
+    spaces = {"static weights": model, "static product": product, "static added adapters": adapters}
+
+    baselines: list[Baseline] = [
+        StaticWeights("product, weights as asked", product, tokens),
+        StaticWeights("added adapters, weights as asked", adapters, tokens, top_k=demo.EXPERT_TOP_K),
+    ]
+    for name, space in spaces.items():
+        folder = arguments.output / name.replace("static weights", "static").replace(" ", "-")
+        tried = static_rewards(space, arguments.static_prompts, tokens, folder, arguments.batch_size)
+        top_k = demo.EXPERT_TOP_K if space is adapters else 0  # which keeps no expert's best tokens apart
+        weights = best_static_weights(space, tried)
+        baselines.append(StaticWeights(f"best {name}", space, tokens, weights=weights, top_k=top_k))
+    return baselines
 
 
 def ablations(model, tokens: int) -> list[Baseline]:
@@ -113,22 +134,24 @@ def single_models(model, arguments, top_k: int = 0) -> list[Baseline]:
         PlainModel(f"vanilla{part}", base, tokenizer, tokens, top_k=top_k),
         PromptedModel(f"prompting{part}", base, tokenizer, tokens, descriptions, top_k=top_k),
         StaticWeights(f"Personalized Soup{part}", adapters, tokens, top_k=top_k, average=True),
-        StaticWeights(f"logit merging{part}", logits, tokens, top_k=top_k),
+        StaticWeights(f"MOD, averaged logits{part}", logits, tokens, top_k=top_k),
     ]
     if not (arguments.model or arguments.quick or arguments.ablations):
-        name = f"weight average (PEFT){part}"
         folders = {expert: str(demo.ARTIFACTS / expert) for expert in demo.PREFERENCES}
-        average = WeightAverage(name, demo.fetch_smollm2(), folders, tokenizer, tokens, top_k=top_k, dtype=base.dtype)
+        name, options = f"weight average (PEFT){part}", {"top_k": top_k, "dtype": base.dtype}
+        average = WeightAverage(name, demo.fetch_smollm2(), folders, tokenizer, tokens, **options)
         average.model.to(base.device)
         baselines.append(average)
     return baselines
 
 
-def make_judges(rewards, arguments) -> list[Judge]:
+def make_judges(rewards, prompts, arguments) -> list[Judge]:
     judges: list[Judge] = [
         RewardJudge("training rewards", rewards),
         RewardJudge("held-out proxies", held_out_rewards()),
     ]
+    if not arguments.quick:
+        judges += [AnsweringJudge(prompts), LearnedJudge()]
 
     if arguments.judge_url:
         name = f"{arguments.judge_model} at {arguments.judge_url}"
@@ -207,7 +230,7 @@ def main():
         preferences = [preferences[0], preferences[-1]]
 
     quality = TextQuality(model.backbones[0], model.tokenizer)
-    judges = make_judges(proxy_rewards(quality), arguments)
+    judges = make_judges(proxy_rewards(quality), prompts, arguments)
     ours, *others = make_baselines(model, arguments)
     report = evaluate(
         ours,

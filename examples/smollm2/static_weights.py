@@ -23,22 +23,29 @@ from modeling_pcm_ensemble.evaluation import (
 from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 
-# What is tried for a preference's three experts, (1, 1, 1) first
-TRIED: list[tuple[int, ...]] = []
-for shape in ((1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)):
-    TRIED += sorted(set(itertools.permutations(shape)))
+# What is tried for a preference's three experts, (1, 1, 1) first: shares of a mixture, of which only ratios count, and
+# as many strengths of tilts
+SHAPES: dict[bool, list[tuple[float, ...]]] = {
+    False: [(1, 1, 1), (1, 0, 0), (3, 1, 1), (2, 2, 1)],
+    True: [(1, 1, 1), (0.6, 0.6, 0.6), (1.4, 1.4, 1.4), (1.8, 1.8, 1.8), (1.5, 0.75, 0.75), (1.5, 1.5, 0.75)],
+}
 
 
 def best_static_weights(model, rewards: dict[tuple[str, tuple], float]) -> dict[str, Preference]:
     """Choose for each preference, by its label, the weights with the best of [`static_rewards`]."""
     best = {}
     for preference in paper_preferences(model):
-        weights = max(TRIED, key=lambda tried: rewards[preference.label, tried])
+        weights = max(tried_weights(model.config.adds_up), key=lambda tried: rewards[preference.label, tried])
         best[preference.label] = reweighted(preference, weights)
     return best
 
 
-def reweighted(preference: Preference, weights: tuple[int, ...]) -> Preference:
+def tried_weights(adds_up: bool) -> list[tuple[float, ...]]:
+    """Return every order of each shape."""
+    return [weights for shape in SHAPES[adds_up] for weights in sorted(set(itertools.permutations(shape)))]
+
+
+def reweighted(preference: Preference, weights: tuple[float, ...]) -> Preference:
     """Give a preference's experts these weights."""
     return Preference(dict(zip(preference.weights, weights)))
 
@@ -66,7 +73,7 @@ def static_rewards(model, prompts: int, tokens: int, folder: Path, batch_size: i
 
     vanilla = answers(PlainModel("vanilla", model.backbones[0], model.tokenizer, tokens))
     means = {}
-    for tried in TRIED:
+    for tried in tried_weights(model.config.adds_up):
         name = "static " + ":".join(map(str, tried))
         weights = {preference.label: reweighted(preference, tried) for preference in preferences}
         outcome = judge_answers(judge, cases, answers(StaticWeights(name, model, tokens, weights=weights)), vanilla)
