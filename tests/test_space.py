@@ -16,6 +16,7 @@ import pytest
 from conftest import tiny_llama, tiny_tokenizer
 from huggingface_hub import RepoCard
 from playwright.sync_api import expect, sync_playwright
+from test_lora import lora_ensemble, peft_adapter
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
 from modeling_pcm_ensemble.evaluation import HumanVotes
@@ -195,3 +196,39 @@ def test_what_is_no_number_is_refused_with_the_sliders_name(app, tmp_path):
 def test_no_words_are_no_words(app):
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2), tokenizer=tiny_tokenizer())
     assert app.preferences_of(model, [1, None, 0, " brief "]) == ([{"a": 1.0}, {"a": 1.0}], [None, "brief"])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's call
+@pytest.mark.parametrize("merge", ["product", "adapters"])
+def test_where_tilts_add_up_sliders_go_below_0_and_strengths_are_drawn_as_lines(app, tmp_path, merge):
+    backbone = tiny_llama(1)
+    adapters = {name: peft_adapter(tmp_path / name, backbone, seed) for seed, name in enumerate("ab")}
+    model = lora_ensemble(backbone, adapters)
+    model.config.merge = merge
+    model._tokenizer = tiny_tokenizer()
+    colors = {"a": "#ff0000", "b": "#0000ff"}
+
+    sliders = [block for block in app.build_app(model, str(tmp_path)).blocks.values() if isinstance(block, gr.Slider)]
+    assert [(slider.minimum, slider.maximum) for slider in sliders if slider.label in "ab"] == [(-1, 2)] * 4
+
+    *_, last = app.answer_both(model, colors, "what", 4, 0, 1.0, -0.5, "", 0, 0, "")
+    texts, charts, shown = last[:2], last[2:4], last[4]
+    assert shown[:2] == ("what", "a=1 + b=-0.5")
+    assert all(len(pieces) > 0 for pieces in texts)
+    lines = charts[0].axes[0].get_lines()
+    assert {line.get_label() for line in lines} >= {"a", "b"}
+    carriers = {carrier for _, carrier in texts[0]}
+    assert carriers <= ({None} if merge == "adapters" else {"a", "b"})
+    assert {carrier for _, carrier in texts[1]} == {None}  # nothing is wanted: the bare backbone
+
+
+def test_a_products_reference_has_no_slider_to_move(app, tmp_path):
+    experts = {"base": tiny_llama(1), "a": tiny_llama(3)}
+    model = PCMEnsembleForCausalLM.from_experts(
+        experts, pcm=tiny_llama(2), tokenizer=tiny_tokenizer(), merge="product", reference="base"
+    )
+    blocks = app.build_app(model, str(tmp_path)).blocks.values()
+    sliders = {block.label: block for block in blocks if isinstance(block, gr.Slider)}
+    assert not sliders["base"].interactive
+    assert sliders["a"].interactive
+    assert app.preferences_of(model, [0, 0, "kind", 0, 1, ""])[0] == [{"a": 1.0}, {"a": 1.0}]
