@@ -91,7 +91,9 @@ class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
 
                 - `"concise"`: this expert alone;
                 - `["concise", "friendly"]`: these, alike;
-                - `{"concise": 1.0, "friendly": 0.5}`: these, by weights of at least 0, of which only the ratios count;
+                - `{"concise": 1.0, "friendly": 0.5}`: these, by weights: in a mixture shares of at least 0, of which only
+                  the ratios count; strengths where tilts add up (`merge="product"` or `"adapters"`), where 1 is an
+                  expert's full tilt and one below 0 steers away;
                 - N numbers, as a list or a tensor `(N,)`: one for each of the N experts;
                 - a [`Preference`];
                 - for each row its own: a list of mappings, of `Preference`s or of lists, or a tensor `(batch, N)`.

@@ -93,7 +93,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         **kwargs,
     ) -> PCMEnsembleOutput:
         r"""
-        Mix the experts' next-token distributions: log π = log Σ_i α_i π_i.
+        Merge the experts' next-token distributions as `config.merge` says; by default log π = log Σ_i α_i π_i.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`): context tokens that are not in the cache.

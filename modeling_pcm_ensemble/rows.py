@@ -17,7 +17,7 @@ class Rows:
         attention_mask (`torch.LongTensor` of shape `(rows, cached context tokens + tokens)`, *optional*): 1 = keep.
         prefixes (`list[tuple[int, ...]]`, *optional*): what each row reads before its context, in a first call.
         adapters (`list[str | None]` or `torch.FloatTensor` of shape `(rows, tokens, experts)`, *optional*):
-            the expert whose adapter each row runs under, by name, or α, to mix all of them at each token.
+            the expert whose adapter each row runs under, by name, or strengths, to add all up at each token.
     """
 
     input_ids: torch.Tensor
