@@ -39,6 +39,7 @@ def run(arguments):
         "do_sample": False,
         "pad_token_id": 0,
     }
+    weights = weights / weights.sum(dim=1, keepdim=True)  # Soup's are averages
     soup = Soup(backbone, mixture)
 
     def merge_and_generate(users: int):
@@ -80,7 +81,6 @@ class Soup:
 
     def merge(self, weights: torch.Tensor):
         """Put one user's weights, `(experts,)`, into the model."""
-        weights = weights / weights.sum()
         for path in self.paths:
             scales = weights.repeat_interleave(len(self.a[path]) // len(weights)).to(self.a[path].dtype)
             merged = torch.addmm(self.originals[f"{path}.weight"], self.b[path] * scales, self.a[path])

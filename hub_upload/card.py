@@ -46,7 +46,7 @@ MERGING = {
     "logits": "The next token is drawn from the distribution whose logits are Σ α logits.",
     "product": (
         "What each expert changes of a reference, log π − log π₀, is added to it at the expert's weight, so that all "
-        "wishes act on every token."
+        "wishes act on every token. The reference is {reference}."
     ),
     "adapters": "The experts' LoRA adapters are added up at these weights, so that all wishes act on every token.",
 }
@@ -54,12 +54,12 @@ WEIGHTS = {
     False: "Weights are shares: they are 0 or more, and only their ratios count.",
     True: "Weights are strengths: 1 is an expert's full tilt, 0.5 half of it, and one below 0 steers away from it.",
 }
+ROWS = (
+    "A request costs the pass of every expert that it wants{}; experts on one backbone share it as rows of one batch."
+)
 COST = {
-    False: (
-        "A request costs the pass of every expert that it wants; experts on one backbone share that pass as rows of "
-        "one batch."
-    ),
-    True: "A request costs the pass of one model, whatever the number of experts that it wants.",
+    "product": ROWS.format(", and of the reference"),
+    "adapters": "A request costs the pass of one model, whatever the number of experts that it wants.",
 }
 
 
@@ -117,10 +117,12 @@ def model_card(
         repo_id=repo_id,
         experts=[_row(config, expert) for expert in config.experts],
         code=_code(model, repo_id, revision),
-        merging=MERGING[config.merge],
+        merging=MERGING[config.merge].format(reference=config.reference or "the backbone without an expert"),
         weights=WEIGHTS[config.adds_up],
-        cost=COST[config.merge == "adapters"],
-        default="all experts count equally" if config.default_preference is None else f"`{config.default_preference}`",
+        cost=COST.get(config.merge, ROWS.format("")),
+        default="all experts have the weight 1"
+        if config.default_preference is None
+        else f"`{config.default_preference}`",
         pcm_layers=config.pcm.num_hidden_layers,
         pcm_type=config.pcm.model_type,
         training=_training_facts(model, training),

@@ -12,7 +12,7 @@ from .backbones import ExpertBackbones
 from .cache import PCMEnsembleCache
 from .checkpoint_build import all_end_tokens, build_expert, build_parts, set_end_tokens
 from .checkpoint_io import PCMEnsemblePreTrainedModel
-from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
+from .configuration_pcm_ensemble import ADAPTERS, PRODUCT, PCMEnsembleConfig
 from .lora_peft_format import write_adapter
 from .pcm import PreferenceControlModel
 from .preference import Preference, check_config
@@ -203,7 +203,7 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         if name not in names:
             raise ValueError(f"`name` is the unknown expert {name!r}. The experts are {', '.join(names)}.")
         kept = [index for index, other in enumerate(names) if other != name]
-        if not kept:
+        if not kept or (self.config.merge == PRODUCT and [names[index] for index in kept] == [self.config.reference]):
             raise ValueError(f"Expert {name!r} is the only one. An ensemble needs at least one expert.")
         if name == self.config.reference:
             raise ValueError(f"Expert {name!r} is the `reference` of `config`. Change that first.")
@@ -280,6 +280,11 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
                 '`merge="product"`, in which strengths mean the same.'
             )
         known = None if cache is None else cache.route
+        if known is not None and known.merge != self.config.merge:
+            raise ValueError(
+                f"`past_key_values` was filled under `merge={known.merge!r}`, and `config.merge` is "
+                f"{self.config.merge!r} now. Start without it."
+            )
         if known is not None and preferences is None:
             if known.batch_size != batch_size:
                 raise ValueError(f"`past_key_values` has {known.batch_size} rows, but `input_ids` has {batch_size}.")

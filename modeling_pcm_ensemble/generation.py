@@ -91,14 +91,14 @@ class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
 
                 - `"concise"`: this expert alone;
                 - `["concise", "friendly"]`: these, alike;
-                - `{"concise": 1.0, "friendly": 0.5}`: these, by weights: in a mixture shares of at least 0, of which only
-                  the ratios count; strengths where tilts add up (`merge="product"` or `"adapters"`), where 1 is an
-                  expert's full tilt and one below 0 steers away;
+                - `{"concise": 1.0, "friendly": 0.5}`: these, by weights. In a mixture they are shares of at least 0,
+                  of which only the ratios count. Where tilts add up (`merge="product"` or `"adapters"`) they are
+                  strengths: 1 is an expert's full tilt, and one below 0 steers away;
                 - N numbers, as a list or a tensor `(N,)`: one for each of the N experts;
                 - a [`Preference`];
                 - for each row its own: a list of mappings, of `Preference`s or of lists, or a tensor `(batch, N)`.
 
-                None is `config.default_preference`, else every expert at weight 1.
+                None is `config.default_preference`, else every expert at weight 1, but a product's reference.
             preference_text (`str` or `list[str | None]`, *optional*):
                 What the PCM reads in place of the wanted experts' descriptions, for all rows or one for each. Without
                 a `preference` it chooses among all experts.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .configuration_pcm_ensemble import ADAPTERS, PRODUCT, PCMEnsembleConfig
-from .preference import Preference, description_of
+from .preference import MOST_STRENGTH, Preference, description_of
 
 
 class ExpertRows(NamedTuple):
@@ -32,6 +32,7 @@ class Route:
         device (`torch.device`): of the tensors.
 
     Attributes:
+        merge (`str`): the configuration's when the text began.
         descriptions (`list[tuple[int, ...]]`): what the PCM reads before each row's context.
         weights (`torch.FloatTensor` of shape `(batch, experts)`): w, 0 for experts that are not wanted.
         mixes_adapters (`bool`): whether a row's experts are added up as weights, so that each row is one pair of the
@@ -40,13 +41,15 @@ class Route:
         pair_rows (`dict[int, torch.Tensor]`): by backbone, the row of each pair, `(pairs,)`.
 
     Raises:
-        ValueError: under `merge="adapters"`, if a wanted expert is more, or less, than an adapter on one backbone.
+        ValueError: under `merge="adapters"`, if a wanted expert is more, or less, than an adapter on one backbone, or
+            a row wants none and there are several.
     """
 
     def __init__(
         self, config: PCMEnsembleConfig, preferences: list[Preference], device: torch.device | str | None = None
     ):
         self.config = config
+        self.merge = config.merge
         self.preferences = preferences
         self.descriptions = [description_of(config, preference) for preference in preferences]
         self.mixes_adapters = config.merge == ADAPTERS
@@ -121,11 +124,13 @@ class Route:
         Raises:
             ValueError: if other experts would be wanted than before, or a weight is no finite number.
         """
-        weights = weights.to(self.weights)
+        weights, adds_up = weights.to(self.weights), self.config.adds_up
         same_pairs = torch.equal(weights != 0, self.weights != 0)  # False for another shape too
-        if not same_pairs or not weights.isfinite().all() or not (self.config.adds_up or weights.amin() >= 0):
+        in_range = weights.abs() <= MOST_STRENGTH if adds_up else weights.isfinite() & (weights >= 0)
+        if not same_pairs or not in_range.all():
+            accepted = f"other than 0, and between -{MOST_STRENGTH} and {MOST_STRENGTH}," if adds_up else "above 0"
             raise ValueError(
-                "`weights` must be finite, above 0 for the experts that each row runs, and 0 for the others."
+                f"`weights` must be finite, {accepted} for the experts that each row runs, and 0 for the others."
             )
 
         names = self.config.expert_names
@@ -172,8 +177,15 @@ def _column(expert: int | None) -> int:
 def _adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
     """
     The backbone of `merge="adapters"`, which adds up LoRA weights, so that all active experts must be that and nothing
-    else on one backbone.
+    else on one backbone; rows that want none run it bare.
     """
+    possible = {expert["backbone"] for expert in config.experts if expert["adapter"] and not expert["prompt_ids"]}
+    if not active.any(dim=1).all() and len(possible) != 1:
+        raise ValueError(
+            'Without an expert `merge="adapters"` is the bare backbone, and the adapters of this ensemble are on '
+            f"{len(possible)} of them. Give each row an expert with a weight other than 0."
+        )
+
     experts = [expert for expert, is_active in zip(config.experts, active.any(dim=0)) if is_active]
     for expert in experts:
         if expert["adapter"] is None or expert["prompt_ids"] or expert["backbone"] != experts[0]["backbone"]:
@@ -181,7 +193,7 @@ def _adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
                 f'`merge="adapters"` cannot mix expert {expert["name"]!r}: it needs experts that are LoRA adapters on '
                 'one backbone, without prompts. Use `merge="product"`.'
             )
-    return experts[0]["backbone"] if experts else config.experts[0]["backbone"]
+    return experts[0]["backbone"] if experts else possible.pop()
 
 
 __all__ = ["ExpertRows", "Route"]

@@ -4,6 +4,8 @@ import torch
 
 from .merging import DROPPED, ExpertLogits, few_rows_at_once, precise, spread, sum_of_logits, times
 
+NO_PART = 1e-5  # a share in a sum that rounding makes of 0
+
 
 def expert_strengths(expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     r"""
@@ -38,9 +40,9 @@ def product_log_probs(
         reference (`int`, *optional*): the expert that is π_0; None for the entry of a bare backbone.
         expert_top_k (`int`, *optional*):
             Know of the reference and of each expert the k most probable tokens alone. Candidates are all tokens that
-            one of them keeps, but one whose share in the sum is 0 (as the reference's at Σ s = 1). What a model does
-            not keep is worth to it what its least probable kept token is. Other tokens rank below all candidates, by
-            the whole product, and have less than 1e-43 of the probability together.
+            one of them keeps, but one whose share in the sum is 0 to five digits (as the reference's at Σ s = 1, so
+            that one expert at strength 1 is itself). What a model does not keep is worth to it what its least probable
+            kept token is. Other tokens rank below all candidates, by the whole product, each by 100 nats or more.
         normalize (`bool`): False gives the sum of logits, so that one expert at strength 1 gives its own.
 
     Returns:
@@ -92,7 +94,8 @@ def token_tilts(
 
     Returns:
         log π_0, `torch.FloatTensor` of shape `(batch, seq, tokens)`, and the tilts log π_i − log π_0, `(batch, seq,
-        tokens, experts)`, of any sign, in nats; 0 where an expert did not run, and of the reference.
+        tokens, experts)`, of any sign, in nats; 0 where an expert did not run, and of the reference. A token that one
+        of the models makes impossible has log π_0 = -inf and no tilts.
     """
     log_probs = {}
     for entry in expert_logits:
@@ -101,12 +104,15 @@ def token_tilts(
         log_probs[entry.expert] = whole.gather(-1, token_ids[active]).maximum(_least_kept(whole, expert_top_k))
 
     base = log_probs[reference]
+    impossible = base.isneginf()
     tilts = base.new_zeros(*base.shape, num_experts)
     for entry in expert_logits:
         if entry.expert != reference:
             active = slice(None) if entry.rows is None else entry.rows
             tilts[active, ..., entry.expert] = log_probs[entry.expert] - base[active]
-    return base, tilts
+            impossible[active] |= log_probs[entry.expert].isneginf()
+
+    return base.masked_fill(impossible, float("-inf")), tilts.masked_fill(impossible[..., None], 0.0)
 
 
 def _coefficients(strengths: torch.Tensor, reference: int | None) -> torch.Tensor:
@@ -138,7 +144,9 @@ def _put_candidates(
 
     # A candidate that stands there twice is written twice, but has its gradient once.
     values = torch.where(is_repeated, values.detach(), values)
-    below = values.amin(dim=-1, keepdim=True) - total.amax(dim=-1, keepdim=True) - DROPPED
+    highest = total.amax(dim=-1, keepdim=True)
+    highest = highest.masked_fill(highest.isneginf(), 0)  # where each token is impossible for one of them
+    below = values.amin(dim=-1, keepdim=True) - highest - DROPPED
     return (total + below).scatter(-1, tokens, values)
 
 
@@ -153,7 +161,8 @@ def candidates(
     for entry in expert_logits:
         own = coefficients[:, :, -1 if entry.expert is None else entry.expert, None]  # (batch, seq, 1)
         top = entry.logits.topk(min(expert_top_k, entry.logits.shape[-1]), dim=-1)
-        kept.append(spread(entry, top.indices, len(coefficients), -1).masked_fill(own == 0, -1))
+        has_no_part = own.abs() < NO_PART
+        kept.append(spread(entry, top.indices, len(coefficients), -1).masked_fill(has_no_part, -1))
         least_kept.append(top.values[..., -1:])
 
     # Sorted, equal ones stand side by side, and places without a token come last.

@@ -104,6 +104,13 @@ def test_parts_can_be_changed_and_are_put_back(model):
     assert answers(StaticWeights("m", with_settings(model), TOKENS, average=True)) == written["logits"]
 
 
+def test_an_expert_alone_has_its_full_tilt_whatever_the_pcm_says(model):
+    product = with_settings(model, merge="product")
+    found = answers(SingleExpert("a alone", product, TOKENS, "a"))
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    assert found == sampled(product, preference=[{"a": 1.0}] * len(PROMPTS))
+
+
 def test_an_average_needs_a_sum_above_0_and_a_pcm_of_another_space_does_not_get_in(model):
     away = StaticWeights("m", with_settings(model, merge="adapters"), TOKENS, average=True)
     with pytest.raises(ValueError, match="add up to -1, which no average has"):

@@ -203,6 +203,19 @@ def test_no_weight_at_all_is_the_bare_backbone(backbone, adapters):
         assert_close(found, tiny_llama(1)(CONTEXT).logits.log_softmax(-1), atol=1e-5, rtol=0)
 
 
+def test_rows_without_an_expert_need_one_backbone_that_they_are(backbone, adapters, tmp_path):
+    other = tiny_llama(5)
+    model = lora_ensemble(backbone, adapters, whole=tiny_gpt2(2))
+    model.config.merge = "adapters"
+    with torch.no_grad():
+        found = model(torch.cat([CONTEXT, CONTEXT]), preference=[{"a": 1.0}, {}]).logits
+    assert_close(found[1], tiny_llama(1)(CONTEXT).logits[0].log_softmax(-1), atol=1e-5, rtol=0)
+
+    model.add_expert("d", {"model": other, "adapter": peft_adapter(tmp_path / "d", other, 9)})
+    with pytest.raises(ValueError, match="adapters of this ensemble are on 2 of them"):
+        model(CONTEXT, preference=[0, 0, 0, 0, 0])
+
+
 def test_merging_adapters_refuses_other_experts_and_training(backbone, adapters):
     model = lora_ensemble(backbone, adapters, base=backbone)
     model.config.merge = "adapters"

@@ -171,6 +171,7 @@ def test_a_reward_below_0_counts_backwards_and_a_shared_one_beside_all():
         "shared": [pytest.approx(normalised_reward(3, 0)), 0.5],
     }
     assert scores.wins == [1.0, 0.5]
+    assert scorer.score([row], ["yy"], torch.tensor([[-1.0, 0.0]]), ["a", "b"]).wins == [0.0]  # a tie wins nothing
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,26 @@ def test_what_a_model_gives_no_probability_is_impossible_unless_it_has_no_part(e
         assert strengths.grad.isfinite().all()
 
 
+def test_averages_keep_the_same_candidates_whatever_their_rounding():
+    logits, _ = random_case(0, 2, 50)
+    models = [*entries(logits[:, :1, :1].float(), torch.ones(1, 1, 2))]
+    for share in torch.linspace(0.01, 0.99, 99):
+        strengths = torch.stack([share, 1 - share])[None, None]
+        product = product_log_probs(models, strengths, expert_top_k=5)
+        kept = logits[1:, 0, 0].topk(5).indices.unique()
+        assert torch.equal((product[0, 0] > -90).nonzero()[:, 0], kept)
+
+
+def test_models_that_keep_nothing_in_common_leave_numbers():
+    never = float("-inf")
+    models = [
+        ExpertLogits(0, None, torch.tensor([[[never, 1.0, never]]])),
+        ExpertLogits(None, None, torch.tensor([[[1.0, never, never]]])),
+    ]
+    product = product_log_probs(models, torch.tensor([[[0.5]]]), expert_top_k=1)
+    assert product[0, 0, :2].isfinite().all()
+
+
 @cases
 def test_token_tilts_are_what_each_expert_adds(seed, num_experts, vocab_size, expert_top_k):
     logits, strengths = random_case(seed, num_experts, vocab_size)
@@ -267,13 +287,23 @@ def test_joined_caches_go_on_as_each_would_alone(prompted):
         caches.append(cache)
 
     joined = PCMEnsembleCache.join(caches)
+    told = torch.tensor(joined.known_route.descriptions[1])
     assert_close(
         prompted(torch.tensor([[9], [9]]), past_key_values=joined).logits, torch.cat(alone), atol=1e-4, rtol=0
     )
     joined.reweight(torch.tensor([[-1.0, 0, 0], [0, 2.0, 2.0]]))
     assert joined.preferences[1].label == "e1=2 + e2=2"
     joined.batch_select_indices(torch.tensor([1, 0, 1]))
-    assert prompted(torch.tensor([[9], [9], [9]]), past_key_values=joined).logits.isfinite().all()
+    found = prompted(torch.tensor([[9], [9], [9]]), past_key_values=joined)
+    assert_close(found.logits[0], found.logits[2])
+    again = prompted(torch.tensor([[*ROWS[1], 9, 9]]), preference=[{"e1": 2.0, "e2": 2.0}], preference_ids=told)
+    assert_close(found.logits[0, -1], again.logits[0, -1], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="other than 0, and between -100 and 100"):
+        joined.reweight(torch.tensor([[0, 200.0, 2.0], [-1.0, 0, 0], [0, 2.0, 2.0]]))
+
+    prompted.config.merge = "probabilities"
+    with pytest.raises(ValueError, match="was filled under `merge='product'`"):
+        prompted(torch.tensor([[9], [9], [9]]), past_key_values=joined)
 
 
 @torch.no_grad()
@@ -374,8 +404,7 @@ def test_a_pcm_that_was_trained_in_another_space_is_not_loaded(product, tmp_path
     assert torch.equal(product.pcm.head.weight, before + 1 if accepted else before)
 
 
-def test_two_products_of_one_backbone_do_not_share_what_a_call_says():
-    """The reference runs as one more row: two experts and it in one pass."""
+def test_the_reference_runs_as_one_more_row_of_the_same_pass():
     model = make_ensemble([tiny_llama(1)], [(0, [5], [6]), (0, [7, 8], [9])], merge="product")
     calls = []
     model.backbones[0].register_forward_pre_hook(

@@ -401,14 +401,87 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(changes, setting
         make_trainer(tmp_path, model, **settings)
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        (tiny_ensemble, {"weight_distribution": "signed"}, "'signed' draws weights below 0"),
+        (tiny_product, {"preference_sets": [{}]}, "wants no expert"),
+        (
+            tiny_product,
+            {"columns": {"preference": [{"e0": 0.0}] * len(PROMPTS)}},
+            "Row 0 of `train_dataset`.*no expert",
+        ),
+        (
+            tiny_product,
+            {"preference_sets": [{"e0": 1, "e1": -1}], "weight_distribution": "dirichlet"},
+            "'dirichlet' draws shares, and e0=1 .*e1=-1 has a weight below 0",
+        ),
+    ],
+    ids=str,
+)
+def test_preferences_that_nothing_can_be_drawn_around_are_refused(model, options, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, model(), **options)
+
+
+def test_a_reference_is_not_rewarded(tmp_path):
+    model = tiny_ensemble()
+    model.config.merge, model.config.reference = "product", "e0"
+    assert [wish.label for wish in make_trainer(tmp_path, model).preferences.sets] == ["e1 + e2"]
+    with pytest.raises(ValueError, match="which is the `reference`"):
+        make_trainer(tmp_path, model, preference_sets=[["e0", "e1"]])
+
+
+def test_a_rollout_of_a_product_that_would_keep_a_vocabulary_is_refused(tmp_path):
+    model = tiny_product()
+    model.config.vocab_size = 49152
+    settings = {"per_device_train_batch_size": 1024, "max_completion_length": 40, "num_generations": 8}
+    with pytest.raises(ValueError, match=r"would keep \d+ GB.*`model.config.expert_top_k`"):
+        make_trainer(tmp_path, model, **settings)
+    model.config.expert_top_k = 20
+    make_trainer(tmp_path, model, **settings)
+
+
+def test_shares_of_a_mixture_may_be_of_any_size(tmp_path):
+    trainer = make_trainer(tmp_path, preference_sets=[{"e0": 300, "e2": 200}], max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_token_that_a_model_makes_impossible_leaves_numbers(tmp_path):
+    model = tiny_product()
+    model.config.expert_top_k = 98  # so that the impossible one is the last that is kept
+    model.backbones[0].lm_head.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(-1, torch.tensor([0, 50]), float("-inf"))
+    )
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    assert all(math.isfinite(entry["kl"]) for entry in trainer.state.log_history if "kl" in entry)
+    assert all(parameter.isfinite().all() for parameter in model.pcm.parameters())
+
+
 def test_training_says_what_the_pcm_was_trained_for(tmp_path):
-    trainer = make_trainer(tmp_path, tiny_product(), weight_distribution="signed", exploration=0.5, max_steps=1)
+    settings = {"exploration": 0.5, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, tiny_product(), **settings)
     assert trainer.ensemble.config.pcm_trained_for is None
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path / "saved")
     assert loaded.config.pcm_trained_for == "product"
-    assert any(0.2 < entry["relative_strength"] < 5 for entry in trainer.state.log_history if "kl" in entry)
+    ratios = [entry["relative_strength"] for entry in trainer.state.log_history if "kl" in entry]
+    assert ratios[0] == pytest.approx(1)
+    assert ratios[1] != pytest.approx(1, abs=1e-6)
+
+    weights = str(tmp_path / "checkpoint-1" / "pcm.safetensors")
+    fresh = tiny_product()
+    fresh.load_pcm(weights)
+    assert fresh.config.pcm_trained_for == "product"
+    with pytest.raises(ValueError, match="was trained for `merge='product'`"):
+        tiny_ensemble().load_pcm(weights)
+
+    fresh.config.merge, fresh.config.pcm_trained_for = "probabilities", None
+    with pytest.raises(ValueError, match="made with merge = 'product'"):
+        make_trainer(tmp_path, fresh, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_products_pcm_learns_when_a_tilt_helps_and_when_it_harms(tmp_path):

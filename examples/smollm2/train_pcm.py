@@ -1,9 +1,9 @@
 """
-Train the Preference Control Model of the six LoRA experts online with REBEL: of their product on two to six experts at
-strengths of both signs, of their mixture on the paper's eight preferences and, less often, on those of two experts.
+Train the Preference Control Model of the six LoRA experts online with REBEL: of their mixture on the paper's eight
+preferences and, less often, on those of two experts; of their product on any experts at strengths of both signs.
 
     python examples/smollm2/train_pcm.py --output pcm --seeds 0 1 2
-    python examples/smollm2/train_pcm.py --merge probabilities --output mixture --seeds 0
+    python examples/smollm2/train_pcm.py --merge product --output product --seeds 0
 
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
@@ -12,7 +12,7 @@ strengths of both signs, of their mixture on the paper's eight preferences and, 
    much of each (demo_wordings.py): to do when told in words what it does when told weights. No expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
-measure_pcm.py measures what it has won. --quick trains on eight prompts for one rollout.
+measure_pcm.py measures what it has won for a mixture. --quick trains on eight prompts for one rollout.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def mean_curve(histories: list[list[dict]], name: str) -> tuple[list[int], list[
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("pcm"))
-    parser.add_argument("--merge", choices=EXPLORATION, default="product", help="how the experts are merged")
+    parser.add_argument("--merge", choices=EXPLORATION, default="probabilities", help="how the experts are merged")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--prompts", type=int, default=PCM_PROMPTS, help="train on so many of the shortest prompts")
     parser.add_argument("--rollouts", type=int, default=12)

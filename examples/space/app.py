@@ -146,8 +146,9 @@ def explain(model, input_ids, answer: list[int], weights: dict[str, float], word
         if model.config.merge == "adapters" or not weights:  # one model: no expert predicts apart
             carriers = [None] * len(answer)
         else:
-            shares = model.attribute(ids, **given)[0, start:]
-            carriers = [model.config.expert_names[index] for index in shares.argmax(dim=-1).tolist()]
+            most, experts = model.attribute(ids, **given)[0, start:].max(dim=-1)
+            names = [model.config.expert_names[index] for index in experts.tolist()]
+            carriers = [name if share > 0 else None for name, share in zip(names, most.tolist())]
 
     return list(zip(pieces(model.tokenizer, answer), carriers)), expert_weights
 

@@ -142,7 +142,7 @@ class SingleExpert(EnsembleBaseline):
         others: as for [`EnsembleBaseline`].
     """
 
-    uses_pcm: ClassVar[bool] = False  # which has nothing to choose
+    uses_pcm: ClassVar[bool] = False
 
     expert: str
 
@@ -151,6 +151,9 @@ class SingleExpert(EnsembleBaseline):
 
     def request(self, preferences: list[Preference]) -> dict[str, Any]:
         return {"preference": self.expert}
+
+    def _sampled(self) -> PCMEnsembleForCausalLM:
+        return without_pcm(self.model)  # one of a product would change how far the expert goes
 
     def _differences(self) -> dict[str, Any]:
         return {"only": self.expert}

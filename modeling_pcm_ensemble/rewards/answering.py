@@ -52,7 +52,7 @@ class AnsweringReward:
             [`answering_constant`]. Defaults to that of SmolLM2-135M-Instruct.
 
     Raises:
-        ValueError: if `others` is below 1, or the pool has not one more prompt than that.
+        ValueError: if `others` is below 1, the pool has not one more prompt than that, or the tokenizer is not fast.
     """
 
     def __init__(
@@ -62,6 +62,11 @@ class AnsweringReward:
         others: int = 3,
         constant: tuple[float, float] | None = None,
     ):
+        if not quality.tokenizer.is_fast:
+            raise ValueError(
+                "The reward of answering reads where tokens stand in a text, which "
+                f"{type(quality.tokenizer).__name__} cannot say. Use a fast tokenizer."
+            )
         self.pool = list({json.dumps(as_messages(prompt)): prompt for prompt in pool}.values())
         if not 1 <= others < len(self.pool):
             raise ValueError(

@@ -110,15 +110,15 @@ class Scorer:
 
             compared = self._compare(name, [rows[i] for i in wanted], [completions[i] for i in wanted])
             dimensions[name] = []
-            for i, (mean, better) in zip(wanted, compared):
+            for i, (mean, better, worse) in zip(wanted, compared):
                 share = of_name[i]
                 dimensions[name].append(mean)
                 rewards[i] += share * mean if share > 0 else -share * (1 - mean)
-                beaten[i] += [is_better == (share > 0) for is_better in better]
+                beaten[i] += better if share > 0 else worse
         return Scores(rewards, dimensions, [sum(won) / len(won) for won in beaten])
 
-    def _compare(self, name: str, rows: list[dict], completions: list) -> list[tuple[float, list[bool]]]:
-        """Return each completion's normalised reward, and whether it beats each of its references."""
+    def _compare(self, name: str, rows: list[dict], completions: list) -> list[tuple[float, list[bool], list[bool]]]:
+        """Return each completion's normalised reward, and whether it is above, or below, each of its references."""
         prompts, columns = _columns(rows)
         values = call_reward(name, self.reward_funcs[name], prompts, completions, columns)
         self._score_references(name, rows)
@@ -127,7 +127,8 @@ class Scorer:
         for row, value in zip(rows, values):
             references = self.reference_rewards[prompt_key(row)][name]
             normalised = [normalised_reward(value, reference) for reference in references]
-            compared.append((sum(normalised) / len(normalised), [value > reference for reference in references]))
+            mean = sum(normalised) / len(normalised)
+            compared.append((mean, [value > other for other in references], [value < other for other in references]))
         return compared
 
     def _score_references(self, name: str, rows: list[dict]):

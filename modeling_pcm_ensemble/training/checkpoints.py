@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..checkpoint_staging import STAGING, finish_save, staged_folder
-from ..rewards.scoring import Scorer
+from ..rewards.scoring import SHARED, Scorer
 from .pcm_trainer import PCMTrainer, own_settings
 from .preference_sampling import PreferenceSampler
 from .rebel_config import RebelConfig
@@ -55,7 +55,7 @@ class CheckpointTrainer(PCMTrainer):
         folder = Path(output_dir) if output_dir else self._output_dir
         folder.mkdir(parents=True, exist_ok=True)
         learnt = {name: weight.detach() for name, weight in self._pcm.named_parameters() if weight.requires_grad}
-        save_file(learnt, folder / WEIGHTS_FILE)
+        save_file(learnt, folder / WEIGHTS_FILE, metadata={"trained_for": self.ensemble.config.merge})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Write the ensemble, or, into a checkpoint, what learns."""
@@ -123,6 +123,9 @@ class CheckpointTrainer(PCMTrainer):
         settings = {name: getattr(self.args, name) for name in sorted(SETTINGS)} | {
             "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts or []],
             "expert_top_k": config.expert_top_k,
+            "merge": config.merge,
+            "reference": config.reference,
+            "shared reward": SHARED in self.scorer.reward_funcs,
             "preference sets": [wish.label for wish in self.preferences.sets],
             "prompts": len(self.train_dataset),
             "rows of the dataset": self._dataset_digest,

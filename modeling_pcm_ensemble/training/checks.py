@@ -1,5 +1,6 @@
 """What cannot be trained, found before anything runs."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from .prompts import tokenize, with_words
 from .rebel_config import RebelConfig
 
 UNLIMITED = 10**9  # tokens
+MOST_RECORDED = 8 * 10**9  # bytes of a rollout
 
 
 def check_ensemble(model):
@@ -53,11 +55,14 @@ def check_arguments(model: PCMEnsembleForCausalLM, reward_funcs, args):
         )
     policy_of(model.config)
     model.config.validate_merge()
+    if args.weight_distribution == "signed" and not model.config.adds_up:
+        raise ValueError("`weight_distribution` 'signed' draws weights below 0, which a mixture cannot have.")
     if model.config.adds_up and (args.entropy_coef or args.description_coef):
         raise ValueError(
             "`entropy_coef` and `description_coef` are of shares, which a product has none of. Leave both at 0, got "
             f"{args.entropy_coef} and {args.description_coef}."
         )
+    _check_memory(model.config, args)
     if not 0 <= args.reference_backbone < len(model.backbones):
         raise ValueError(
             f"`reference_backbone` is {args.reference_backbone}, but there are {len(model.backbones)} backbones."
@@ -69,6 +74,17 @@ def check_arguments(model: PCMEnsembleForCausalLM, reward_funcs, args):
         raise ValueError(
             "Activation checkpointing would turn the PCM's dropout on, and REBEL's first log-ratio is of two equal "
             f"passes. Build the PCM without dropout, got {dropout}."
+        )
+
+
+def _check_memory(config: PCMEnsembleConfig, args):
+    """Refuse rollouts of products that keep the whole vocabulary of large models."""
+    rows = args.per_device_train_batch_size * args.micro_batches_per_iteration
+    size = 2 * rows * args.max_completion_length * math.prod(policy_of(config).width)  # bytes, in half precision
+    if config.expert_top_k is None and size > MOST_RECORDED:
+        raise ValueError(
+            f"A rollout would keep {size / 1e9:.0f} GB: every token of the vocabulary at every step. Set "
+            "`model.config.expert_top_k`, say to 20."
         )
 
 

@@ -85,10 +85,11 @@ class PCMTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("There is nothing to train on. Pass `train_dataset`.")
         check_no_adapter(str(self.args.output_dir))  # or it could not be saved there in the end
-        self.ensemble.config.pcm_trained_for = self.ensemble.config.merge
         try:
             return super().train(*args, **kwargs)
         finally:
+            if self.state.global_step:
+                self.ensemble.config.pcm_trained_for = self.ensemble.config.merge
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.ensemble.pcm.eval()
 

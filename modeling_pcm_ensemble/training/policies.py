@@ -84,9 +84,7 @@ class ProductPolicy(Policy):
 
     def record(self, expert_logits, token_ids):
         config = self.config
-        every_model = torch.ones(*token_ids.shape, config.num_experts + 1, device=token_ids.device)
-        kept, is_repeated, _ = candidates(expert_logits, every_model, config.expert_top_k or config.vocab_size)
-        kept, is_repeated = _distinct_first(kept, is_repeated, self.width[0] - 1)
+        kept, is_repeated = self._candidates(expert_logits, token_ids)
         tokens = torch.cat([token_ids[..., None], kept], dim=-1)  # (rows, seq, candidates)
 
         log_probs, tilts = token_tilts(
@@ -95,6 +93,19 @@ class ProductPolicy(Policy):
         log_probs[..., 1:].masked_fill_(is_repeated | (kept == token_ids[..., None]), float("-inf"))
         recorded = torch.cat([tilts, log_probs[..., None]], dim=-1)
         return recorded if recorded.dtype == torch.float64 else recorded.half()
+
+    def _candidates(
+        self, expert_logits: list[ExpertLogits], token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a model keeps, `(rows, seq, width - 1)`, and whether a place there repeats another one."""
+        config, width = self.config, self.width[0] - 1
+        if config.expert_top_k is None:
+            every_token = torch.arange(width, device=token_ids.device).expand(*token_ids.shape, -1)
+            return every_token, torch.zeros_like(every_token, dtype=torch.bool)
+
+        every_model = torch.ones(*token_ids.shape, config.num_experts + 1, device=token_ids.device)
+        kept, is_repeated, _ = candidates(expert_logits, every_model, config.expert_top_k)
+        return _distinct_first(kept, is_repeated, width)
 
     def expert_weights(self, expert_weight_logits, weights):
         return expert_strengths(expert_weight_logits, weights)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
-from ..preference import Preference, preference_weights
+from ..preference import MOST_STRENGTH, Preference, check_reference, preference_weights
 
 WORDS = ("preference_text", "system")  # the ways of telling a preference without weights
 SMALLEST_SHARE = 1e-4  # of a drawn weight: the softmax of float32 must not see it vanish
@@ -85,18 +85,33 @@ class PreferenceSampler:
         weight_distribution: str = "equal",
         text_only_fraction: float = 0.0,
     ):
+        self.config = config
         self.names = config.expert_names
-        self.adds_up = config.adds_up
-        sets = preference_sets if preference_sets is not None else default_preference_sets(config)
-        self.sets = [ToldPreference(self.parse(preference)) for preference in sets]
         self.weight_distribution = weight_distribution
         self.text_only_fraction = text_only_fraction
+        sets = preference_sets if preference_sets is not None else default_preference_sets(config)
+        self.sets = [ToldPreference(self.parse(preference)) for preference in sets]
 
     def parse(self, preference: str | list | Mapping) -> Preference:
-        """Read the preference that a user would give for one row, or that a dataset's column has."""
+        """
+        Read the preference that a user would give for one row, or that a dataset's column has.
+
+        Raises:
+            TypeError, ValueError: as [`Preference.parse`], or if it wants no expert or a product's reference, or no
+                weights can be drawn around it.
+        """
         if isinstance(preference, Mapping):  # a dataset's columns have every name in every row
             preference = {name: weight for name, weight in preference.items() if weight is not None}
-        return Preference.parse(preference, self.names, self.adds_up)
+        parsed = Preference.parse(preference, self.names, self.config.adds_up)
+        check_reference(self.config, torch.tensor([[parsed.weights.get(name, 0.0) for name in self.names]]))
+        if not parsed.weights:
+            raise ValueError(f"`preference` {preference!r} wants no expert, so that nothing could be rewarded.")
+        if self.weight_distribution == "dirichlet" and min(parsed.weights.values()) < 0:
+            raise ValueError(
+                f"`weight_distribution` 'dirichlet' draws shares, and {parsed.label} has a weight below 0. Use "
+                "'signed'."
+            )
+        return parsed
 
     def draw(self, generator: random.Random, given: str | list | Mapping | None = None) -> ToldPreference:
         """Draw one preference: `given` by the dataset, or one of the sets."""
@@ -126,14 +141,15 @@ def _signed(preference: Preference, generator: random.Random) -> Preference:
     weights = {}
     for name, weight in preference.weights.items():
         factor = generator.uniform(0.05, 2.0) if generator.random() < 0.9 else generator.uniform(-1.0, -0.05)
-        weights[name] = weight * factor
+        weights[name] = max(-MOST_STRENGTH, min(weight * factor, MOST_STRENGTH))
     return Preference(weights)
 
 
-def reward_shares(told: list[ToldPreference], names: list[str]) -> torch.Tensor:
+def reward_shares(told: list[ToldPreference], config: PCMEnsembleConfig) -> torch.Tensor:
     """
     Return how much each expert's reward counts in each row, `(rows, experts)`. The absolute values of a row sum to 1;
     one below 0 is of an expert to steer away from.
     """
-    weights = preference_weights([wish.preference for wish in told], names, len(told), adds_up=True)
+    wishes = [wish.preference for wish in told]
+    weights = preference_weights(wishes, config.expert_names, len(told), config.adds_up)
     return weights / weights.abs().sum(dim=1, keepdim=True)

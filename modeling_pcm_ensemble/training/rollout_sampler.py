@@ -58,7 +58,7 @@ class RolloutSampler:
         rollout = Rollout.join(parts, self.generation_config.pad_token_id)
 
         completions = as_completions(rows, self._texts(rollout.completion_ids, rollout.completion_mask))
-        shares = reward_shares(told, self.model.config.expert_names)
+        shares = reward_shares(told, self.model.config)
         scores = self.scorer.score(rows, completions, shares, self.model.config.expert_names)
         rollout.shares = shares.to(self.args.device)
         rollout.rewards = torch.tensor(scores.rewards, device=self.args.device)
