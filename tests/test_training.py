@@ -437,9 +437,9 @@ def test_a_rollout_of_a_product_that_would_keep_a_vocabulary_is_refused(tmp_path
     model.config.vocab_size = 49152
     settings = {"per_device_train_batch_size": 1024, "max_completion_length": 40, "num_generations": 8}
     with pytest.raises(ValueError, match=r"would keep \d+ GB.*`model.config.expert_top_k`"):
-        make_trainer(tmp_path, model, **settings)
+        make_trainer(tmp_path, model, prompts=PROMPTS[3:4], **settings)
     model.config.expert_top_k = 20
-    make_trainer(tmp_path, model, **settings)
+    make_trainer(tmp_path, model, prompts=PROMPTS[3:4], **settings)
 
 
 def test_shares_of_a_mixture_may_be_of_any_size(tmp_path):
