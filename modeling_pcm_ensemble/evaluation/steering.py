@@ -291,8 +291,8 @@ class SteeringTest:
                 of_line[judge] = by_point.round(DIGITS).tolist()
             of_all = {}
             for judge, values in shared.items():
-                by_point = values[start:end].reshape(len(line.points), len(self.prompts))
-                of_all[judge] = by_point.round(DIGITS).tolist()
+                of_points = values[start:end].reshape(len(line.points), len(self.prompts))
+                of_all[judge] = of_points.round(DIGITS).tolist()
             found.append({"rewards": of_line, "shared": of_all})
             start = end
         return found
