@@ -3,7 +3,7 @@ Wordings of the six preferences of demo.py, with the strengths that they mean: 0
 1 where no degree is told, up to 1.9 for as much as can be.
 
 The texts, in demo_wordings.json, were written for this package. No phrase of the split `"held_out"` occurs in what is
-composed of the split `"training"`: no adjective, degree, frame, clause, sentence, reader or situation.
+composed of the split `"training"`: no adjective, degree, frame, clause, denial, sentence, reader or situation.
 """
 
 import json
@@ -114,6 +114,10 @@ def _capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
+
+
 def _drawn_strengths(generator: random.Random, wished: int, denied: int = 0) -> dict[str, float]:
     """Draw experts, and a strength for each; in any order."""
     names = generator.sample(EXPERTS, wished + denied)
@@ -155,6 +159,29 @@ def _clauses(generator: random.Random, parts: Parts) -> Wording:
     return " ".join(sentences), strengths
 
 
+def _denials(generator: random.Random, parts: Parts) -> Wording:
+    """Sentences that deny, among wishes: "Be very concise. No jokes."."""
+    strengths = _drawn_strengths(generator, wished=generator.choice([1, 2]), denied=generator.choice([1, 1, 2]))
+    sentences = [
+        _framed(generator, parts, _phrases(generator, parts, {name: strength}))
+        if strength > DENIED
+        else _capitalised(_denial(generator, parts, name))
+        for name, strength in strengths.items()
+    ]
+    return " ".join(map(_ended, sentences)), strengths
+
+
+def _denial(generator: random.Random, parts: Parts, name: str) -> str:
+    """Deny an expert by what it does, or by an adjective."""
+    ways = {
+        "{}": parts["denials"],
+        generator.choice(parts["denial_frames"]): parts["adjectives"],
+        generator.choice(parts["clause_degrees"][f"{DENIED:g}"]): parts["clauses"],
+    }
+    way, phrases = generator.choice(list(ways.items()))
+    return way.format(generator.choice(phrases[name]))
+
+
 def _paraphrases(generator: random.Random, parts: Parts) -> Wording:
     """Whole sentences, without a degree."""
     names = generator.sample(EXPERTS, *generator.choices(WISHES, WISHES_SHARES))
@@ -176,16 +203,16 @@ def _persona_and_degrees(generator: random.Random, parts: Parts) -> Wording:
     persona, implied = _persona(generator, parts)
     strengths = _drawn_strengths(generator, wished=1)
     told = _framed(generator, parts, _phrases(generator, parts, strengths))
-    sentences = [persona.rstrip(".") + ".", told.rstrip(".") + "."]
-    return " ".join(generator.sample(sentences, 2)), implied | strengths
+    return " ".join(generator.sample([_ended(persona), _ended(told)], 2)), implied | strengths
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, Parts], Wording], float]] = {  # with their shares
-    "degrees": (_degrees, 0.30),
-    "denied": (_denied, 0.12),
-    "comparisons": (_comparison, 0.12),
+    "degrees": (_degrees, 0.28),
+    "denied": (_denied, 0.10),
+    "comparisons": (_comparison, 0.10),
     "clauses": (_clauses, 0.14),
-    "paraphrases": (_paraphrases, 0.10),
-    "personas": (_persona, 0.15),
+    "denials": (_denials, 0.10),
+    "paraphrases": (_paraphrases, 0.09),
+    "personas": (_persona, 0.12),
     "personas and degrees": (_persona_and_degrees, 0.07),
 }
