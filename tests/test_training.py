@@ -417,7 +417,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(changes, setting
             "'dirichlet' draws shares, and e0=1 .*e1=-1 has a weight below 0",
         ),
     ],
-    ids=str,
+    ids=["signed mixture", "nobody", "nobody in a row", "dirichlet below 0"],
 )
 def test_preferences_that_nothing_can_be_drawn_around_are_refused(model, options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
