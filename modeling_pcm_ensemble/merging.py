@@ -275,14 +275,19 @@ def _summed(
 ) -> torch.Tensor:
     total: torch.Tensor | None = None
     for entry in expert_logits:
-        own = coefficients[:, :, -1 if entry.expert is None else entry.expert, None]  # (batch, seq, 1)
-        added = multiply(precise(entry.logits), own if entry.rows is None else own[entry.rows])
+        added = multiply(precise(entry.logits), coefficient_of(entry, coefficients))
         added = spread(entry, added, len(coefficients), 0.0)
         total = added if total is None else total + added
 
     if total is None:
         raise ValueError("`expert_logits` is empty. In each row at least one model must run.")
     return total
+
+
+def coefficient_of(entry: ExpertLogits, coefficients: torch.Tensor) -> torch.Tensor:
+    """Give a model's own, `(active rows, seq, 1)`, of `(batch, seq, models)`; a bare backbone's is the last."""
+    own = coefficients[:, :, -1 if entry.expert is None else entry.expert, None]
+    return own if entry.rows is None else own[entry.rows]
 
 
 def times(logits: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
@@ -319,6 +324,7 @@ __all__ = [
     "DROPPED",
     "MIXTURES",
     "ExpertLogits",
+    "coefficient_of",
     "few_rows_at_once",
     "log_expert_weights",
     "mixture_log_probs",

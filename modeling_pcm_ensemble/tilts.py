@@ -2,7 +2,16 @@
 
 import torch
 
-from .merging import DROPPED, ExpertLogits, few_rows_at_once, precise, spread, sum_of_logits, times
+from .merging import (
+    DROPPED,
+    ExpertLogits,
+    coefficient_of,
+    few_rows_at_once,
+    precise,
+    spread,
+    sum_of_logits,
+    times,
+)
 
 NO_PART = 1e-5  # a share in a sum that rounding makes of 0
 
@@ -120,7 +129,7 @@ def _coefficients(strengths: torch.Tensor, reference: int | None) -> torch.Tenso
     of_reference = 1 - strengths.sum(dim=-1, keepdim=True)
     if reference is None:
         return torch.cat([strengths, of_reference], dim=-1)
-    return strengths.index_copy(-1, torch.tensor([reference], device=strengths.device), of_reference)
+    return torch.cat([strengths[..., :reference], of_reference, strengths[..., reference + 1 :]], dim=-1)
 
 
 def _least_kept(logits: torch.Tensor, expert_top_k: int | None) -> torch.Tensor:
@@ -139,8 +148,8 @@ def _put_candidates(
     for entry, least in zip(expert_logits, least_kept):
         active = slice(None) if entry.rows is None else entry.rows
         known = precise(entry.logits.gather(-1, tokens[active]).maximum(least))
-        own = coefficients[active, :, -1 if entry.expert is None else entry.expert, None]
-        values = values + spread(entry, times(known, own), len(total), 0.0)
+        added = times(known, coefficient_of(entry, coefficients))
+        values = values + spread(entry, added, len(total), 0.0)
 
     # A candidate that stands there twice is written twice, but has its gradient once.
     values = torch.where(is_repeated, values.detach(), values)
@@ -159,10 +168,9 @@ def candidates(
     """
     kept, least_kept = [], []
     for entry in expert_logits:
-        own = coefficients[:, :, -1 if entry.expert is None else entry.expert, None]  # (batch, seq, 1)
         top = entry.logits.topk(min(expert_top_k, entry.logits.shape[-1]), dim=-1)
-        has_no_part = own.abs() < NO_PART
-        kept.append(spread(entry, top.indices, len(coefficients), -1).masked_fill(has_no_part, -1))
+        has_no_part = coefficient_of(entry, coefficients).abs() < NO_PART  # (active rows, seq, 1)
+        kept.append(spread(entry, top.indices.masked_fill(has_no_part, -1), len(coefficients), -1))
         least_kept.append(top.values[..., -1:])
 
     # Sorted, equal ones stand side by side, and places without a token come last.

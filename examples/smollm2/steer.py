@@ -52,11 +52,8 @@ from modeling_pcm_ensemble.rewards.scoring import SHARED
 QUICK_WAYS = ("static mixture", "averaged adapters")
 
 
-def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], tokens: int) -> dict[str, Callable[[str], Baseline]]:
-    """
-    Say by name how every way is made. All sample from 20 tokens, as each expert of a mixture does. `lines` are those
-    that it will be asked on.
-    """
+def make_ways(model: PCMEnsembleForCausalLM, tokens: int) -> dict[str, Callable[[str], Baseline]]:
+    """Say by name how every way is made. All sample from 20 tokens, as each expert of a mixture does."""
     base, tokenizer, top_k = model.backbones[0], model.tokenizer, demo.EXPERT_TOP_K
     descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
     folders = {name: str(demo.ARTIFACTS / name) for name in demo.PREFERENCES}
@@ -123,7 +120,7 @@ def measure_ways(arguments: argparse.Namespace):
     if arguments.quick:  # of one dimension, of two, and of three
         lines = [*lines[:2], lines[-1]]
 
-    ways = make_ways(model, lines, arguments.tokens)
+    ways = make_ways(model, arguments.tokens)
     wanted = arguments.ways or list(ways)
     if unknown := {*wanted, arguments.against} - set(ways):
         raise ValueError(f"There is no way {', '.join(map(repr, unknown))}. There are {', '.join(map(repr, ways))}.")

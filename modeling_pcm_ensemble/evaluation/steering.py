@@ -284,15 +284,18 @@ class SteeringTest:
         for line in self.lines:
             end = start + len(line.points) * len(self.prompts)
             columns = [self.experts.index(expert) for expert in line.experts]
+
             of_line = {}
             for judge, values in rewards.items():
                 shape = (len(line.points), len(self.prompts), len(columns))
                 by_point = values[start:end, columns].reshape(shape).swapaxes(1, 2)
                 of_line[judge] = by_point.round(DIGITS).tolist()
+
             of_all = {}
             for judge, values in shared.items():
                 of_points = values[start:end].reshape(len(line.points), len(self.prompts))
                 of_all[judge] = of_points.round(DIGITS).tolist()
+
             found.append({"rewards": of_line, "shared": of_all})
             start = end
         return found

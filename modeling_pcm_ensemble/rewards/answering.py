@@ -67,12 +67,14 @@ class AnsweringReward:
                 "The reward of answering reads where tokens stand in a text, which "
                 f"{type(quality.tokenizer).__name__} cannot say. Use a fast tokenizer."
             )
+
         self.pool = list({json.dumps(as_messages(prompt)): prompt for prompt in pool}.values())
         if not 1 <= others < len(self.pool):
             raise ValueError(
                 f"Each prompt is compared with {others} others, out of a pool of {len(self.pool)} different prompts. "
                 "`others` must be at least 1, and the pool larger."
             )
+
         self.quality = quality
         self.others = others
         self.constant = constant or json.loads(CONSTANTS.read_text())
