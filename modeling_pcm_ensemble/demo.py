@@ -24,6 +24,7 @@ from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
 from .checkpoint_staging import finish_save, staged_folder
+from .configuration_pcm_ensemble import TOP_K_MERGES
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -59,6 +60,7 @@ PREFERENCES = {
 }
 
 ARTIFACTS = Path(__file__).parents[1] / "examples" / "smollm2" / "artifacts"  # where the package lies in a clone
+PCM_OF_SHARES, PCM_OF_STRENGTHS = "pcm.safetensors", "pcm-strengths.safetensors"
 EXPERT_TOP_K = 20  # of the trained experts: what a small model writes from its tail breaks a sentence off
 
 
@@ -166,14 +168,14 @@ def adapter_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsemble
 
 def trained_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsembleForCausalLM:
     """
-    Build [`adapter_ensemble`] with its trained PCM, `artifacts`/pcm.safetensors, and the `expert_top_k` of the
-    training.
+    Build [`adapter_ensemble`] with the PCM that was trained for its `merge`, of `artifacts`: pcm-strengths.safetensors
+    where wishes add up, else pcm.safetensors; and the `expert_top_k` of the training, where the merge takes one.
     """
     of_training = {}
-    if kwargs.get("merge", "probabilities") == "probabilities":  # other merges do not take it
+    if kwargs.get("merge", "probabilities") in TOP_K_MERGES:
         of_training["expert_top_k"] = EXPERT_TOP_K
     model = adapter_ensemble(artifacts, **of_training | kwargs)
-    model.load_pcm(Path(artifacts) / "pcm.safetensors")
+    model.load_pcm(Path(artifacts) / (PCM_OF_STRENGTHS if model.config.adds_up else PCM_OF_SHARES))
     return model
 
 

@@ -14,7 +14,7 @@ from test_baselines import PROMPTS, folders, model  # noqa: F401
 from test_comparison import Parrot
 from transformers import set_seed
 
-from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble import Preference, demo
 from modeling_pcm_ensemble.evaluation import (
     PlainModel,
     PromptedInWords,
@@ -23,6 +23,7 @@ from modeling_pcm_ensemble.evaluation import (
     collect_answers,
     make_cases,
 )
+from modeling_pcm_ensemble.evaluation.baselines import wordings
 from modeling_pcm_ensemble.evaluation.steering import (
     PAIR_SHARES,
     Line,
@@ -327,8 +328,20 @@ def test_a_model_is_told_in_words_what_the_grid_asks_for():
         answers.append(way.generate(prompts, preferences[:2]))
     assert answers[0] == answers[1] != answers[2]
     assert told.settings() != PromptedInWords("in words", told.model, told.tokenizer, 8, {}).settings()
-    with pytest.raises(ValueError, match=r"has no words for 'a=1\.8 \+ b=0\.2'"):
+    with pytest.raises(ValueError, match=r"no words for 'a=1\.8 \+ b=0\.2'"):
         told.generate(PROMPTS, preferences[1:])
+
+
+def test_each_prompt_gets_one_of_several_wordings_and_always_the_same():
+    prompts = [[{"role": "user", "content": str(number)}] for number in range(32)]
+    several = {"a": ["1", "2", "3", "4"], "b": "whole text", "c": []}
+
+    said = wordings(several, prompts, [Preference({"a": 1.0})] * 32)
+    assert set(said) == {"1", "2", "3", "4"}
+    assert said[5:7] == wordings(several, prompts[5:7], [Preference({"a": 1.0})] * 2)
+    assert wordings(several, prompts[:2], [Preference({"b": 1.0})] * 2) == ["whole text"] * 2
+    with pytest.raises(ValueError, match="no words for 'c'"):
+        wordings(several, prompts[:1], [Preference({"c": 1.0})])
 
 
 def test_long_settings_do_not_stand_in_every_line(tmp_path):

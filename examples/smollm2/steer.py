@@ -13,11 +13,15 @@ Do answers follow the weights? Ask every way to merge the six experts alike, on 
    in OUTPUT/results, a file for each way.
 4. The report: report.md and pictures in OUTPUT.
 
+Ways "in words" are told the weights by degrees, in wordings that no PCM was trained on. Ways of the PCM of strengths
+take --pcm, by default the shipped one.
+
 Run again, it goes on where it stopped. Processes with different --ways may run at once; what a token costs should
 then be measured again alone. --quick takes two pairs, one triple, four prompts and two ways.
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -30,12 +34,15 @@ from rich.markdown import Markdown
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.checkpoint_staging import write_text
+from modeling_pcm_ensemble.demo_wordings import in_words
 from modeling_pcm_ensemble.evaluation import (
     Baseline,
     PlainModel,
+    PromptedInWords,
     PromptedModel,
     SingleExpert,
     StaticWeights,
+    ToldInWords,
     TrainedEnsemble,
     WeightAverage,
     with_settings,
@@ -50,18 +57,27 @@ from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.rewards.scoring import SHARED
 
 QUICK_WAYS = ("static mixture", "averaged adapters")
+WORDINGS = 8  # of each point
 
 
-def make_ways(model: PCMEnsembleForCausalLM, tokens: int) -> dict[str, Callable[[str], Baseline]]:
+def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> dict[str, Callable[[str], Baseline]]:
     """Say by name how every way is made. All sample from 20 tokens, as each expert of a mixture does."""
-    base, tokenizer, top_k = model.backbones[0], model.tokenizer, demo.EXPERT_TOP_K
+    base, tokenizer, tokens, top_k = model.backbones[0], model.tokenizer, arguments.tokens, demo.EXPERT_TOP_K
     descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
     folders = {name: str(demo.ARTIFACTS / name) for name in demo.PREFERENCES}
+    preferences = [preference for line in lines for preference in line.preferences()]
+    words = {p.label: [in_words(p, seed=seed) for seed in range(WORDINGS)] for p in preferences}
 
     untrained = without_pcm(model)
+    logits = with_settings(untrained, merge="logits", expert_top_k=None)
     product = with_settings(untrained, merge="product")
     adapters = with_settings(untrained, merge="adapters", expert_top_k=None)
-    logits = with_settings(untrained, merge="logits", expert_top_k=None)
+
+    def controlled(untrained: PCMEnsembleForCausalLM) -> PCMEnsembleForCausalLM:
+        controlled = with_settings(untrained)
+        controlled.pcm = copy.deepcopy(untrained.pcm)
+        controlled.load_pcm(arguments.pcm)
+        return controlled
 
     def average(name: str) -> Baseline:
         source = demo.fetch_smollm2()
@@ -80,6 +96,11 @@ def make_ways(model: PCMEnsembleForCausalLM, tokens: int) -> dict[str, Callable[
         "prompting, without degrees": lambda name: PromptedModel(
             name, base, tokenizer, tokens, descriptions, top_k=top_k
         ),
+        "prompting in words": lambda name: PromptedInWords(name, base, tokenizer, tokens, words, top_k=top_k),
+        "product with its PCM": lambda name: TrainedEnsemble(name, controlled(product), tokens),
+        "product in words": lambda name: ToldInWords(name, controlled(product), tokens, words),
+        "added adapters with their PCM": lambda name: TrainedEnsemble(name, controlled(adapters), tokens, top_k=top_k),
+        "added adapters in words": lambda name: ToldInWords(name, controlled(adapters), tokens, words, top_k=top_k),
     }
 
 
@@ -120,7 +141,7 @@ def measure_ways(arguments: argparse.Namespace):
     if arguments.quick:  # of one dimension, of two, and of three
         lines = [*lines[:2], lines[-1]]
 
-    ways = make_ways(model, arguments.tokens)
+    ways = make_ways(model, lines, arguments)
     wanted = arguments.ways or list(ways)
     if unknown := {*wanted, arguments.against} - set(ways):
         raise ValueError(f"There is no way {', '.join(map(repr, unknown))}. There are {', '.join(map(repr, ways))}.")
@@ -137,6 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="*", help="these alone, by name, without a report; by default all")
     parser.add_argument("--report", action="store_true", help="write the report of what was measured before")
     parser.add_argument("--against", default="static mixture", help="the way that the others are compared with")
+    parser.add_argument("--pcm", type=Path, default=demo.ARTIFACTS / demo.PCM_OF_STRENGTHS, help="of strengths")
     parser.add_argument("--prompt-file", type=Path, default=KOALA, help='a JSON list of {"prompt": …}')
     parser.add_argument("--prompts", type=int, default=16, help="so many of these, of all lengths")
     parser.add_argument("--answers", type=int, default=1, help="to each prompt at each point")

@@ -25,7 +25,7 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
-from common import DEVICE, PCM_PROMPTS, base_model, training_prompts, with_references
+from common import DEVICE, PCM_PROMPTS, base_model, chats, training_prompts, with_references
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import set_seed
@@ -43,7 +43,9 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 
 # Noise on the weights that a rollout is sampled under. Shares are less sensitive: only their ratios count.
 EXPLORATION = {"product": 0.5, "probabilities": 2.0}
-OPENING = 12  # tokens of an answer that descriptions are learnt on
+# Descriptions are learnt on the first words of prompts and answers, where many words of preferences are read in little
+# time, and on one text in ten as a whole, since they are read from afar then.
+PROMPT_WORDS, ANSWER_WORDS, WHOLE = 8, 4, 10
 # What users may ask for by weights, told in descriptions
 DESCRIBED = [list(names) for number in (1, 2, 3) for names in combinations(demo.PREFERENCES, number)]
 
@@ -111,18 +113,24 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
         per_device_train_batch_size=8,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
+        train_sampling_strategy="group_by_length",
         report_to="none",
     )
 
-    def opening(row: dict) -> dict:
-        """What is learnt there holds for the rest of an answer."""
-        tokens = model.tokenizer(row["reference"], add_special_tokens=False)["input_ids"][:OPENING]
-        return {"completion": model.tokenizer.decode(tokens)}
+    def text(row: dict, number: int) -> dict:
+        prompt, answer = row["prompt"][-1]["content"], row["reference"]
+        if number % WHOLE:
+            prompt, answer = first_words(prompt, PROMPT_WORDS), first_words(answer, ANSWER_WORDS)
+        return {"prompt": chats([prompt])[0], "completion": answer, "length": len(prompt) + len(answer)}
 
-    written = dataset.filter(lambda row: row["reference"]).map(opening)
+    written = dataset.filter(lambda row: row["reference"]).map(text, with_indices=True)
     generator = random.Random(seed)
     wordings = [compose(generator, "training") for _ in range(steps * config.per_device_train_batch_size)]
     DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings).train()
+
+
+def first_words(text: str, number: int) -> str:
+    return " ".join(text.split()[:number])
 
 
 def save_learnt(model, path: Path):
@@ -143,15 +151,16 @@ def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
     set_seed(seed)
     options = {"merge": arguments.merge, "expert_top_k": arguments.expert_top_k or None}
     model = demo.adapter_ensemble(dtype=demo.fast_dtype(DEVICE), **options)
-    if not rewarded.exists():
+    if arguments.rollouts and not rewarded.exists():
         model.pcm.body.requires_grad_(False)
         trainer = make_trainer(model, rewards, answering, dataset, folder, seed, arguments)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
         write_text(folder / "history.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
         save_learnt(model, rewarded)
 
-    model.load_pcm(rewarded)
-    model.pcm.body.requires_grad_(True)
+    if arguments.rollouts:
+        model.load_pcm(rewarded)
+        model.pcm.body.requires_grad_(True)
     teach_descriptions(model, dataset, folder, seed, arguments.description_steps)
     save_learnt(model, described)
     return folder
@@ -193,7 +202,7 @@ def main():
     parser.add_argument("--merge", choices=EXPLORATION, default="probabilities", help="how the experts are merged")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--prompts", type=int, default=PCM_PROMPTS, help="train on so many of the shortest prompts")
-    parser.add_argument("--rollouts", type=int, default=12)
+    parser.add_argument("--rollouts", type=int, default=12, help="0: learn descriptions alone, and no rewards")
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
     parser.add_argument("--iterations", type=int, default=8, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
@@ -218,8 +227,9 @@ def main():
     quality = TextQuality(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256)
     rewards, answering = proxy_rewards(quality), AnsweringReward(quality, training_prompts(PCM_PROMPTS))
     folders = [train(Dataset.from_list(rows), rewards, answering, seed, arguments) for seed in arguments.seeds]
-    histories = [json.loads((folder / "history.json").read_text()) for folder in folders]
-    draw_curves(histories, arguments.output / "curves.png")
+    if arguments.rollouts:
+        histories = [json.loads((folder / "history.json").read_text()) for folder in folders]
+        draw_curves(histories, arguments.output / "curves.png")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -68,7 +69,7 @@ class PlainModel(Baseline):
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         return sample_answers(self.model, self.tokenizer, prompts, self.max_new_tokens, top_k=self.top_k)
 
-    def _settings_with(self, descriptions: Mapping[str, str] | None) -> str:
+    def _settings_with(self, descriptions: Mapping[str, str | Sequence[str]] | None) -> str:
         return json.dumps([self.max_new_tokens, descriptions, self.top_k, digest(self.model)])
 
 
@@ -105,22 +106,45 @@ class PromptedInWords(PlainModel):
     One model that is told in its system prompt, in words for each preference, what is wanted and how much.
 
     Args:
-        words (`Mapping[str, str]`): what is said for each preference, by its label.
+        words (`Mapping[str, str | Sequence[str]]`): what is said for each preference, see [`wordings`].
         others: as for [`PlainModel`].
 
     Raises:
         ValueError: from `generate`, if there are no words for a preference.
     """
 
-    words: Mapping[str, str]
+    words: Mapping[str, str | Sequence[str]]
 
     def settings(self) -> str:
         return self._settings_with(self.words)
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
-        if missing := {preference.label for preference in preferences} - set(self.words):
-            raise ValueError(f"Baseline {self.name!r} has no words for {', '.join(map(repr, sorted(missing)))}.")
-        return super().generate(_told(prompts, [self.words[p.label] for p in preferences]), preferences)
+        return super().generate(_told(prompts, wordings(self.words, prompts, preferences)), preferences)
+
+
+def wordings(
+    words: Mapping[str, str | Sequence[str]], prompts: list[Conversation], preferences: list[Preference]
+) -> list[str]:
+    r"""
+    Return what is said for each prompt.
+
+    Args:
+        words (`Mapping[str, str | Sequence[str]]`): by a preference's label, one text, or several, of which a prompt
+            gets always the same one.
+        prompts (`list[Conversation]`), preferences (`list[Preference]`): one for each row.
+
+    Raises:
+        ValueError: if there are no words for a preference.
+    """
+    if missing := {preference.label for preference in preferences} - {label for label in words if words[label]}:
+        raise ValueError(f"There are no words for {', '.join(map(repr, sorted(missing)))}.")
+
+    texts = []
+    for prompt, preference in zip(prompts, preferences):
+        said = words[preference.label]
+        place = zlib.crc32(json.dumps(prompt).encode()) % len(said)  # the same in every process
+        texts.append(said if isinstance(said, str) else said[place])
+    return texts
 
 
 def _told(prompts: list[Conversation], texts: list[str]) -> list[Conversation]:
@@ -258,4 +282,5 @@ __all__ = [
     "digest",
     "sample_answers",
     "sample_tokens",
+    "wordings",
 ]

@@ -3,7 +3,7 @@
 import copy
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
-from .baselines import Baseline, Conversation, chat_inputs, digest, sample_answers
+from .baselines import Baseline, Conversation, chat_inputs, digest, sample_answers, wordings
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -41,11 +41,11 @@ class EnsembleBaseline(Baseline):
     top_k: int = field(default=0, kw_only=True)
 
     @abstractmethod
-    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+    def request(self, prompts: list[Conversation], preferences: list[Preference]) -> dict[str, Any]:
         """Say what each row asks of the ensemble, as arguments of its `generate`."""
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
-        options = {"top_k": self.top_k} | self.request(preferences)
+        options = {"top_k": self.top_k} | self.request(prompts, preferences)
         return sample_answers(self._sampled(), tokenizer_of(self.model), prompts, self.max_new_tokens, **options)
 
     def settings(self) -> str:
@@ -93,7 +93,7 @@ class TrainedEnsemble(EnsembleBaseline):
 
     weights: Mapping[str, Preference] | None = None
 
-    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+    def request(self, prompts: list[Conversation], preferences: list[Preference]) -> dict[str, Any]:
         if self.weights is not None:
             preferences = [self.weights[preference.label] for preference in preferences]
         return {"preference": preferences}
@@ -119,8 +119,8 @@ class StaticWeights(TrainedEnsemble):
 
     average: bool = field(default=False, kw_only=True)
 
-    def request(self, preferences: list[Preference]) -> dict[str, Any]:
-        request = super().request(preferences)
+    def request(self, prompts: list[Conversation], preferences: list[Preference]) -> dict[str, Any]:
+        request = super().request(prompts, preferences)
         if self.average:
             request["preference"] = [averaged(preference) for preference in request["preference"]]
         return request
@@ -149,7 +149,7 @@ class SingleExpert(EnsembleBaseline):
     def applies(self, preference: Preference) -> bool:
         return self.expert in preference.weights
 
-    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+    def request(self, prompts: list[Conversation], preferences: list[Preference]) -> dict[str, Any]:
         return {"preference": self.expert}
 
     def _sampled(self) -> PCMEnsembleForCausalLM:
@@ -165,14 +165,18 @@ class ToldInWords(EnsembleBaseline):
     The ensemble told in words alone: every expert is active, and the PCM must choose.
 
     Args:
-        words (`Mapping[str, str]`): what the PCM reads in place of the experts' descriptions, by preference's label.
+        words (`Mapping[str, str | Sequence[str]]`): what the PCM reads in place of the experts' descriptions for each
+            preference, see [`wordings`].
         others: as for [`EnsembleBaseline`].
+
+    Raises:
+        ValueError: from `generate`, if there are no words for a preference.
     """
 
-    words: Mapping[str, str]
+    words: Mapping[str, str | Sequence[str]]
 
-    def request(self, preferences: list[Preference]) -> dict[str, Any]:
-        return {"preference_text": [self.words[preference.label] for preference in preferences]}
+    def request(self, prompts: list[Conversation], preferences: list[Preference]) -> dict[str, Any]:
+        return {"preference_text": wordings(self.words, prompts, preferences)}
 
     def _differences(self) -> dict[str, Any]:
         return {"words": self.words}
@@ -182,7 +186,7 @@ class ToldInWords(EnsembleBaseline):
 class WithoutDescription(EnsembleBaseline):
     """An ablation: the PCM reads the context alone, and not what is wanted. Arguments: [`EnsembleBaseline`]."""
 
-    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+    def request(self, prompts: list[Conversation], preferences: list[Preference]) -> dict[str, Any]:
         nothing = torch.full((1,), -1)
         return {"preference": preferences, "preference_ids": nothing}
 
@@ -194,7 +198,7 @@ class WithoutDescription(EnsembleBaseline):
 class WithoutContext(EnsembleBaseline):
     """An ablation: α stays what the PCM gives for an empty prompt. Arguments: [`EnsembleBaseline`]."""
 
-    def request(self, preferences: list[Preference]) -> dict[str, Any]:
+    def request(self, prompts: list[Conversation], preferences: list[Preference]) -> dict[str, Any]:
         empty = chat_inputs(self.model, tokenizer_of(self.model), [[{"role": "user", "content": ""}]])
         rows = {name: tensor.expand(len(preferences), -1) for name, tensor in empty.items()}
         expert_weights = self.model.compute_expert_weights(**rows, preference=preferences)

@@ -135,7 +135,8 @@ class DescriptionTrainer(PCMTrainer):
             compute_metrics=_means_over_tokens,
         )
         self._tokenizer = tokenizer
-        self._before = copy.deepcopy(model.pcm).eval()
+        untrained = not model.pcm.head.weight.any()
+        self._before = None if untrained else copy.deepcopy(model.pcm).eval()  # h is 0 where it is untrained
         self._generator = random.Random(args.seed + 7919 * args.process_index)
 
     # What a row is told, and what the PCM should do then
@@ -163,8 +164,7 @@ class DescriptionTrainer(PCMTrainer):
         after_words = (ids == ids_by_weights).flip(1).cumprod(dim=1).flip(1)  # (rows, kept)
         mask = after_words * texts["attention_mask"][:, -texts["kept"] :]
 
-        with torch.no_grad(), self.compute_loss_context_manager():
-            before = _expert_weight_logits(self._before, **texts_by_weights | {"kept": texts["kept"]})
+        before = self._logits_before(texts_by_weights | {"kept": texts["kept"]})
         names = self.preferences.names
         adds_up = self.ensemble.config.adds_up
         meant = preference_weights([wish.preference for wish in told], names, len(told), adds_up).to(self.args.device)
@@ -172,6 +172,14 @@ class DescriptionTrainer(PCMTrainer):
         if adds_up:
             targets = targets.clamp(max=STRONGEST)
         return {"texts": texts, "mask": mask, "targets": targets, "wanted": meant > 0}
+
+    def _logits_before(self, texts: dict[str, Any]) -> torch.Tensor:
+        """Compute h, `(rows, kept, experts)`, as it was before training."""
+        if self._before is None:
+            shape = (len(texts["ids"]), texts["kept"], len(self.preferences.names))
+            return torch.zeros(shape, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return _expert_weight_logits(self._before, **texts)
 
     def _draw(self, generator: random.Random) -> ToldPreference:
         """Draw a preference to be told in descriptions, or a wording."""
