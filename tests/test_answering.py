@@ -46,9 +46,13 @@ def embedder() -> SentenceEmbedder:
     return SentenceEmbedder()
 
 
+def tiny_quality() -> TextQuality:
+    return TextQuality(tiny_llama(3, max_position_embeddings=512), tiny_tokenizer(), batch_size=3)
+
+
 @pytest.fixture
 def tiny() -> TextQuality:
-    return TextQuality(tiny_llama(3, max_position_embeddings=512), tiny_tokenizer(), batch_size=3)
+    return tiny_quality()
 
 
 @pytest.mark.real_model
@@ -69,14 +73,28 @@ def test_what_is_saved_is_the_difference_to_other_prompts_on_words_that_the_prom
     assert of_copy == of_nothing == 0
 
 
-def test_the_reward_of_a_completion_depends_on_nothing_but_it_and_its_prompt(tiny):
-    reward = AnsweringReward(tiny, PROMPTS, others=3, constant=(0.0, 1.0))
+def test_the_reward_of_a_completion_depends_on_nothing_but_it_and_its_prompt():
+    def reward(prompts: list, texts: list, pool: list = PROMPTS) -> list[float]:
+        """Of one that holds nothing that was read before."""
+        return AnsweringReward(tiny_quality(), pool, others=3, constant=(0.0, 1.0))(prompts, texts)
+
     together = reward(PROMPTS, TEXTS)
     alone = [reward([prompt], [text])[0] for prompt, text in reversed(ANSWERS.items())]
     as_chats = reward(chats(PROMPTS), [[{"role": "assistant", "content": text}] for text in TEXTS])
-    other_pool = AnsweringReward(tiny, chats(PROMPTS) + PROMPTS, others=3, constant=(0.0, 1.0))(PROMPTS, TEXTS)
+    other_pool = reward(PROMPTS, TEXTS, chats(PROMPTS) + PROMPTS)
     for values in (alone[::-1], as_chats, other_pool):
         assert values == pytest.approx(together, abs=1e-4)
+
+
+def test_what_was_read_is_not_read_again(tiny):
+    read = []
+    tiny.model.register_forward_hook(
+        lambda module, args, kwargs, output: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    tiny.features(PROMPTS, TEXTS)
+    assert sum(read) == 2 * len(TEXTS)  # with the prompt, and without
+    AnsweringReward(tiny, PROMPTS, constant=(0.0, 1.0))(PROMPTS, TEXTS)
+    assert sum(read) == 3 * len(TEXTS)  # after another prompt
 
 
 def test_the_constant_standardises_the_base_models_answers(tiny):

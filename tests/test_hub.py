@@ -64,6 +64,16 @@ def test_a_thin_checkpoint_loads_as_a_whole_one_with_every_option(hub, thin, tmp
     for folder in (FOLDER, FOLDER + "-thin"):
         again = PCMEnsembleForCausalLM.from_pretrained(folder)
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+    reference, expert = model.config.expert_names[:2]
+    model.config.merge, model.config.reference = "product", reference
+    model.save_pretrained(FOLDER + "-product", thin=True)
+    product = PCMEnsembleForCausalLM.from_pretrained(
+        FOLDER + "-product", dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    assert (product.config.merge, product.config.reference) == ("product", reference)
+    ids, wishes = torch.tensor([[3, 4, 5]]), {expert: -0.5}
+    assert torch.equal(product(ids, preference=wishes).logits, model(ids, preference=wishes).logits)
     """
     output(run_client(textwrap.dedent(script) + "\nprint()", hub, tmp_path / "user", None, FOLDER=str(tmp_path / "f")))
     assert (tmp_path / "f-thin/model.safetensors").stat().st_size < (tmp_path / "f/model.safetensors").stat().st_size

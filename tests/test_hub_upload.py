@@ -189,19 +189,21 @@ def test_a_public_repository_does_not_take_what_should_be_private(hub, folder, w
     assert commits(hub) == 0
 
 
-@pytest.mark.parametrize("kind", ["no chat template", "no tokenizer"])
+@pytest.mark.parametrize("kind", ["no chat template", "no tokenizer", "product"])
 def test_the_cards_code_runs_without_a_chat_template_or_a_tokenizer(hub, kind, tmp_path):
     model = PCMEnsembleForCausalLM.from_experts(
-        {"it's": tiny_llama(1), "a|b": tiny_gpt2(2)},
+        {"it's": tiny_llama(1), "a|b": tiny_gpt2(2)} | ({"base": tiny_llama(4)} if kind == "product" else {}),
         pcm=tiny_llama(3),
         tokenizer=None if kind == "no tokenizer" else tiny_tokenizer(chat_template=None),
+        **({"merge": "product", "reference": "base"} if kind == "product" else {}),
     )
     model.save_pretrained(tmp_path / "ensemble")
     result = upload(hub, tmp_path / "ensemble")
     assert result.returncode == 0, result.stderr
     card = hub.files("owner/ensemble")["README.md"].decode()
-    assert "The licence of 2 backbones that are not from the Hub is not known." in card
+    assert f"The licence of {len(model.backbones)} backbones that are not from the Hub is not known." in card
     assert "| a\\|b |" in card
+    assert ("The reference is base." in card) == (kind == "product")
     assert """preference={"it's": 1.0, "a|b": 0.5}""" in card
     assert ("tensor(" in card) == (kind == "no tokenizer")
     assert "It is not trained" in card

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.testing import assert_close
+from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.merging import ExpertLogits
@@ -257,7 +258,14 @@ def test_the_default_reference_is_the_bare_backbone(prompted):
     assert_close(prompted(context, preference="e2").logits, bare, atol=1e-5, rtol=0)  # it reads nothing first
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beam", "sample"])
+COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True}, COMPILED],
+    ids=["greedy", "beam", "sample", "compiled"],
+)
 @pytest.mark.parametrize("expert_top_k", [None, 5])
 def test_generation_is_the_same_cached_and_uncached_and_alone(product, options, expert_top_k):
     product.config.expert_top_k = expert_top_k
@@ -270,6 +278,9 @@ def test_generation_is_the_same_cached_and_uncached_and_alone(product, options, 
         return answers[:, inputs["input_ids"].shape[1] :].tolist()
 
     batch = generate(ROWS, WEIGHTS)
+    if options is COMPILED:
+        assert any(submodel.compiled_step is not None for submodel in product.backbones.submodels)
+        settings = {"max_new_tokens": 6, "do_sample": False}
     assert batch == generate(ROWS, WEIGHTS, use_cache=False)
     if not options.get("do_sample"):
         assert batch == [generate([row], [weights])[0] for row, weights in zip(ROWS, WEIGHTS)]

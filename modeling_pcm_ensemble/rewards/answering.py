@@ -46,8 +46,8 @@ class AnsweringReward:
         quality (`TextQuality`): reads answers with the base model.
         pool (`Sequence[str | list[dict]]`): prompts, as texts or conversations, such as those of the training. Each
             prompt is compared with the same ones of them in every call.
-        others (`int`, defaults to 3): prompts that each is compared with. The base model reads an answer once more
-            than that.
+        others (`int`, defaults to 1): prompts that each is compared with. The base model reads an answer once for
+            each, beside what `quality` has read.
         constant (`tuple[float, float]`, *optional*): mean and standard deviation over the base model's answers, see
             [`answering_constant`]. Defaults to that of SmolLM2-135M-Instruct.
 
@@ -59,7 +59,7 @@ class AnsweringReward:
         self,
         quality: TextQuality,
         pool: Sequence[str | list[dict]],
-        others: int = 3,
+        others: int = 1,
         constant: tuple[float, float] | None = None,
     ):
         if not quality.tokenizer.is_fast:

@@ -17,7 +17,7 @@ SHORTEST = 12  # words; a shorter answer costs one standard deviation for each W
 WORDS_A_DEVIATION = 4
 # Standard deviations from the base model's mean: what it samples at temperature 1 is on average not fluent enough.
 FLUENT = -1.0
-MOST_KNOWN = 16384  # answers whose features are held between calls
+MOST_KNOWN = 16384  # answers whose features, and readings whose losses, are held between calls
 
 
 def repetition(text: str) -> float:
@@ -63,6 +63,7 @@ class TextQuality:
         self.constants = constants or json.loads(CONSTANTS.read_text())
         self.batch_size = batch_size
         self.known: dict[tuple[str, str], dict[str, float]] = {}
+        self._read: dict[tuple[str, str], torch.Tensor] = {}  # as `known`, the loss of each token
 
     def penalties(self, prompts: list, completions: list[str]) -> list[float]:
         """Return the standard deviations, at least 0, that each completion's rewards lose."""
@@ -108,18 +109,31 @@ class TextQuality:
         """Return the base model's mean negative log-likelihood of each completion's tokens, in nats."""
         return [of_tokens.mean().item() for of_tokens in self.token_nll(prompts, completions)]
 
-    @torch.no_grad()
     def token_nll(self, prompts: list, completions: list[str]) -> list[torch.Tensor]:
-        """Return the base model's negative log-likelihood of each token of each completion, `(tokens,)`, in nats."""
+        """
+        Return the base model's negative log-likelihood of each token of each completion, `(tokens,)`, in nats. What
+        was read is held, since several rewards read the same.
+        """
+        keys = [(_as_json(prompt), completion) for prompt, completion in zip(prompts, completions)]
+        new = [key for key in dict.fromkeys(keys) if key not in self._read]
+        if len(self._read) + len(new) > MOST_KNOWN:
+            self._read = {key: self._read[key] for key in keys if key in self._read}
+        if new:
+            self._read |= zip(new, self._token_nll(new))
+        return [self._read[key] for key in keys]
+
+    @torch.no_grad()
+    def _token_nll(self, pairs: list[tuple[str, str]]) -> list[torch.Tensor]:
+        """Read (prompt as JSON, completion)."""
         device = self.model.device
-        keys = [_as_json(prompt) for prompt in prompts]
+        keys, completions = zip(*pairs)
         distinct = list(dict.fromkeys(keys))
         prompt_ids = [self._prompt_ids(key) for key in distinct]
         completion_ids = [self._completion_ids(text) for text in completions]
         rows = torch.tensor([distinct.index(key) for key in keys], device=device)  # each completion's prompt
 
         # Each distinct prompt is read once, all but its last token, which predicts a completion's first.
-        past, mask = self._read([ids[:-1] for ids in prompt_ids])
+        past, mask = self._read_prompts([ids[:-1] for ids in prompt_ids])
         last_ids = torch.tensor([ids[-1:] for ids in prompt_ids], device=device)  # (prompts, 1)
 
         nll = [torch.empty(0)] * len(completions)
@@ -145,7 +159,7 @@ class TextQuality:
         """Return a completion's tokens; an empty one is an end token."""
         return self.tokenizer(completion, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
 
-    def _read(self, sequences: list[list[int]]) -> tuple[Cache, torch.Tensor]:
+    def _read_prompts(self, sequences: list[list[int]]) -> tuple[Cache, torch.Tensor]:
         """Return keys and values of the base model, and the mask of what it read, `(sequences, tokens)`."""
         ids, mask = stack_padded(sequences, self.model.device)
         output = self.model.base_model(
