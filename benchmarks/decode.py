@@ -11,7 +11,8 @@ from peft import PeftModel, XLoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.merging import ExpertLogits, log_expert_weights, mixture_log_probs
+from modeling_pcm_ensemble.merging import ExpertLogits, mixture_log_probs
+from modeling_pcm_ensemble.weighting import log_expert_weights
 
 from . import fast
 from .common import (

@@ -1,24 +1,27 @@
 """
-Six experts on one SmolLM2-135M, mixed token by token by their trained PCM: one question, under several preferences.
+Six experts on one SmolLM2-135M, whose wishes add up token by token under a trained PCM: one question, under several
+preferences, as weights and in words.
 
     python examples/quickstart.py
-    python examples/quickstart.py --question "What is money?" --preference friendly --preference elementary=2,concise
+    python examples/quickstart.py --question "What is money?" --preference friendly elementary=2,concise=-0.5
+    python examples/quickstart.py --words "For a scholar, and as short as can be."
 """
 
 import argparse
 import subprocess
 import sys
-import time
+import timeit
 from functools import partial
 from statistics import median
 
 from rich.console import Console
 
-from modeling_pcm_ensemble import demo
+from modeling_pcm_ensemble import Preference, demo
 from modeling_pcm_ensemble.terminal import parse_preference, stream_answers, weights_table
 
 NAMES = list(demo.PREFERENCES)
-PREFERENCES = ("elementary", "elementary,friendly=0.5,concise=0.5", "knowledgeable,informative")
+PREFERENCES = [Preference({"elementary": 1.0}), Preference({"elementary": 1.0, "friendly": 0.5, "concise": 0.5})]
+WORDS = ("Be very brief, and a little bit funny.",)
 FRESH_INTERPRETER = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -30,25 +33,24 @@ print(model.generate(**inputs, preference="friendly", max_new_tokens=16, do_samp
 
 
 def seconds_per_token(model, inputs, **options) -> float:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        model.generate(**inputs, max_new_tokens=16, min_new_tokens=16, do_sample=False, **options)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds) / 16
+    options |= {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    return median(timeit.repeat(lambda: model.generate(**inputs, **options), number=1, repeat=3)) / 16
 
 
 def main():
-    parse = partial(parse_preference, names=NAMES)
+    parse = partial(parse_preference, names=NAMES, adds_up=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--question", default="What is gravity?")
-    parser.add_argument("--preference", type=parse, action="append", help="may be given many times")
+    parser.add_argument("--preference", type=parse, nargs="*", default=PREFERENCES, help="experts and weights")
+    parser.add_argument("--words", nargs="*", default=WORDS, help="preferences in words")
     parser.add_argument("--tokens", type=int, default=60, help="most tokens of an answer (default 60)")
     parser.add_argument("--output", default="ensemble", help="folder to save the ensemble in (default ensemble)")
-    arguments = parser.parse_args()
-    preferences, console = arguments.preference or [parse(text) for text in PREFERENCES], Console()
+    arguments, console = parser.parse_args(), Console()
 
-    model = demo.trained_ensemble()
+    model = demo.trained_ensemble(merge="product")
+    preferences = {preference.label: preference for preference in arguments.preference}
+    for text in arguments.words:
+        (preferences[text],) = Preference.parse_batch(model.config, 1, preference_text=text, tokenizer=model.tokenizer)
     chat = [{"role": "user", "content": arguments.question}]
     inputs = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     console.rule(arguments.question)
@@ -59,9 +61,9 @@ def main():
     alone = seconds_per_token(model.backbones[0], inputs)
     console.print(f"{1 / alone:5.1f} tokens per second for one expert alone")
     for names in (NAMES[::2], NAMES):
-        mixed = seconds_per_token(model, inputs, preference=names)
-        ratio = f"{mixed / alone:.2f}× the time of one"
-        console.print(f"{1 / mixed:5.1f} tokens per second for {len(names)} experts and the PCM: {ratio}")
+        merged = seconds_per_token(model, inputs, preference=names)
+        ratio = f"{merged / alone:.2f}× the time of one"
+        console.print(f"{1 / merged:5.1f} tokens per second for {len(names)} experts, base model and PCM: {ratio}")
 
     model.save_pretrained(arguments.output)
     inputs = model.tokenizer("Gravity is", return_tensors="pt")

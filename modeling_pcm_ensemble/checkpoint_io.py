@@ -333,8 +333,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
         Raises:
             RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
-            ValueError: if its PCM was trained for shares of a mixture, and this ensemble adds tilts, or the other way
-                round.
+            ValueError: if its PCM was trained for shares of a mixture, and this ensemble adds tilts.
         """
         with safe_open(path, "pt") as file:
             trained_for = (file.metadata() or {}).get("trained_for", "probabilities")

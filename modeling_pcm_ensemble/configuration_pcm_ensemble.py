@@ -74,8 +74,9 @@ class PCMEnsembleConfig(PreTrainedConfig):
             The expert that is π_0 under `merge="product"`, where it can have no weight. `None` is the bare backbone,
             if all experts are on one.
         pcm_trained_for (`str`, *optional*):
-            The `merge` that the PCM was trained for; `None` if it was not trained. What it says of shares means
-            nothing where tilts add up, and the other way round.
+            The `merge` that the PCM was trained for; `None` if it was not trained. One that was trained for
+            `"product"` or `"adapters"` gives strengths, and serves every merge: in a mixture, α = w g / Σ w g with
+            g = 2σ(h). One that was trained for a mixture gives shares, which mean nothing where tilts add up.
         expert_top_k (`int`, *optional*):
             Keep each expert's k most probable tokens, and renormalise. `None` keeps all; a larger k is closer to that.
             It goes with `merge="probabilities"`, and with `"product"`, see [`~tilts.product_log_probs`].
@@ -375,11 +376,11 @@ class PCMEnsembleConfig(PreTrainedConfig):
         self._check_reference()
 
         trained_for = self.pcm_trained_for
-        if trained_for is not None and (trained_for in ADDITIVE) != self.adds_up:
+        if trained_for is not None and trained_for not in ADDITIVE and self.adds_up:
             raise ValueError(
-                f"The PCM was trained for `merge={trained_for!r}`, and what it has learnt means nothing under "
-                f"`merge={self.merge!r}`: one takes shares of a mixture, the other strengths of tilts. Use the "
-                "`merge` of its training, or build the ensemble with an untrained PCM."
+                f"The PCM was trained for `merge={trained_for!r}`: it gives shares of a mixture, and "
+                f"`merge={self.merge!r}` needs strengths of tilts. Use the `merge` of its training, or a PCM that was "
+                f"trained for {' or '.join(map(repr, ADDITIVE))}, which serves every merge."
             )
 
         if self.expert_top_k is not None and (not _is_integer(self.expert_top_k) or self.expert_top_k < 1):

@@ -22,22 +22,6 @@ class ExpertLogits(NamedTuple):
     logits: torch.Tensor
 
 
-def log_expert_weights(expert_weight_logits: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
-    r"""
-    Join the PCM's opinion and the user's weights: log α = log_softmax(h + log w), in float32 (float64 where h is).
-
-    Args:
-        expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
-        log_weights (`torch.FloatTensor` of shape `(batch, experts)`): log w, -inf for excluded experts.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch, seq, experts)`: log α, -inf for excluded experts.
-
-    Source: α is arXiv 2407.04181's; the term log w is this library's, so that h = 0 gives α = w / Σw.
-    """
-    return (precise(expert_weight_logits) + log_weights[:, None]).log_softmax(dim=-1)
-
-
 def mixture_log_probs(
     expert_logits: list[ExpertLogits],
     log_expert_weights: torch.Tensor,
@@ -326,7 +310,6 @@ __all__ = [
     "ExpertLogits",
     "coefficient_of",
     "few_rows_at_once",
-    "log_expert_weights",
     "mixture_log_probs",
     "precise",
     "spread",

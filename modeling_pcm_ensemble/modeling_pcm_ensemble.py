@@ -30,10 +30,11 @@ from .call_checks import (
 )
 from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
 from .generation import PCMEnsembleGeneration
-from .merging import ExpertLogits, log_expert_weights, mixture_log_probs, precise, token_log_probs
+from .merging import ExpertLogits, mixture_log_probs, precise, token_log_probs
 from .preference import Preference
 from .routing import Route
-from .tilts import expert_strengths, product_log_probs, token_tilts
+from .tilts import product_log_probs, token_tilts
+from .weighting import joined_weights
 
 
 @dataclass
@@ -207,9 +208,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         expert_weight_logits, output = self.pcm(
             input_ids, attention_mask, descriptions, memory, logits_to_keep, compile_config, **options
         )
-        if self.config.adds_up:
-            return expert_strengths(expert_weight_logits, route.weights), output
-        return log_expert_weights(expert_weight_logits, route.weights.log()), output
+        return joined_weights(self.config, expert_weight_logits, route.weights), output
 
     def _expert_logits(
         self, route, input_ids, attention_mask, cache, logits_to_keep, strengths, compile_config

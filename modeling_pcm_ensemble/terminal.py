@@ -1,6 +1,7 @@
 """Preferences from a command line, and answers side by side in a terminal. Needs rich, of the `examples` extra."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class AnswerTable(BaseStreamer):
 def stream_answers(
     model: PCMEnsembleForCausalLM,
     inputs: BatchEncoding,
-    preferences: list[Preference],
+    preferences: Mapping[str, Preference],
     tokens: int,
     console: Console,
 ) -> torch.Tensor:
@@ -92,7 +93,7 @@ def stream_answers(
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble.
         inputs (`BatchEncoding`): one prompt, `input_ids` of shape `(1, seq)`.
-        preferences (`list[Preference]`): of different labels, which are the columns' titles.
+        preferences (`Mapping[str, Preference]`): by the titles of their columns.
         tokens (`int`): most tokens of an answer.
         console (`Console`): where it is drawn.
 
@@ -110,26 +111,25 @@ def stream_answers(
         vanilla = AnswerTable(model.tokenizer, ["vanilla"], live)
         base.generate(**inputs, streamer=vanilla, **options)
 
-        titles = [preference.label for preference in preferences]
-        table = AnswerTable(model.tokenizer, titles, live, vanilla.answers())
+        table = AnswerTable(model.tokenizer, list(preferences), live, vanilla.answers())
         rows = {name: value.expand(len(preferences), -1) for name, value in inputs.items()}
-        sequences: Any = model.generate(**rows, preference=preferences, streamer=table, **options)
+        sequences: Any = model.generate(**rows, preference=list(preferences.values()), streamer=table, **options)
         return sequences
 
 
 def weights_table(
-    model: PCMEnsembleForCausalLM, sequences: torch.Tensor, preferences: list[Preference], start: int
+    model: PCMEnsembleForCausalLM, sequences: torch.Tensor, preferences: Mapping[str, Preference], start: int
 ) -> Table:
     r"""
     Lay out α or strengths, and what each expert contributed to the tokens that were written (see
     [`PCMEnsembleForCausalLM.attribute`]), as means over each answer.
 
     Args:
-        model (`PCMEnsembleForCausalLM`), preferences (`list[Preference]`): as for [`stream_answers`].
+        model (`PCMEnsembleForCausalLM`), preferences (`Mapping[str, Preference]`): as for [`stream_answers`].
         sequences (`torch.LongTensor` of shape `(preferences, seq)`): what it gave.
         start (`int`): tokens of the prompt.
     """
-    asked: dict[str, Any] = {"preference": preferences}
+    asked: dict[str, Any] = {"preference": list(preferences.values())}
     weights = model.compute_expert_weights(sequences, **asked)[:, start - 1 : -1]  # (preferences, tokens, experts)
     shares = model.attribute(sequences, **asked)[:, start - 1 :]  # (preferences, tokens, experts)
     written = sequences[:, start:, None] != model.generation_config.pad_token_id  # rows that ended early are padded
@@ -139,7 +139,7 @@ def weights_table(
     if model.config.adds_up:
         title, cell = "strength of each expert / nats that it adds to a token", "{:.2f} / {:+.2f}"
 
-    table = Table("expert", *(preference.label for preference in preferences), title=title, expand=True)
+    table = Table("expert", *preferences, title=title, expand=True)
     for expert, name in enumerate(model.config.expert_names):
         pairs = zip(weights[:, expert].tolist(), shares[:, expert].tolist())
         table.add_row(name, *(cell.format(weight, share) if weight else "" for weight, share in pairs))

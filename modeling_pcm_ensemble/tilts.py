@@ -16,23 +16,6 @@ from .merging import (
 NO_PART = 1e-5  # a share in a sum that rounding makes of 0
 
 
-def expert_strengths(expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    r"""
-    Join the PCM's opinion and the user's weights where tilts add up: s = w · 2σ(h), in float32 (float64 where h is).
-
-    Args:
-        expert_weight_logits (`torch.Tensor` of shape `(batch, seq, experts)`): h, the PCM's outputs.
-        weights (`torch.FloatTensor` of shape `(batch, experts)`): w, 1 for an expert's full tilt, below 0 to steer
-            away from it, 0 for experts that do not run.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch, seq, experts)`: s, between 0 and 2 w.
-
-    Source: this library. h = 0 gives s = w, and no h turns a wish around.
-    """
-    return weights[:, None] * (2 * precise(expert_weight_logits).sigmoid())
-
-
 def product_log_probs(
     expert_logits: list[ExpertLogits],
     strengths: torch.Tensor,
@@ -180,4 +163,4 @@ def candidates(
     return torch.where(tokens < 0, tokens[..., :1], tokens), is_repeated, least_kept
 
 
-__all__ = ["candidates", "expert_strengths", "product_log_probs", "token_tilts"]
+__all__ = ["candidates", "product_log_probs", "token_tilts"]

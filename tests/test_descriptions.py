@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference
 from modeling_pcm_ensemble.preference import description_of
-from modeling_pcm_ensemble.tilts import expert_strengths
 from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
 from modeling_pcm_ensemble.training.losses import (
     expert_strength_cross_entropy,
@@ -22,6 +21,7 @@ from modeling_pcm_ensemble.training.losses import (
     log_described_share,
 )
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
+from modeling_pcm_ensemble.weighting import expert_strengths
 
 TEXTS = {"prompt": ["what is a cat?", "hello", "tell me more", "why?"], "completion": ["an animal", "hi", "ok.", "so"]}
 
@@ -57,11 +57,13 @@ def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
     assert model.compute_expert_weights(within)[0, -1, 1] > 0.8
 
 
-def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_path):
+@pytest.mark.parametrize("trained_for", [None, "product"])
+def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_path, trained_for):
     model = tiny_ensemble()
+    model.config.pcm_trained_for = trained_for
     names = [model.tokenizer.decode(expert["description_ids"]) for expert in model.config.experts]
     wordings = [("be big", {"e0": 1.0}), ("grow", {"e0": 1.0}), ("paint it", {"e2": 1.0, "e0": 0.0})]
-    make_trainer(tmp_path, model, wordings=wordings, learning_rate=3e-3, max_steps=900).train()
+    make_trainer(tmp_path, model, wordings=wordings, learning_rate=6e-3, max_steps=900).train()
     ids = torch.tensor([model.tokenizer("another question")["input_ids"]])
     told = {
         words: model.compute_expert_weights(ids, preference_text=words)[0, -1, expert].item()

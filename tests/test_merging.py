@@ -9,10 +9,10 @@ from torch.testing import assert_close
 from modeling_pcm_ensemble.merging import (
     MIXTURES,
     ExpertLogits,
-    log_expert_weights,
     mixture_log_probs,
     token_log_probs,
 )
+from modeling_pcm_ensemble.weighting import log_expert_weights
 
 BATCH, SEQ = 3, 2
 

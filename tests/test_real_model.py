@@ -149,10 +149,11 @@ def run(*command: str, cwd) -> str:
 
 
 def test_the_quickstart_runs_without_a_warning_and_checks_itself(tmp_path):
-    options = ["--tokens", "12", "--preference", "elementary=2,friendly", "--preference", "concise", "--output", "out"]
+    options = ["--tokens", "12", "--preference", "elementary=2,friendly", "concise=-0.5", "--output", "out"]
     printed = run(str(ROOT / "examples" / "quickstart.py"), *options, cwd=tmp_path)
     assert "a fresh interpreter loaded it and wrote the same text" in printed
-    assert "tokens per second for 6 experts and the PCM" in printed
+    assert "tokens per second for 6 experts, base model and PCM" in printed
+    assert re.search(r"elementary +│ 2\.00 /", printed)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.merging import ExpertLogits
-from modeling_pcm_ensemble.tilts import expert_strengths, product_log_probs, token_tilts
+from modeling_pcm_ensemble.merging import MIXTURES, ExpertLogits
+from modeling_pcm_ensemble.tilts import product_log_probs, token_tilts
+from modeling_pcm_ensemble.weighting import expert_strengths
 
 BATCH, SEQ = 3, 2
 CONTEXT = [21, 22, 23, 24, 25, 26]
@@ -374,7 +375,6 @@ def test_weights_below_0_are_refused_by_mixtures_which_say_where_they_go(mixed):
         ({"pcm_trained_for": "probabilities"}, "e1", "was trained for `merge='probabilities'`"),
         ({"pcm_trained_for": "sums"}, "e1", "`pcm_trained_for` must be one of"),
         ({"merge": "adapters", "expert_top_k": 5}, "e1", "`expert_top_k` cannot be used with `merge='adapters'`"),
-        ({"merge": "probabilities", "pcm_trained_for": "product"}, "e1", "was trained for `merge='product'`"),
         ({"default_preference": "e0"}, None, "which is the `reference`"),
     ],
     ids=str,
@@ -399,6 +399,25 @@ def test_a_reference_is_refused_where_an_ensemble_is_built_or_loses_it():
     assert model(torch.tensor([CONTEXT])).expert_weights[0, 0].tolist() == [0, 1]
     with pytest.raises(ValueError, match="is the `reference` of `config`"):
         model.remove_expert("a")
+
+
+@pytest.mark.parametrize("merge", MIXTURES)
+@torch.no_grad()
+def test_a_pcm_of_strengths_serves_mixtures_too(mixed, merge):
+    ids, weights = left_pad(ROWS), torch.tensor([[0, 1.0, 0.5, 0, 0.7, 2.0], [0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 3]])
+    mixed.config.merge, mixed.config.reference, mixed.config.pcm_trained_for = "product", "e0", "adapters"
+    strengths = mixed.compute_expert_weights(**ids, preference=weights * torch.tensor([0, 1, 1, 1, 1, 1]))
+    mixed.config.merge = merge
+    found = mixed.compute_expert_weights(**ids, preference=weights)
+
+    others = strengths[:2] / strengths[:2].sum(dim=-1, keepdim=True)  # rows in which e0 has no weight
+    assert_close(found[:2], others, atol=1e-5, rtol=0)
+    assert_close(found.sum(dim=-1), torch.ones(found.shape[:2]))
+    assert (found[2] > 0).all()
+
+    mixed.pcm.head.weight.zero_()
+    still = mixed.compute_expert_weights(**ids, preference=weights)
+    assert_close(still, (weights / weights.sum(dim=1, keepdim=True))[:, None].expand_as(still), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("trained_for", "accepted"), [(None, False), ("probabilities", False), ("adapters", True)])

@@ -97,6 +97,8 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> di
             name, base, tokenizer, tokens, descriptions, top_k=top_k
         ),
         "prompting in words": lambda name: PromptedInWords(name, base, tokenizer, tokens, words, top_k=top_k),
+        "mixture with the PCM of strengths": lambda name: TrainedEnsemble(name, controlled(untrained), tokens),
+        "mixture in words": lambda name: ToldInWords(name, controlled(untrained), tokens, words),
         "product with its PCM": lambda name: TrainedEnsemble(name, controlled(product), tokens),
         "product in words": lambda name: ToldInWords(name, controlled(product), tokens, words),
         "added adapters with their PCM": lambda name: TrainedEnsemble(name, controlled(adapters), tokens, top_k=top_k),

@@ -11,11 +11,10 @@ import torch
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
-from ..merging import log_expert_weights
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference, description_of, preference_weights
 from ..rows import stack_padded
-from ..tilts import expert_strengths
+from ..weighting import joined_weights
 from .checks import check_columns, check_ensemble, check_lengths, everything
 from .losses import expert_strength_cross_entropy, expert_weight_cross_entropy
 from .pcm_trainer import PCMTrainer, padding_tokenizer
@@ -189,9 +188,8 @@ class DescriptionTrainer(PCMTrainer):
 
     def _opinions(self, expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the strengths or, in mixtures, α under weights `(rows, experts)`."""
-        if self.ensemble.config.adds_up:
-            return expert_strengths(expert_weight_logits, weights)
-        return log_expert_weights(expert_weight_logits, weights.log()).exp()
+        joined = joined_weights(self.ensemble.config, expert_weight_logits, weights)
+        return joined if self.ensemble.config.adds_up else joined.exp()
 
     def _texts(self, rows: list[dict], told: list[ToldPreference]) -> dict[str, Any]:
         """Return rows of prompt and completion as [`_expert_weight_logits`] takes them, padded on both sides."""
@@ -215,10 +213,15 @@ class DescriptionTrainer(PCMTrainer):
         """
         targets, wanted, mask = inputs["targets"], inputs["wanted"], inputs["mask"]
         expert_weight_logits = _expert_weight_logits(model, **inputs["texts"])  # (rows, kept, experts)
-        cross_entropy = expert_strength_cross_entropy if self.ensemble.config.adds_up else expert_weight_cross_entropy
-        loss = (cross_entropy(expert_weight_logits, targets) * mask).sum() / mask.sum()
+        every_expert = torch.ones_like(wanted, dtype=torch.float32)
+        if self.ensemble.config.adds_up:
+            losses = expert_strength_cross_entropy(expert_weight_logits, targets)  # (rows, kept)
+        else:
+            log_weights = joined_weights(self.ensemble.config, expert_weight_logits, every_expert)
+            losses = expert_weight_cross_entropy(log_weights, targets)
+        loss = (losses * mask).sum() / mask.sum()
 
-        opinions = self._opinions(expert_weight_logits.detach(), torch.ones_like(wanted, dtype=torch.float32))
+        opinions = self._opinions(expert_weight_logits.detach(), every_expert)
         share = (opinions * wanted[:, None]).sum(dim=-1) / opinions.sum(dim=-1)  # (rows, kept)
         error = (opinions - targets).abs().mean(dim=-1)
         tokens = mask.sum(dim=1)  # (rows,)

@@ -88,7 +88,7 @@ class PCMTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self.state.global_step:
+            if self.state.global_step and self.ensemble.config.pcm_trained_for is None:
                 self.ensemble.config.pcm_trained_for = self.ensemble.config.merge
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.ensemble.pcm.eval()

@@ -5,8 +5,9 @@ from abc import ABC, abstractmethod
 import torch
 
 from ..configuration_pcm_ensemble import PRODUCT, PCMEnsembleConfig
-from ..merging import ExpertLogits, log_expert_weights, token_log_probs
-from ..tilts import candidates, expert_strengths, token_tilts
+from ..merging import ExpertLogits, token_log_probs
+from ..tilts import candidates, token_tilts
+from ..weighting import joined_weights
 from .losses import (
     expert_weight_entropy,
     log_described_share,
@@ -58,15 +59,16 @@ class MixturePolicy(Policy):
         return token_log_probs(expert_logits, token_ids, self.config.num_experts, self.config.expert_top_k)
 
     def expert_weights(self, expert_weight_logits, weights):
-        return log_expert_weights(expert_weight_logits, weights.log()).exp()
+        return joined_weights(self.config, expert_weight_logits, weights).exp()
 
     def log_probs(self, expert_weight_logits, weights, recorded):
-        return mixture_token_log_probs(log_expert_weights(expert_weight_logits, weights.log()), recorded)
+        return mixture_token_log_probs(joined_weights(self.config, expert_weight_logits, weights), recorded)
 
     def measures(self, expert_weight_logits, weights, shares):
+        of_all = joined_weights(self.config, expert_weight_logits, torch.ones_like(weights))
         return {
-            "expert_weight_entropy": expert_weight_entropy(log_expert_weights(expert_weight_logits, weights.log())),
-            "described_share": log_described_share(expert_weight_logits, shares > 0).exp(),
+            "expert_weight_entropy": expert_weight_entropy(joined_weights(self.config, expert_weight_logits, weights)),
+            "described_share": log_described_share(of_all, shares > 0).exp(),
         }
 
 
@@ -108,13 +110,13 @@ class ProductPolicy(Policy):
         return _distinct_first(kept, is_repeated, width)
 
     def expert_weights(self, expert_weight_logits, weights):
-        return expert_strengths(expert_weight_logits, weights)
+        return joined_weights(self.config, expert_weight_logits, weights)
 
     def log_probs(self, expert_weight_logits, weights, recorded):
-        return product_token_log_probs(expert_strengths(expert_weight_logits, weights), recorded)
+        return product_token_log_probs(joined_weights(self.config, expert_weight_logits, weights), recorded)
 
     def measures(self, expert_weight_logits, weights, shares):
-        strengths = expert_strengths(expert_weight_logits, weights)
+        strengths = joined_weights(self.config, expert_weight_logits, weights)
         return {"relative_strength": strengths.abs().sum(dim=-1) / weights.abs().sum(dim=-1, keepdim=True)}
 
 
