@@ -56,7 +56,7 @@ from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.rewards.scoring import SHARED
 
-QUICK_WAYS = ("static mixture", "averaged adapters")
+QUICK_WAYS = ("static mixture", "added adapters in words")
 WORDINGS = 8  # of each point
 
 

@@ -43,6 +43,7 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 
 # Noise on the weights that a rollout is sampled under. Shares are less sensitive: only their ratios count.
 EXPLORATION = {"product": 0.5, "probabilities": 2.0}
+DESCRIPTION_STEPS = {"product": 5000, "probabilities": 1100}  # a degree takes longer to learn than who is meant
 # Descriptions are learnt on the first words of prompts and answers, where many words of preferences are read in little
 # time, and on one text in ten as a whole, since they are read from afar then.
 PROMPT_WORDS, ANSWER_WORDS, WHOLE = 8, 4, 10
@@ -206,7 +207,7 @@ def main():
     parser.add_argument("--completions", type=int, default=384, help="of a rollout, eight for each prompt")
     parser.add_argument("--iterations", type=int, default=8, help="passes through a rollout")
     parser.add_argument("--batch", type=int, default=64, help="completions of an update")
-    parser.add_argument("--description-steps", type=int, default=1100, help="updates that teach descriptions")
+    parser.add_argument("--description-steps", type=int, help="updates that teach descriptions; default by --merge")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--eta", type=float, default=16.0)
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
@@ -215,6 +216,7 @@ def main():
     )
     parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")
     arguments = parser.parse_args()
+    arguments.description_steps = arguments.description_steps or DESCRIPTION_STEPS[arguments.merge]
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.rollouts, arguments.completions, arguments.tokens = 8, 1, 8, 16
