@@ -4,6 +4,7 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.image import imread
 from test_baselines import PROMPTS, folders, model  # noqa: F401
 from test_comparison import CASES, LENGTH, Parrot
 
@@ -21,6 +22,7 @@ from modeling_pcm_ensemble.evaluation import (
     summarise,
     write_report,
 )
+from modeling_pcm_ensemble.evaluation.pictures import draw_expert_weights
 from modeling_pcm_ensemble.evaluation.report import worse_by
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 
@@ -124,6 +126,15 @@ def test_a_report_says_what_was_counted(tmp_path):
     for name in ("win_rates.png", "rewards.png", "cost.png", "expert_weights.png"):
         assert (tmp_path / name).stat().st_size > 5000
         assert f"({name})" in text
+
+
+def test_strengths_are_drawn_as_lines_whatever_their_size(tmp_path):
+    entry = example_report()["expert_weights"] | {"values": [[1.9, -0.4], [1.5, -0.1]]}
+    for name, more in (("shares", {}), ("strengths", {"adds_up": True})):
+        draw_expert_weights(entry | more, tmp_path / f"{name}.png")
+    shares, strengths = (imread(tmp_path / f"{name}.png") for name in ("shares", "strengths"))
+    white = (strengths[..., :3] == 1).all(axis=-1).mean()
+    assert white > (shares[..., :3] == 1).all(axis=-1).mean() + 0.2  # areas fill what lines leave
 
 
 def test_results_go_through_a_model_card(tmp_path):

@@ -1,5 +1,6 @@
 """What the scripts of this folder share: prompts, the base model, and samples of it."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from modeling_pcm_ensemble import Preference, demo
-from modeling_pcm_ensemble.evaluation import KeptLines
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
+from modeling_pcm_ensemble.configuration_pcm_ensemble import TOP_K_MERGES
+from modeling_pcm_ensemble.evaluation import KeptLines, with_settings, without_pcm
 from modeling_pcm_ensemble.evaluation.baselines import Conversation, sample_tokens
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
@@ -77,6 +79,24 @@ def mean_weights(lines: list[dict], names: list[str]) -> dict[str, Preference]:
         wanted = of_label[0]["experts"]
         means[label] = Preference({name: round(float(mean[names.index(name)]), 3) for name in wanted})
     return means
+
+
+def merged_by(model: PCMEnsembleForCausalLM, merge: str, top_k: int | None) -> PCMEnsembleForCausalLM:
+    """Return the same without its PCM, merged otherwise, each expert cut to `top_k` tokens where that is possible."""
+    return with_settings(without_pcm(model), merge=merge, expert_top_k=top_k if merge in TOP_K_MERGES else None)
+
+
+def with_pcm(model: PCMEnsembleForCausalLM, path: Path) -> PCMEnsembleForCausalLM:
+    """Return the same with the PCM of a file."""
+    other = with_settings(model)
+    other.pcm = copy.deepcopy(model.pcm)
+    other.load_pcm(path)
+    return other
+
+
+def sampled_from(model: PCMEnsembleForCausalLM, top_k: int | None) -> int:
+    """Say from how many tokens of the merged distribution to sample: all, where each expert keeps its `top_k` best."""
+    return 0 if model.config.expert_top_k else top_k or 0
 
 
 def base_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,6 +2,7 @@
 Does the trained PCM win? Compare it with what a user would do instead, and write a report.
 
     python examples/smollm2/evaluate.py --output evaluation
+    python examples/smollm2/evaluate.py --merge adapters                # another way of merging
     accelerate launch examples/smollm2/evaluate.py --output evaluation  # on all GPUs
 
 1. Best static weights: tried for each preference on training prompts, as shares of a mixture and as strengths.
@@ -22,12 +23,22 @@ import hashlib
 import sys
 from pathlib import Path
 
-from common import DEVICE, KOALA, chats, evaluation_prompts, paper_preferences
+from common import (
+    DEVICE,
+    KOALA,
+    chats,
+    evaluation_prompts,
+    merged_by,
+    paper_preferences,
+    sampled_from,
+    with_pcm,
+)
 from rich.console import Console
 from rich.markdown import Markdown
 from static_weights import best_static_weights, static_rewards
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble.configuration_pcm_ensemble import TOP_K_MERGES
 from modeling_pcm_ensemble.evaluation import (
     AnsweringJudge,
     Baseline,
@@ -49,7 +60,6 @@ from modeling_pcm_ensemble.evaluation import (
     evaluate,
     make_cases,
     with_settings,
-    without_pcm,
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
@@ -58,61 +68,77 @@ from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 TOP_K = (1, 5, 20, 100)  # tokens of each expert that are kept
+SPACES = {"probabilities": "mixture", "product": "product", "adapters": "added adapters"}
 
 
 def make_baselines(model, arguments) -> list[Baseline]:
     """Make the trained PCM first, then whatever it is compared with."""
-    tokens = arguments.tokens
-    ours = TrainedEnsemble("trained PCM", model, tokens)
-    uniform = StaticWeights("uniform mixture", model, tokens)
+    tokens, top_k = arguments.tokens, kept_tokens(model)
+    ours = TrainedEnsemble("trained PCM", model, tokens, top_k=sampled_from(model, top_k))
+    uniform = StaticWeights("uniform mixture", merged_by(model, "probabilities", top_k), tokens)
     vanilla, prompting, *merged = single_models(model, arguments)
     if arguments.quick:
         return [ours, vanilla, prompting, uniform]
     if arguments.ablations:
         return [ours, vanilla, uniform, *ablations(model, tokens)]
 
-    experts = [SingleExpert(f"{name} alone", model, tokens, name) for name in model.config.expert_names]
-    top_k = model.config.expert_top_k
+    experts = [SingleExpert(f"{name} alone", uniform.model, tokens, name) for name in model.config.expert_names]
     return [
         ours,
         vanilla,
         prompting,
         *merged,
         uniform,
-        *best_static(model, arguments),
+        *(() if arguments.model else other_trained(model, arguments)),
+        *static(model, arguments),
         *experts,
         *(single_models(model, arguments, top_k) if top_k else []),
     ]
 
 
-def best_static(model, arguments) -> list[Baseline]:
-    """Search the best weights that stay the same in every space, with as many answers to training prompts in each."""
-    untrained, tokens = without_pcm(model), arguments.tokens
-    product = with_settings(untrained, merge="product")
-    adapters = with_settings(untrained, merge="adapters", expert_top_k=None)
-    spaces = {"static weights": model, "static product": product, "static added adapters": adapters}
+def kept_tokens(model) -> int | None:
+    """How many of its best tokens each expert keeps where that can be said, and else the merged distribution."""
+    return demo.EXPERT_TOP_K if model.config.merge == "adapters" else model.config.expert_top_k
 
-    baselines: list[Baseline] = [
-        StaticWeights("product, weights as asked", product, tokens),
-        StaticWeights("added adapters, weights as asked", adapters, tokens, top_k=demo.EXPERT_TOP_K),
-    ]
-    for name, space in spaces.items():
-        folder = arguments.output / name.replace("static weights", "static").replace(" ", "-")
-        tried = static_rewards(space, arguments.static_prompts, tokens, folder, arguments.batch_size)
-        top_k = demo.EXPERT_TOP_K if space is adapters else 0  # which keeps no expert's best tokens apart
+
+def other_trained(model, arguments) -> list[Baseline]:
+    """Make the shipped PCMs under every other merge."""
+    baselines: list[Baseline] = []
+    for merge, name in SPACES.items():
+        if merge != model.config.merge:
+            pcm = demo.PCM_OF_SHARES if merge == "probabilities" else demo.PCM_OF_STRENGTHS
+            other = with_pcm(merged_by(model, merge, demo.EXPERT_TOP_K), demo.ARTIFACTS / pcm)
+            top_k = sampled_from(other, demo.EXPERT_TOP_K)
+            baselines.append(TrainedEnsemble(f"trained PCM, {name}", other, arguments.tokens, top_k=top_k))
+    return baselines
+
+
+def static(model, arguments) -> list[Baseline]:
+    """Make the weights as asked, and the best of as many answers to training prompts, that stay the same, by space."""
+    tokens, kept = arguments.tokens, kept_tokens(model)
+    baselines: list[Baseline] = []
+    for merge, name in SPACES.items():
+        space = merged_by(model, merge, kept)
+        top_k = sampled_from(space, kept)
+        if space.config.adds_up:
+            baselines.append(StaticWeights(f"{name}, weights as asked", space, tokens, top_k=top_k))
+
+        folder = arguments.output / f"static-{name.replace(' ', '-')}"
+        tried = static_rewards(space, top_k, arguments.static_prompts, tokens, folder, arguments.batch_size)
         weights = best_static_weights(space, tried)
-        baselines.append(StaticWeights(f"best {name}", space, tokens, weights=weights, top_k=top_k))
+        baselines.append(StaticWeights(f"best static {name}", space, tokens, weights=weights, top_k=top_k))
     return baselines
 
 
 def ablations(model, tokens: int) -> list[Baseline]:
     """Make the trained PCM with a part left out, or with other numbers of the experts' best tokens."""
+    top_k = sampled_from(model, kept_tokens(model))
     baselines: list[Baseline] = [
-        WithoutDescription("PCM without description", model, tokens),
-        WithoutContext("PCM without context", model, tokens),
+        WithoutDescription("PCM without description", model, tokens, top_k=top_k),
+        WithoutContext("PCM without context", model, tokens, top_k=top_k),
     ]
 
-    for k in TOP_K:
+    for k in TOP_K if model.config.merge in TOP_K_MERGES else ():
         if k != model.config.expert_top_k:
             name = f"PCM, experts' top {k}"
             baselines.append(TrainedEnsemble(name, with_settings(model, expert_top_k=k), tokens))
@@ -125,9 +151,7 @@ def single_models(model, arguments, top_k: int = 0) -> list[Baseline]:
     """Make what gives one distribution, sampled whole or, as the PCM's experts are, from its `top_k` best tokens."""
     base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
     descriptions = {expert["name"]: expert["description"] for expert in model.config.experts}
-    untrained = without_pcm(model)
-    adapters = with_settings(untrained, merge="adapters", expert_top_k=None)
-    logits = with_settings(untrained, merge="logits", expert_top_k=None)
+    adapters, logits = (merged_by(model, merge, None) for merge in ("adapters", "logits"))
 
     part = f", {top_k} best tokens" if top_k else ""
     baselines: list[Baseline] = [
@@ -169,6 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", help="an ensemble's folder or repository; by default the trained one of this project"
     )
+    parser.add_argument("--merge", choices=SPACES, default="probabilities", help="how the project's own are merged")
     parser.add_argument("--prompt-file", type=Path, default=KOALA, help='a JSON list of {"prompt": …}')
     parser.add_argument("--prompts", type=int, help="the shortest of these only; by default all")
     parser.add_argument("--static-prompts", type=int, default=32, help="training prompts that static weights are from")
@@ -187,10 +212,10 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def load_model(source: str | None) -> PCMEnsembleForCausalLM:
+def load_model(source: str | None, merge: str) -> PCMEnsembleForCausalLM:
     dtype = demo.fast_dtype(DEVICE)
     if source is None:
-        return demo.trained_ensemble(dtype=dtype)
+        return demo.trained_ensemble(dtype=dtype, merge=merge)
 
     model = PCMEnsembleForCausalLM.from_pretrained(source, dtype=dtype)
     experts = model.config.experts
@@ -222,9 +247,10 @@ def report_facts(arguments, num_prompts: int, baselines: list[Baseline]) -> dict
 def main():
     arguments = parse_arguments()
     # Read before another PCM may be put there
-    digest = hashlib.sha256((demo.ARTIFACTS / "pcm.safetensors").read_bytes()).hexdigest()
+    pcm = demo.PCM_OF_SHARES if arguments.merge == "probabilities" else demo.PCM_OF_STRENGTHS
+    digest = hashlib.sha256((demo.ARTIFACTS / pcm).read_bytes()).hexdigest()
     prompts = chats(evaluation_prompts(arguments.prompts, arguments.prompt_file))
-    model = load_model(arguments.model).to(distributed_state().device)
+    model = load_model(arguments.model, arguments.merge).to(distributed_state().device)
     preferences = paper_preferences(model)
     if arguments.quick:
         preferences = [preferences[0], preferences[-1]]

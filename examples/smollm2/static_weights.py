@@ -50,12 +50,15 @@ def reweighted(preference: Preference, weights: tuple[float, ...]) -> Preference
     return Preference(dict(zip(preference.weights, weights)))
 
 
-def static_rewards(model, prompts: int, tokens: int, folder: Path, batch_size: int) -> dict[tuple[str, tuple], float]:
+def static_rewards(
+    model, top_k: int, prompts: int, tokens: int, folder: Path, batch_size: int
+) -> dict[tuple[str, tuple], float]:
     r"""
     Measure, by preference and weights, the mean reward of answers to training prompts.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble.
+        top_k (`int`): tokens of the merged distribution that are sampled from; 0 for all.
         prompts (`int`): how many training prompts.
         tokens (`int`): most tokens of an answer.
         folder (`Path`): where answers are kept.
@@ -76,7 +79,8 @@ def static_rewards(model, prompts: int, tokens: int, folder: Path, batch_size: i
     for tried in tried_weights(model.config.adds_up):
         name = "static " + ":".join(map(str, tried))
         weights = {preference.label: reweighted(preference, tried) for preference in preferences}
-        outcome = judge_answers(judge, cases, answers(StaticWeights(name, model, tokens, weights=weights)), vanilla)
+        static = StaticWeights(name, model, tokens, weights=weights, top_k=top_k)
+        outcome = judge_answers(judge, cases, answers(static), vanilla)
         by_preference = np.nanmean(list(outcome.dimensions.values()), axis=(0, 1))
         for label, mean in zip(weights, by_preference):
             means[label, tried] = mean

@@ -21,13 +21,22 @@ then be measured again alone. --quick takes two pairs, one triple, four prompts 
 """
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common import DEVICE, KOALA, PCM_PROMPTS, chats, evaluation_prompts, spread, training_prompts
+from common import (
+    DEVICE,
+    KOALA,
+    PCM_PROMPTS,
+    chats,
+    evaluation_prompts,
+    merged_by,
+    spread,
+    training_prompts,
+    with_pcm,
+)
 from huggingface_hub.utils import WeakFileLock
 from rich.console import Console
 from rich.markdown import Markdown
@@ -45,8 +54,6 @@ from modeling_pcm_ensemble.evaluation import (
     ToldInWords,
     TrainedEnsemble,
     WeightAverage,
-    with_settings,
-    without_pcm,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.steering import Line, SteeringTest, collect_references, make_lines
@@ -68,16 +75,11 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> di
     preferences = [preference for line in lines for preference in line.preferences()]
     words = {p.label: [in_words(p, seed=seed) for seed in range(WORDINGS)] for p in preferences}
 
-    untrained = without_pcm(model)
-    logits = with_settings(untrained, merge="logits", expert_top_k=None)
-    product = with_settings(untrained, merge="product")
-    adapters = with_settings(untrained, merge="adapters", expert_top_k=None)
+    merges = ("probabilities", "logits", "product", "adapters")
+    mixture, logits, product, adapters = (merged_by(model, merge, top_k) for merge in merges)
 
     def controlled(untrained: PCMEnsembleForCausalLM) -> PCMEnsembleForCausalLM:
-        controlled = with_settings(untrained)
-        controlled.pcm = copy.deepcopy(untrained.pcm)
-        controlled.load_pcm(arguments.pcm)
-        return controlled
+        return with_pcm(untrained, arguments.pcm)
 
     def average(name: str) -> Baseline:
         source = demo.fetch_smollm2()
@@ -97,8 +99,8 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> di
             name, base, tokenizer, tokens, descriptions, top_k=top_k
         ),
         "prompting in words": lambda name: PromptedInWords(name, base, tokenizer, tokens, words, top_k=top_k),
-        "mixture with the PCM of strengths": lambda name: TrainedEnsemble(name, controlled(untrained), tokens),
-        "mixture in words": lambda name: ToldInWords(name, controlled(untrained), tokens, words),
+        "mixture with the PCM of strengths": lambda name: TrainedEnsemble(name, controlled(mixture), tokens),
+        "mixture in words": lambda name: ToldInWords(name, controlled(mixture), tokens, words),
         "product with its PCM": lambda name: TrainedEnsemble(name, controlled(product), tokens),
         "product in words": lambda name: ToldInWords(name, controlled(product), tokens, words),
         "added adapters with their PCM": lambda name: TrainedEnsemble(name, controlled(adapters), tokens, top_k=top_k),

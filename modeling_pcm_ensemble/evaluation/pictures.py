@@ -58,22 +58,27 @@ def draw_cost(cost: dict[str, dict], rewards: dict[str, dict[str, float]], path:
 
 def draw_expert_weights(entry: dict, path: Path):
     """
-    Draw α over an answer, as stacked areas above its tokens.
+    Draw α over an answer, as stacked areas above its tokens; or strengths, as lines.
 
     Args:
-        entry (`dict`): `title`, `names` of the experts, `tokens` as texts, and `values`, α `(tokens, experts)`.
+        entry (`dict`): `title`, `names` of the experts, `tokens` as texts, `values`, `(tokens, experts)`, and,
+            where these are strengths, `adds_up`.
         path (`Path`): of the picture.
     """
     values = np.array(entry["values"])  # (tokens, experts)
     figure, axis = plt.subplots(figsize=(14, 3.6), layout="constrained")
-    axis.stackplot(range(len(values)), values.T, labels=entry["names"], alpha=0.85)
+    if entry.get("adds_up"):
+        axis.plot(values, label=entry["names"])
+        axis.set_ylabel("strength")
+    else:
+        axis.stackplot(range(len(values)), values.T, labels=entry["names"], alpha=0.85)
+        axis.set_ylim(0, 1)
+        axis.set_ylabel("α")
 
     axis.set_xticks(range(len(values)), [t.strip() or "⏎" for t in entry["tokens"]], rotation=90, fontsize=7)
     for label in axis.get_xticklabels():
         label.set_parse_math(False)  # a token may be a dollar sign
     axis.set_xlim(0, max(len(values) - 1, 1))
-    axis.set_ylim(0, 1)
-    axis.set_ylabel("α")
     axis.set_title(entry["title"], fontsize=9, parse_math=False)
     axis.legend(loc="upper right", fontsize=8)
     save(figure, path)

@@ -171,6 +171,7 @@ def expert_weights_example(model: PCMEnsembleForCausalLM, cases: list[Case], ans
         "names": wanted,
         "tokens": [tokenizer_of(model).decode([token]) for token in ids],
         "values": values[:, columns].tolist(),
+        "adds_up": model.config.adds_up,
     }
 
 
