@@ -3,8 +3,7 @@ Six experts on one SmolLM2-135M, whose wishes add up token by token under a trai
 preferences, as weights and in words.
 
     python examples/quickstart.py
-    python examples/quickstart.py --question "What is money?" --preference friendly elementary=2,concise=-0.5
-    python examples/quickstart.py --words "For a scholar, and as short as can be."
+    python examples/quickstart.py --preference friendly elementary=2,concise=-0.5 --words "Be brief"
 """
 
 import argparse
@@ -41,16 +40,18 @@ def main():
     parse = partial(parse_preference, names=NAMES, adds_up=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--question", default="What is gravity?")
-    parser.add_argument("--preference", type=parse, nargs="*", default=PREFERENCES, help="experts and weights")
-    parser.add_argument("--words", nargs="*", default=WORDS, help="preferences in words")
+    parser.add_argument("--preference", type=parse, action="extend", nargs="+", help="experts and weights")
+    parser.add_argument("--words", action="extend", nargs="+", help="preferences in words")
     parser.add_argument("--tokens", type=int, default=60, help="most tokens of an answer (default 60)")
     parser.add_argument("--output", default="ensemble", help="folder to save the ensemble in (default ensemble)")
     arguments, console = parser.parse_args(), Console()
+    if not (arguments.preference or arguments.words):
+        arguments.preference, arguments.words = PREFERENCES, WORDS
 
     model = demo.trained_ensemble(merge="product")
-    preferences = {preference.label: preference for preference in arguments.preference}
-    for text in arguments.words:
-        (preferences[text],) = Preference.parse_batch(model.config, 1, preference_text=text, tokenizer=model.tokenizer)
+    preferences = {preference.label: preference for preference in arguments.preference or []}
+    for text in arguments.words or []:
+        (preferences[f"“{text}”"],) = Preference.parse_batch(model.config, 1, None, text, None, model.tokenizer)
     chat = [{"role": "user", "content": arguments.question}]
     inputs = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     console.rule(arguments.question)

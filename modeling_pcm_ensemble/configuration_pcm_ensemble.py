@@ -76,7 +76,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
         pcm_trained_for (`str`, *optional*):
             The `merge` that the PCM was trained for; `None` if it was not trained. One that was trained for
             `"product"` or `"adapters"` gives strengths, and serves every merge: in a mixture, α = w g / Σ w g with
-            g = 2σ(h). One that was trained for a mixture gives shares, which mean nothing where tilts add up.
+            g = 2σ(h). It is trained where tilts add up. One that was trained for a mixture gives shares, which mean
+            nothing there.
         expert_top_k (`int`, *optional*):
             Keep each expert's k most probable tokens, and renormalise. `None` keeps all; a larger k is closer to that.
             It goes with `merge="probabilities"`, and with `"product"`, see [`~tilts.product_log_probs`].

@@ -176,18 +176,6 @@ def test_a_quick_evaluation_of_the_shipped_pcm_writes_its_report(tmp_path):
     assert (tmp_path / "evaluation" / "quick" / "report.md").exists()
 
 
-@pytest.mark.real_model
-@pytest.mark.slow
-def test_a_quick_evaluation_of_steering_compares_words_with_weights(tmp_path):
-    command = [sys.executable, str(SMOLLM2 / "steer.py"), "--quick"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    folder = tmp_path / "evaluation" / "steering" / "quick"
-    ways = {json.loads(path.read_text()).get("way") for path in (folder / "results").glob("*.json")}
-    assert ways == {None, "static mixture", "added adapters in words"}  # the first is of the experts alone
-    assert "added adapters in words" in (folder / "report.md").read_text()
-
-
 def test_a_pcm_is_loaded_from_what_training_has_written(example, tmp_path):
     experts = {"a": tiny_llama(1), "b": tiny_llama(2)}
     models = [PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(seed)) for seed in (3, 4)]

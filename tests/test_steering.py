@@ -328,7 +328,7 @@ def test_a_model_is_told_in_words_what_the_grid_asks_for():
         answers.append(way.generate(prompts, preferences[:2]))
     assert answers[0] == answers[1] != answers[2]
     assert told.settings() != PromptedInWords("in words", told.model, told.tokenizer, 8, {}).settings()
-    with pytest.raises(ValueError, match=r"no words for 'a=1\.8 \+ b=0\.2'"):
+    with pytest.raises(ValueError, match=r"'in words' has no words for 'a=1\.8 \+ b=0\.2'"):
         told.generate(PROMPTS, preferences[1:])
 
 
@@ -336,12 +336,12 @@ def test_each_prompt_gets_one_of_several_wordings_and_always_the_same():
     prompts = [[{"role": "user", "content": str(number)}] for number in range(32)]
     several = {"a": ["1", "2", "3", "4"], "b": "whole text", "c": []}
 
-    said = wordings(several, prompts, [Preference({"a": 1.0})] * 32)
+    said = wordings("m", several, prompts, [Preference({"a": 1.0})] * 32)
     assert set(said) == {"1", "2", "3", "4"}
-    assert said[5:7] == wordings(several, prompts[5:7], [Preference({"a": 1.0})] * 2)
-    assert wordings(several, prompts[:2], [Preference({"b": 1.0})] * 2) == ["whole text"] * 2
-    with pytest.raises(ValueError, match="no words for 'c'"):
-        wordings(several, prompts[:1], [Preference({"c": 1.0})])
+    assert said[5:7] == wordings("m", several, prompts[5:7], [Preference({"a": 1.0})] * 2)
+    assert wordings("m", several, prompts[:2], [Preference({"b": 1.0})] * 2) == ["whole text"] * 2
+    with pytest.raises(ValueError, match="'m' has no words for 'c'"):
+        wordings("m", several, prompts[:1], [Preference({"c": 1.0})])
 
 
 def test_long_settings_do_not_stand_in_every_line(tmp_path):
@@ -367,7 +367,7 @@ def test_a_quick_measurement_of_the_shipped_experts_writes_its_report(tmp_path):
     folder = tmp_path / "evaluation" / "steering" / "quick"
     report = json.loads((folder / "report.json").read_text())
     assert set(report["judges"]) == {"training rewards", "held-out proxies"}
-    assert list(report["cost"]) == ["static mixture", "averaged adapters"]
+    assert list(report["cost"]) == ["static mixture", "added adapters in words"]
     answers = (folder / "answers" / "static mixture" / "answers-0.jsonl").read_text().splitlines()
     assert len(answers) == 4 * (9 + 9 + 10)
     assert (folder / "report.md").exists()

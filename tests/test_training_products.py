@@ -65,6 +65,7 @@ def test_a_rollout_of_a_product_keeps_its_candidates_in_half_precision(top_k, tm
         ({"merge": "logits"}, {}, "trains `merge` 'probabilities' and 'product', got 'logits'"),
         ({"merge": "adapters"}, {}, "got 'adapters'. Train with `merge=\"product\"`"),
         ({"pcm_trained_for": "probabilities"}, {}, "was trained for `merge='probabilities'`"),
+        ({"merge": "probabilities", "pcm_trained_for": "adapters"}, {}, "a mixture would teach it ratios alone"),
         ({}, {"entropy_coef": 0.1}, "are of shares, which a product has none of"),
     ],
     ids=str,
@@ -155,18 +156,6 @@ def test_training_says_what_the_pcm_was_trained_for(tmp_path):
     fresh.config.merge, fresh.config.pcm_trained_for = "probabilities", None
     with pytest.raises(ValueError, match="made with merge = 'product'"):
         make_trainer(tmp_path, fresh, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-def test_a_pcm_of_strengths_stays_one_when_it_is_trained_on_a_mixture(tmp_path):
-    model = tiny_ensemble().double()
-    model.config.pcm_trained_for = "product"
-    torch.nn.init.normal_(model.pcm.head.weight)
-    trainer = make_trainer(tmp_path, model, max_steps=1)
-    rollout, _ = sampled(trainer)
-    mask = rollout.completion_mask.bool()
-    assert_close(rollout.old_log_probs[mask], whole_log_probs(model, rollout)[mask].detach(), atol=1e-9, rtol=0)
-    trainer.train()
-    assert model.config.pcm_trained_for == "product"
 
 
 def test_a_products_pcm_learns_when_a_tilt_helps_and_when_it_harms(tmp_path):

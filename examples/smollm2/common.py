@@ -86,11 +86,18 @@ def merged_by(model: PCMEnsembleForCausalLM, merge: str, top_k: int | None) -> P
     return with_settings(without_pcm(model), merge=merge, expert_top_k=top_k if merge in TOP_K_MERGES else None)
 
 
-def with_pcm(model: PCMEnsembleForCausalLM, path: Path) -> PCMEnsembleForCausalLM:
-    """Return the same with the PCM of a file."""
+def with_pcm(model: PCMEnsembleForCausalLM, path: Path, trained_for: str | None = None) -> PCMEnsembleForCausalLM:
+    """
+    Return the same with the PCM of a file.
+
+    Raises:
+        ValueError: if the PCM was trained for something else than `trained_for`, where that is given.
+    """
     other = with_settings(model)
     other.pcm = copy.deepcopy(model.pcm)
     other.load_pcm(path)
+    if trained_for not in (None, other.config.pcm_trained_for):
+        raise ValueError(f"{path} holds a PCM trained for {other.config.pcm_trained_for!r}, not {trained_for!r}.")
     return other
 
 

@@ -193,7 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", help="an ensemble's folder or repository; by default the trained one of this project"
     )
-    parser.add_argument("--merge", choices=SPACES, default="probabilities", help="how the project's own are merged")
+    parser.add_argument("--merge", choices=SPACES, help="of the project's own ensemble; by default probabilities")
     parser.add_argument("--prompt-file", type=Path, default=KOALA, help='a JSON list of {"prompt": …}')
     parser.add_argument("--prompts", type=int, help="the shortest of these only; by default all")
     parser.add_argument("--static-prompts", type=int, default=32, help="training prompts that static weights are from")
@@ -206,6 +206,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
 
     arguments = parser.parse_args()
+    if arguments.model and arguments.merge:
+        parser.error("--merge is of the project's own ensemble; that of --model is in its configuration")
+    arguments.merge = arguments.merge or "probabilities"
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.tokens = 10, 24

@@ -61,6 +61,10 @@ def strengths(model, asked: list[dict]) -> np.ndarray:
     return np.concatenate(found)
 
 
+def rank_correlation(pairs: np.ndarray) -> float:
+    return float(stats.spearmanr(*pairs.T).statistic)
+
+
 def by_words(model, wordings: list[Wording]) -> tuple[dict[str, float], np.ndarray]:
     """Compare what wordings mean with what they get: measures, and pairs of both for all named experts, `(n, 2)`."""
     given = strengths(model, [{"preference_text": text} for text, _ in wordings])
@@ -68,8 +72,8 @@ def by_words(model, wordings: list[Wording]) -> tuple[dict[str, float], np.ndarr
     named = ~np.isnan(meant)
 
     pairs = np.stack([meant[named], given[named]], axis=1)
-    measures = {
-        "rank correlation": float(stats.spearmanr(*pairs.T).statistic),
+    measures = {} if len(np.unique(pairs[:, 0])) == 1 else {"rank correlation": rank_correlation(pairs)}
+    measures |= {
         "of those not named": float(given[~named].mean()),
         "difference": float(np.abs(given - np.nan_to_num(meant)).mean()),
     }
@@ -122,7 +126,7 @@ def main():
         found = {kind: by_words(model, composed(split, kind, arguments.texts)) for kind in KINDS}
         pairs_of[split] = np.concatenate([pairs for _, pairs in found.values()])
         report["words"][split] = {kind: measures for kind, (measures, _) in found.items()}
-        report["words"][split]["all"] = {"rank correlation": float(stats.spearmanr(*pairs_of[split].T).statistic)}
+        report["words"][split]["all"] = {"rank correlation": rank_correlation(pairs_of[split])}
         for kind, measures in report["words"][split].items():
             numbers = [f"{measures[name]:.2f}" if name in measures else "" for name in MEASURES]
             rows.append([split.replace("_", " "), kind, *numbers])

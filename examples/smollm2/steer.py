@@ -79,7 +79,7 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> di
     mixture, logits, product, adapters = (merged_by(model, merge, top_k) for merge in merges)
 
     def controlled(untrained: PCMEnsembleForCausalLM) -> PCMEnsembleForCausalLM:
-        return with_pcm(untrained, arguments.pcm)
+        return with_pcm(untrained, arguments.pcm, "product")
 
     def average(name: str) -> Baseline:
         source = demo.fetch_smollm2()

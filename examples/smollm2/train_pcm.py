@@ -8,8 +8,9 @@ preferences and, less often, on those of two experts; of their product on any ex
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
    context is. Stopped and run again, it goes on from the last checkpoint.
-3. On the openings of the base model's answers, teach it which experts descriptions and other words ask for, and how
-   much of each (demo_wordings.py): to do when told in words what it does when told weights. No expert runs.
+3. Teach it which experts descriptions and other words ask for, and how much of each (demo_wordings.py): to do when
+   told in words what it does when told weights, on the first words of prompts and answers and, one time in ten, on
+   whole ones. No expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
 measure_pcm.py measures what it has won for a mixture. --quick trains on eight prompts for one rollout.
@@ -145,6 +146,8 @@ def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
     """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
     rewarded, described = folder / "rewards.safetensors", folder / "pcm.safetensors"
+    if arguments.rollouts and described.exists() and not rewarded.exists():
+        raise ValueError(f"{described} has learnt words alone, with --rollouts 0. Take another --output.")
     finish_save(folder)
     if described.exists():
         return folder
@@ -219,7 +222,8 @@ def main():
     arguments.description_steps = arguments.description_steps or DESCRIPTION_STEPS[arguments.merge]
     if arguments.quick:
         arguments.output /= "quick"
-        arguments.prompts, arguments.rollouts, arguments.completions, arguments.tokens = 8, 1, 8, 16
+        arguments.prompts, arguments.completions, arguments.tokens = 8, 8, 16
+        arguments.rollouts = min(arguments.rollouts, 1)
         arguments.description_steps = 2
 
     base, tokenizer = base_model()

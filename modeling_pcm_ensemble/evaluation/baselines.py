@@ -119,16 +119,20 @@ class PromptedInWords(PlainModel):
         return self._settings_with(self.words)
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
-        return super().generate(_told(prompts, wordings(self.words, prompts, preferences)), preferences)
+        return super().generate(_told(prompts, wordings(self.name, self.words, prompts, preferences)), preferences)
 
 
 def wordings(
-    words: Mapping[str, str | Sequence[str]], prompts: list[Conversation], preferences: list[Preference]
+    name: str,
+    words: Mapping[str, str | Sequence[str]],
+    prompts: list[Conversation],
+    preferences: list[Preference],
 ) -> list[str]:
     r"""
     Return what is said for each prompt.
 
     Args:
+        name (`str`): the baseline's.
         words (`Mapping[str, str | Sequence[str]]`): by a preference's label, one text, or several, of which a prompt
             gets always the same one.
         prompts (`list[Conversation]`), preferences (`list[Preference]`): one for each row.
@@ -137,7 +141,7 @@ def wordings(
         ValueError: if there are no words for a preference.
     """
     if missing := {preference.label for preference in preferences} - {label for label in words if words[label]}:
-        raise ValueError(f"There are no words for {', '.join(map(repr, sorted(missing)))}.")
+        raise ValueError(f"Baseline {name!r} has no words for {', '.join(map(repr, sorted(missing)))}.")
 
     texts = []
     for prompt, preference in zip(prompts, preferences):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..configuration_pcm_ensemble import ADDITIVE
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
 from .baselines import Baseline, Conversation, chat_inputs, digest, sample_answers, wordings
@@ -66,6 +67,8 @@ class EnsembleBaseline(Baseline):
         }
         if config.adds_up:  # since weights count as given, and not as shares
             options |= {"adds_up": True, "reference": config.reference}
+        elif self.uses_pcm and config.pcm_trained_for in ADDITIVE:  # α is of strengths
+            options["strengths"] = True
         options |= self._differences()
 
         read = [name for name in EXPERT_FACTS if self.uses_pcm or name != "description_ids"]
@@ -176,7 +179,7 @@ class ToldInWords(EnsembleBaseline):
     words: Mapping[str, str | Sequence[str]]
 
     def request(self, prompts: list[Conversation], preferences: list[Preference]) -> dict[str, Any]:
-        return {"preference_text": wordings(self.words, prompts, preferences)}
+        return {"preference_text": wordings(self.name, self.words, prompts, preferences)}
 
     def _differences(self) -> dict[str, Any]:
         return {"words": self.words}
@@ -244,7 +247,8 @@ def tokenizer_of(model: PCMEnsembleForCausalLM) -> PreTrainedTokenizerBase:
 
 def with_settings(model: PCMEnsembleForCausalLM, **settings) -> PCMEnsembleForCausalLM:
     r"""
-    Make an ensemble that shares every weight with another one, and has other settings.
+    Make an ensemble that shares every weight with another one, and has other settings. It is for answering: training
+    the PCM of one would change the other's.
 
     Args:
         model (`PCMEnsembleForCausalLM`): stays as it is.

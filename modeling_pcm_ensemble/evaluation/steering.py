@@ -239,6 +239,11 @@ class SteeringTest:
             "prompts": [prompt[-1]["content"] for prompt in self.prompts],
             "answers": self.answers,
             "judges": list(self.scorers),
+            "shared": {
+                name: getattr(scorer.reward_funcs[SHARED], "settings", None)
+                for name, scorer in self.scorers.items()
+                if SHARED in scorer.reward_funcs
+            },
             "references": hashlib.sha256(json.dumps(self.references).encode()).hexdigest()[:16],
         }
 

@@ -10,6 +10,7 @@ from .pictures import save
 from .steering_measures import BASE, LineRewards, rank_correlation
 
 COLUMNS = 3  # of fronts
+COLORS = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])  # dark ones first
 
 
 def draw_fronts(by_way: dict[str, list[LineRewards]], alone: dict, judge: str, path: Path):
@@ -34,7 +35,7 @@ def draw_fronts(by_way: dict[str, list[LineRewards]], alone: dict, judge: str, p
             axis.set_visible(False)
             continue
         for color, (way, entries) in enumerate(pairs.items()):
-            _draw_front(axis, entries[place], way, f"C{color}")
+            _draw_front(axis, entries[place], way, COLORS[color % len(COLORS)])
         _draw_fixed_points(axis, entries[place].line.experts, alone)
 
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -47,7 +48,7 @@ def draw_fronts(by_way: dict[str, list[LineRewards]], alone: dict, judge: str, p
     save(figure, path)
 
 
-def _draw_front(axis, entry: LineRewards, way: str, color: str):
+def _draw_front(axis, entry: LineRewards, way: str, color: np.ndarray):
     """One way's line, and the share of the first expert at its ends and in the middle."""
     order = entry.line.edge(0)
     x, y = entry.rewards.mean(axis=2)[order].T

@@ -46,8 +46,8 @@ class AnsweringReward:
         quality (`TextQuality`): reads answers with the base model.
         pool (`Sequence[str | list[dict]]`): prompts, as texts or conversations, such as those of the training. Each
             prompt is compared with the same ones of them in every call.
-        others (`int`, defaults to 1): prompts that each is compared with. The base model reads an answer once for
-            each, beside what `quality` has read.
+        others (`int`, defaults to 1): prompts that each is compared with. The base model reads an answer once after
+            its own prompt, unless `quality` has, and once after each other one.
         constant (`tuple[float, float]`, *optional*): mean and standard deviation over the base model's answers, see
             [`answering_constant`]. Defaults to that of SmolLM2-135M-Instruct.
 
@@ -79,6 +79,11 @@ class AnsweringReward:
         self.others = others
         self.constant = constant or json.loads(CONSTANTS.read_text())
         self.__name__ = "answering"
+
+    @property
+    def settings(self) -> dict:
+        """What its values depend on beside the base model and the pool."""
+        return {"others": self.others, "constant": list(self.constant)}
 
     def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
         """

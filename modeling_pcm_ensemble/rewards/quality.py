@@ -63,7 +63,7 @@ class TextQuality:
         self.constants = constants or json.loads(CONSTANTS.read_text())
         self.batch_size = batch_size
         self.known: dict[tuple[str, str], dict[str, float]] = {}
-        self._read: dict[tuple[str, str], torch.Tensor] = {}  # as `known`, the loss of each token
+        self._losses: dict[tuple[str, str], torch.Tensor] = {}  # as `known`, the loss of each token
 
     def penalties(self, prompts: list, completions: list[str]) -> list[float]:
         """Return the standard deviations, at least 0, that each completion's rewards lose."""
@@ -115,12 +115,12 @@ class TextQuality:
         was read is held, since several rewards read the same.
         """
         keys = [(_as_json(prompt), completion) for prompt, completion in zip(prompts, completions)]
-        new = [key for key in dict.fromkeys(keys) if key not in self._read]
-        if len(self._read) + len(new) > MOST_KNOWN:
-            self._read = {key: self._read[key] for key in keys if key in self._read}
+        new = [key for key in dict.fromkeys(keys) if key not in self._losses]
+        if len(self._losses) + len(new) > MOST_KNOWN:
+            self._losses = {key: self._losses[key] for key in keys if key in self._losses}
         if new:
-            self._read |= zip(new, self._token_nll(new))
-        return [self._read[key] for key in keys]
+            self._losses |= zip(new, self._token_nll(new))
+        return [self._losses[key] for key in keys]
 
     @torch.no_grad()
     def _token_nll(self, pairs: list[tuple[str, str]]) -> list[torch.Tensor]:

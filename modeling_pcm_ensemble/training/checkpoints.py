@@ -55,8 +55,7 @@ class CheckpointTrainer(PCMTrainer):
         folder = Path(output_dir) if output_dir else self._output_dir
         folder.mkdir(parents=True, exist_ok=True)
         learnt = {name: weight.detach() for name, weight in self._pcm.named_parameters() if weight.requires_grad}
-        trained_for = self.ensemble.config.pcm_trained_for or self.ensemble.config.merge
-        save_file(learnt, folder / WEIGHTS_FILE, metadata={"trained_for": trained_for})
+        save_file(learnt, folder / WEIGHTS_FILE, metadata={"trained_for": self.ensemble.config.merge})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Write the ensemble, or, into a checkpoint, what learns."""

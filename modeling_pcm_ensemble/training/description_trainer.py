@@ -213,15 +213,10 @@ class DescriptionTrainer(PCMTrainer):
         """
         targets, wanted, mask = inputs["targets"], inputs["wanted"], inputs["mask"]
         expert_weight_logits = _expert_weight_logits(model, **inputs["texts"])  # (rows, kept, experts)
-        every_expert = torch.ones_like(wanted, dtype=torch.float32)
-        if self.ensemble.config.adds_up:
-            losses = expert_strength_cross_entropy(expert_weight_logits, targets)  # (rows, kept)
-        else:
-            log_weights = joined_weights(self.ensemble.config, expert_weight_logits, every_expert)
-            losses = expert_weight_cross_entropy(log_weights, targets)
-        loss = (losses * mask).sum() / mask.sum()
+        cross_entropy = expert_strength_cross_entropy if self.ensemble.config.adds_up else expert_weight_cross_entropy
+        loss = (cross_entropy(expert_weight_logits, targets) * mask).sum() / mask.sum()
 
-        opinions = self._opinions(expert_weight_logits.detach(), every_expert)
+        opinions = self._opinions(expert_weight_logits.detach(), torch.ones_like(wanted, dtype=torch.float32))
         share = (opinions * wanted[:, None]).sum(dim=-1) / opinions.sum(dim=-1)  # (rows, kept)
         error = (opinions - targets).abs().mean(dim=-1)
         tokens = mask.sum(dim=1)  # (rows,)

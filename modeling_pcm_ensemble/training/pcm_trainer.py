@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..checkpoint_staging import check_no_adapter, staged_folder, write_text
+from ..configuration_pcm_ensemble import ADDITIVE
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from .metrics import joined, means
 
@@ -60,12 +61,18 @@ class PCMTrainer(Trainer):
         options: passed to [`~transformers.Trainer`].
 
     Raises:
-        ValueError: if FSDP or DeepSpeed would shard the PCM.
+        ValueError: if FSDP or DeepSpeed would shard the PCM, or a PCM of strengths would be trained on a mixture.
     """
 
     def __init__(
         self, ensemble: PCMEnsembleForCausalLM, args: TrainingArguments, train_embeddings: bool = False, **options
     ):
+        if ensemble.config.pcm_trained_for in ADDITIVE and not ensemble.config.adds_up:
+            raise ValueError(
+                f"The PCM was trained for `merge={ensemble.config.pcm_trained_for!r}` and gives strengths, of which a "
+                "mixture would teach it ratios alone. Train it where tilts add up, by `merge='product'`: it serves "
+                "mixtures as it is."
+            )
         self.ensemble = ensemble
         ensemble.to(args.device)  # type: ignore[arg-type]  # its decorator hides the signature
         if ensemble.pcm.dtype in (torch.float16, torch.bfloat16):
@@ -88,7 +95,7 @@ class PCMTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self.state.global_step and self.ensemble.config.pcm_trained_for is None:
+            if self.state.global_step:
                 self.ensemble.config.pcm_trained_for = self.ensemble.config.merge
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.ensemble.pcm.eval()

@@ -65,10 +65,10 @@ class MixturePolicy(Policy):
         return mixture_token_log_probs(joined_weights(self.config, expert_weight_logits, weights), recorded)
 
     def measures(self, expert_weight_logits, weights, shares):
-        of_all = joined_weights(self.config, expert_weight_logits, torch.ones_like(weights))
+        log_weights = joined_weights(self.config, expert_weight_logits, weights)
         return {
-            "expert_weight_entropy": expert_weight_entropy(joined_weights(self.config, expert_weight_logits, weights)),
-            "described_share": log_described_share(of_all, shares > 0).exp(),
+            "expert_weight_entropy": expert_weight_entropy(log_weights),
+            "described_share": log_described_share(expert_weight_logits, shares > 0).exp(),
         }
 
 

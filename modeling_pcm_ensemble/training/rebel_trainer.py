@@ -37,8 +37,8 @@ class RebelTrainer(CheckpointTrainer):
     float32 if it was in less. `trainer.save_model(folder)` writes the ensemble in the experts' dtype.
 
     Args:
-        model (`PCMEnsembleForCausalLM`): the ensemble, `merge="probabilities"` or `"product"`. What a PCM learns of a
-            product holds for `merge="adapters"` too.
+        model (`PCMEnsembleForCausalLM`): the ensemble, `merge="probabilities"` or `"product"`. A PCM that was trained
+            on a product serves every merge.
         reward_funcs (`Mapping`): each wanted expert's name → a function `(prompts, completions, **columns)` that gives
             a list of floats, or a sequence-classification model or repository.
         args (`RebelConfig`, *optional*): settings.
