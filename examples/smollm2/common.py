@@ -19,6 +19,7 @@ DATA = Path(__file__).parent / "data"
 KOALA = DATA / "evaluation_only" / "koala_eval_50.json"
 PCM_PROMPTS = 240  # the PCM is trained on so many of the shortest training prompts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ANSWERS_AT_ONCE, READINGS_AT_ONCE = (64, 16) if DEVICE == "cpu" else (768, 256)
 
 
 def training_prompts(number: int | None = None) -> list[str]:

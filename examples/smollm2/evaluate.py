@@ -24,8 +24,10 @@ import sys
 from pathlib import Path
 
 from common import (
+    ANSWERS_AT_ONCE,
     DEVICE,
     KOALA,
+    READINGS_AT_ONCE,
     chats,
     evaluation_prompts,
     merged_by,
@@ -198,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="the shortest of these only; by default all")
     parser.add_argument("--static-prompts", type=int, default=32, help="training prompts that static weights are from")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=ANSWERS_AT_ONCE)
     parser.add_argument("--judge-url", help="an endpoint of OpenAI's form, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", default="judge", help="the judge's name there")
     parser.add_argument("--votes", type=Path, help="people's votes, see HumanVotes")
@@ -258,7 +260,7 @@ def main():
     if arguments.quick:
         preferences = [preferences[0], preferences[-1]]
 
-    quality = TextQuality(model.backbones[0], model.tokenizer)
+    quality = TextQuality(model.backbones[0], model.tokenizer, batch_size=READINGS_AT_ONCE)
     judges = make_judges(proxy_rewards(quality), prompts, arguments)
     ours, *others = make_baselines(model, arguments)
     report = evaluate(

@@ -21,7 +21,16 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from common import DEVICE, chats, evaluation_prompts, mean_weights, paper_preferences, spread
+from common import (
+    ANSWERS_AT_ONCE,
+    DEVICE,
+    READINGS_AT_ONCE,
+    chats,
+    evaluation_prompts,
+    mean_weights,
+    paper_preferences,
+    spread,
+)
 from rich.console import Console
 from rich.table import Table
 from static_weights import best_static_weights, show_headroom, static_rewards
@@ -151,7 +160,7 @@ class Measurement:
         self.preferences = paper_preferences(self.model)
         self.cases = make_cases(chats(evaluation_prompts(arguments.prompts)), self.preferences)
 
-        self.quality = TextQuality(self.model.backbones[0], self.model.tokenizer)
+        self.quality = TextQuality(self.model.backbones[0], self.model.tokenizer, batch_size=READINGS_AT_ONCE)
         self.judge = RewardJudge("training rewards", proxy_rewards(self.quality))
         base = PlainModel("vanilla", self.model.backbones[0], self.model.tokenizer, arguments.tokens)
         self.vanilla = self.answers(base)
@@ -230,7 +239,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="the shortest evaluation prompts only; by default all")
     parser.add_argument("--word-prompts", type=int, default=10, help="of these, answered with the preference in words")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=ANSWERS_AT_ONCE)
     parser.add_argument("--quick", action="store_true", help="one prompt of each set, 16 tokens")
     arguments = parser.parse_args()
 

@@ -20,7 +20,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from common import DEVICE, chats, evaluation_prompts, paper_preferences, spread
+from common import ANSWERS_AT_ONCE, DEVICE, READINGS_AT_ONCE, chats, evaluation_prompts, paper_preferences, spread
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -138,7 +138,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("evaluation/new"))
     parser.add_argument("--prompts", type=int, default=10, help="evaluation prompts, of all lengths")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=ANSWERS_AT_ONCE)
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
     arguments = parser.parse_args()
     if arguments.prompts < 1:
@@ -148,7 +148,7 @@ def main():
         arguments.prompts, arguments.tokens = 1, 16
 
     model = demo.trained_ensemble(dtype=demo.fast_dtype(DEVICE)).to(distributed_state().device)
-    training = proxy_rewards(TextQuality(model.backbones[0], model.tokenizer))
+    training = proxy_rewards(TextQuality(model.backbones[0], model.tokenizer, batch_size=READINGS_AT_ONCE))
     judges = []
     for name, rewards in (("training rewards", training), ("held-out proxies", held_out_rewards())):
         judges.append(RewardJudge(name, rewards | {ADDED["name"]: rewards["friendly"]}))

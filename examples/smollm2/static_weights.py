@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from common import chats, paper_preferences, spread, training_prompts
+from common import READINGS_AT_ONCE, chats, paper_preferences, spread, training_prompts
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +64,7 @@ def static_rewards(
         folder (`Path`): where answers are kept.
         batch_size (`int`): answers that are sampled at once.
     """
-    quality = TextQuality(model.backbones[0], model.tokenizer)
+    quality = TextQuality(model.backbones[0], model.tokenizer, batch_size=READINGS_AT_ONCE)
     judge = RewardJudge("training rewards", proxy_rewards(quality))
     preferences = paper_preferences(model)
     cases = make_cases(chats(spread(training_prompts(), prompts)), preferences)

@@ -27,9 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import (
+    ANSWERS_AT_ONCE,
     DEVICE,
     KOALA,
     PCM_PROMPTS,
+    READINGS_AT_ONCE,
     chats,
     evaluation_prompts,
     merged_by,
@@ -112,7 +114,7 @@ def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argpa
     """Prepare the test, and measure the experts alone where no process has done so."""
     prompts = chats(spread(evaluation_prompts(path=arguments.prompt_file), arguments.prompts))
     base = PlainModel("vanilla", model.backbones[0], model.tokenizer, arguments.tokens)
-    quality = TextQuality(model.backbones[0], model.tokenizer)
+    quality = TextQuality(model.backbones[0], model.tokenizer, batch_size=READINGS_AT_ONCE)
     answering = AnsweringReward(quality, training_prompts(PCM_PROMPTS))
     folder = arguments.output / "answers"
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=1, help="to each prompt at each point")
     parser.add_argument("--references", type=int, default=4, help="the base model's answers to each prompt")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=ANSWERS_AT_ONCE)
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
 
     arguments = parser.parse_args()

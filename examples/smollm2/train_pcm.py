@@ -26,7 +26,16 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
-from common import DEVICE, PCM_PROMPTS, base_model, chats, training_prompts, with_references
+from common import (
+    ANSWERS_AT_ONCE,
+    DEVICE,
+    PCM_PROMPTS,
+    READINGS_AT_ONCE,
+    base_model,
+    chats,
+    training_prompts,
+    with_references,
+)
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import set_seed
@@ -70,7 +79,7 @@ def make_trainer(model, rewards, answering, dataset: Dataset, folder: Path, seed
         exploration=EXPLORATION[arguments.merge],
         weight_distribution="signed" if model.config.adds_up else "equal",
         max_completion_length=arguments.tokens,
-        generation_batch_size=64 if DEVICE == "cpu" else 768,
+        generation_batch_size=ANSWERS_AT_ONCE,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         logging_steps=1,
@@ -230,7 +239,7 @@ def main():
     prompts = training_prompts(arguments.prompts)
     rows = with_references(base, tokenizer, prompts, arguments.output / "references.jsonl", arguments.tokens)
     # Of all seeds: what has been measured is kept
-    quality = TextQuality(base, tokenizer, batch_size=16 if DEVICE == "cpu" else 256)
+    quality = TextQuality(base, tokenizer, batch_size=READINGS_AT_ONCE)
     rewards, answering = proxy_rewards(quality), AnsweringReward(quality, training_prompts(PCM_PROMPTS))
     folders = [train(Dataset.from_list(rows), rewards, answering, seed, arguments) for seed in arguments.seeds]
     if arguments.rollouts:
