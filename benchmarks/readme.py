@@ -202,17 +202,6 @@ def _distinct(rows: list[dict], column: str) -> list:
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def steering_table(report: dict) -> str:
-    """Estimates by way, before each judge; intervals are in the report."""
-    judges = report["judges"]
-    measures = ["moved", "rank correlation", "worst rank correlation", "hypervolume", "inner product"]
-    lines = []
-    for way in next(iter(judges.values()))["ways"]:
-        found = [[f"{entry['ways'][way][name][0]:.3f}" for entry in judges.values()] for name in measures]
-        lines.append([way, *(" / ".join(estimates) for estimates in found)])
-    return table([" / ".join(judges), *measures], lines)
-
-
 def strengths_in_words_table(report: dict) -> str:
     """Spearman's ρ by kind of text: phrases of training, and held out."""
     training, held_out = report["words"].values()
@@ -242,7 +231,6 @@ TABLES = {  # by marker: the results, and the table of them
     "words": ("examples/smollm2/artifacts/evaluation.json", words_table),
     "seeds": ("examples/smollm2/artifacts/seeds.json", seeds_table),
     "strengths in words": ("examples/smollm2/artifacts/strengths/words.json", strengths_in_words_table),
-    "steering": ("examples/smollm2/artifacts/steering/report.json", steering_table),
     "drafts": ("benchmarks/results/drafts.json", drafts_table),
     "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
     "win rates": ("docs/results/report.json", win_rates_table),

@@ -44,6 +44,9 @@ class PreferenceControlModel(PreTrainedModel):
         if module is self.head:
             nn.init.zeros_(module.weight)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.body.get_input_embeddings()
+
     def set_head_rows(self, rows: Sequence[int | None]):
         """Give the head one output for each entry: an old row by its index, or a zero one for None."""
         old = self.head.weight.data

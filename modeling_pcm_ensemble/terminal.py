@@ -142,7 +142,7 @@ def weights_table(
     table = Table("expert", *preferences, title=title, expand=True)
     for expert, name in enumerate(model.config.expert_names):
         pairs = zip(weights[:, expert].tolist(), shares[:, expert].tolist())
-        table.add_row(name, *(cell.format(weight, share) if weight else "" for weight, share in pairs))
+        table.add_row(name, *(cell.format(weight, share) if round(weight, 2) else "" for weight, share in pairs))
     return table
 
 

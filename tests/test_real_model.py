@@ -1,6 +1,7 @@
 """The real SmolLM2-135M-Instruct: what a newcomer does, and what only real weights and a real tokenizer can show."""
 
 import copy
+import itertools
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import random_adapter
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
+from modeling_pcm_ensemble.demo_wordings import in_words
 
 pytestmark = [
     pytest.mark.real_model,
@@ -137,6 +139,30 @@ def test_the_shipped_pcm_follows_the_preference_and_the_context():
     assert (over_answer.amax(dim=1) - over_answer.amin(dim=1)).amax() > 0.1
     elementary = model.config.expert_names.index("elementary")
     assert (over_answer[0, :, elementary] - over_answer[1, :, elementary]).abs().amax() > 0.01
+
+
+@pytest.mark.parametrize("merge", ["product", "adapters", "probabilities"])
+def test_the_shipped_pcm_of_strengths_obeys_weights_and_words_that_it_has_not_read(merge):
+    model = demo.adapter_ensemble(dtype=torch.float32, merge=merge)
+    model.load_pcm(demo.ARTIFACTS / demo.PCM_OF_STRENGTHS)
+    names = model.config.expert_names
+    inputs = chat(model, QUESTIONS)
+
+    def begins(**told) -> dict[str, float]:
+        """What each expert has where answers begin, a mean over questions."""
+        found = model.compute_expert_weights(**inputs, **told)[:, -1].mean(dim=0)
+        return dict(zip(names, found.tolist()))
+
+    for concise, friendly in ((1.8, 0.2), (0.5, 1.5), (1.0, 1.0)):
+        found = begins(preference={"concise": concise, "friendly": friendly})
+        assert found["concise"] / found["friendly"] == pytest.approx(concise / friendly, rel=0.2)
+
+    for first, second in itertools.permutations(["concise", "knowledgeable", "friendly"], 2):
+        asked = Preference({first: 1.8, second: 0.5})
+        told = [begins(preference_text=in_words(asked, seed=seed)) for seed in range(8)]
+        means = {name: sum(found[name] for found in told) / len(told) for name in names}
+        others = [mean for name, mean in means.items() if name not in (first, second)]
+        assert means[first] > 1.3 * means[second] > 1.3 * max(others), (asked.label, means)
 
 
 def run(*command: str, cwd) -> str:

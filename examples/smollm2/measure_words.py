@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.checkpoint_staging import write_text
-from modeling_pcm_ensemble.demo_wordings import EXPERTS, KINDS, SPLITS, Wording, compose
+from modeling_pcm_ensemble.demo_wordings import EXPERTS, KINDS, LEVELS, SPLITS, Wording, compose
 from modeling_pcm_ensemble.evaluation.pictures import save
 from modeling_pcm_ensemble.tables import table
 
@@ -98,7 +98,7 @@ def draw(pairs_of: dict[str, np.ndarray], path: Path):
     """Draw the median and the middle half of what is given, by what is meant."""
     figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
     for split, pairs in pairs_of.items():
-        levels = np.unique(pairs[:, 0])
+        levels = np.intersect1d(LEVELS, pairs[:, 0])  # personas mean others too, few each
         quartiles = np.array([np.quantile(pairs[pairs[:, 0] == level, 1], (0.25, 0.5, 0.75)) for level in levels])
         axis.plot(levels, quartiles[:, 1], marker="o", label=f"{split.replace('_', ' ')} phrases")
         axis.fill_between(levels, quartiles[:, 0], quartiles[:, 2], alpha=0.2)
