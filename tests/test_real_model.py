@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -157,12 +158,15 @@ def test_the_shipped_pcm_of_strengths_obeys_weights_and_words_that_it_has_not_re
         found = begins(preference={"concise": concise, "friendly": friendly})
         assert found["concise"] / found["friendly"] == pytest.approx(concise / friendly, rel=0.2)
 
+    told = defaultdict(list)
     for first, second in itertools.permutations(["concise", "knowledgeable", "friendly"], 2):
-        asked = Preference({first: 1.8, second: 0.5})
-        told = [begins(preference_text=in_words(asked, seed=seed)) for seed in range(8)]
-        means = {name: sum(found[name] for found in told) / len(told) for name in names}
-        others = [mean for name, mean in means.items() if name not in (first, second)]
-        assert means[first] > 1.3 * means[second] > 1.3 * max(others), (asked.label, means)
+        for seed in range(4):
+            found = begins(preference_text=in_words(Preference({first: 1.8, second: 0.5}), seed=seed))
+            told["very"].append(found.pop(first))
+            told["a little"].append(found.pop(second))
+            told["not named"] += found.values()
+    means = {wish: sum(found) / len(found) for wish, found in told.items()}
+    assert means["very"] > 1.5 * means["a little"] > 3 * means["not named"], means
 
 
 def run(*command: str, cwd) -> str:
