@@ -60,7 +60,7 @@ def main():
     console.print(weights_table(model, sequences, preferences, inputs["input_ids"].shape[1]))
 
     alone = seconds_per_token(model.backbones[0], inputs)
-    console.print(f"{1 / alone:5.1f} tokens per second for one expert alone")
+    console.print(f"{1 / alone:5.1f} tokens per second for the plain model")
     for names in (NAMES[::2], NAMES):
         merged = seconds_per_token(model, inputs, preference=names)
         ratio = f"{merged / alone:.2f}× the time of one"

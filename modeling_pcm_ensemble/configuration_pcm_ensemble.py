@@ -389,7 +389,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         if self.expert_top_k is not None and self.merge not in TOP_K_MERGES:
             raise ValueError(
                 f"`expert_top_k` cannot be used with `merge={self.merge!r}`; it goes with "
-                f"{' and '.join(map(repr, TOP_K_MERGES))}."
+                f"{' and '.join(map(repr, TOP_K_MERGES))}. Set it to None here."
             )
 
     def _check_reference(self):

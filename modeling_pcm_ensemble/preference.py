@@ -290,7 +290,7 @@ def _single_precision(weights: torch.Tensor, names: list[str], adds_up: bool) ->
         if adds_up:
             accepted = f"between -{MOST_STRENGTH} and {MOST_STRENGTH}; 1 is an expert's full tilt"
         elif weights[row, expert] < 0:
-            accepted += ', but under `merge="product"` and `"adapters"`, where one below 0 steers away from an expert'
+            accepted += ' (under `merge="product"` and `"adapters"` one below 0 steers away from an expert)'
         raise ValueError(
             f"`preference` gives expert {names[expert]!r} the weight {single[row, expert].item()} in row {row}. "
             f"Weights must be {accepted}."

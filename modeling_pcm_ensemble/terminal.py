@@ -27,9 +27,16 @@ def parse_preference(text: str, names: list[str], adds_up: bool = False) -> Pref
     Raises:
         ArgumentTypeError: if an expert is unknown, or a weight is not accepted.
     """
+    weights = {}
+    for part in text.split(","):
+        name, is_weighted, weight = part.partition("=")
+        try:
+            weights[name.strip()] = float(weight) if is_weighted else 1.0
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{part!r} must be an expert, or expert=number: friendly=0.5.") from error
+
     try:
-        pairs = [part.partition("=") for part in text.split(",")]
-        return Preference.parse({name.strip(): float(weight or 1) for name, _, weight in pairs}, names, adds_up)
+        return Preference.parse(weights, names, adds_up)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -132,7 +139,7 @@ def weights_table(
     asked: dict[str, Any] = {"preference": list(preferences.values())}
     weights = model.compute_expert_weights(sequences, **asked)[:, start - 1 : -1]  # (preferences, tokens, experts)
     shares = model.attribute(sequences, **asked)[:, start - 1 :]  # (preferences, tokens, experts)
-    written = sequences[:, start:, None] != model.generation_config.pad_token_id  # rows that ended early are padded
+    written = _up_to_end(sequences[:, start:], model.generation_config.eos_token_id)[..., None]
 
     weights, shares = ((x * written).sum(dim=1) / written.sum(dim=1) for x in (weights, shares))
     title, cell = "α of each expert / its share of the text", "{:.0%} / {:.0%}"
@@ -144,6 +151,13 @@ def weights_table(
         pairs = zip(weights[:, expert].tolist(), shares[:, expert].tolist())
         table.add_row(name, *(cell.format(weight, share) if round(weight, 2) else "" for weight, share in pairs))
     return table
+
+
+def _up_to_end(tokens: torch.Tensor, end_ids: int | list[int] | None) -> torch.Tensor:
+    """Tell tokens of an answer, its end among them, from the padding behind it, `(rows, tokens)`."""
+    ids = [] if end_ids is None else [end_ids] if isinstance(end_ids, int) else end_ids
+    is_end = torch.isin(tokens, torch.tensor(ids, dtype=tokens.dtype, device=tokens.device)).int()
+    return is_end.cumsum(dim=1) == is_end  # no end before
 
 
 __all__ = ["AnswerTable", "parse_preference", "stream_answers", "weights_table"]
