@@ -283,6 +283,17 @@ def test_callbacks_and_optimizers_are_those_that_are_given(tmp_path):
     assert all(torch.equal(value, body[name]) for name, value in model.pcm.body.state_dict().items())
 
 
+def test_noise_on_embeddings_is_that_of_any_trainer(tmp_path):
+    losses = []
+    for alpha in (None, 20.0):
+        trainer = make_trainer(tmp_path, tiny_ensemble(), max_steps=3, logging_steps=1, neftune_noise_alpha=alpha)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0][0] == losses[1][0]  # a head of zeros does not see it
+    assert losses[0][1:] != losses[1][1:]
+    assert not trainer.model.get_input_embeddings()._forward_hooks
+
+
 def test_settings_may_be_left_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = DescriptionTrainer(tiny_ensemble(), train_dataset=Dataset.from_dict(TEXTS))
