@@ -16,8 +16,9 @@ Do answers follow the weights? Ask every way to merge the six experts alike, on 
 Ways "in words" are told the weights by degrees, in wordings that no PCM was trained on. Ways of the PCM of strengths
 take --pcm, by default the shipped one.
 
-Run again, it goes on where it stopped. Processes with different --ways may run at once; what a token costs should
-then be measured again alone. --quick takes two pairs, one triple, four prompts and two ways.
+Run again, it goes on where it stopped; with --output examples/smollm2/artifacts/steering, from the results that ship
+and the references that they were measured against. Processes with different --ways may run at once; what a token
+costs should then be measured again alone. --quick takes two pairs, one triple, four prompts and two ways.
 """
 
 import argparse
