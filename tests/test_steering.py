@@ -369,5 +369,5 @@ def test_a_quick_measurement_of_the_shipped_experts_writes_its_report(tmp_path):
     assert set(report["judges"]) == {"training rewards", "held-out proxies"}
     assert list(report["cost"]) == ["static mixture", "added adapters in words"]
     answers = (folder / "answers" / "static mixture" / "answers-0.jsonl").read_text().splitlines()
-    assert len(answers) == 4 * (9 + 9 + 10)
+    assert len(answers) == 2 * (9 + 9 + 10)
     assert (folder / "report.md").exists()

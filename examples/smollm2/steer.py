@@ -18,7 +18,7 @@ take --pcm, by default the shipped one.
 
 Run again, it goes on where it stopped; with --output examples/smollm2/artifacts/steering, from the results that ship
 and the references that they were measured against. Processes with different --ways may run at once; what a token
-costs should then be measured again alone. --quick takes two pairs, one triple, four prompts and two ways.
+costs should then be measured again alone. --quick takes two pairs, one triple, two prompts and two ways.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.output /= "quick"
-        arguments.prompts, arguments.answers, arguments.tokens = 4, 1, 24
+        arguments.prompts, arguments.answers, arguments.tokens = 2, 1, 24
         arguments.ways = arguments.ways or QUICK_WAYS
     return arguments
 
