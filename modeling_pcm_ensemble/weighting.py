@@ -14,7 +14,7 @@ def joined_weights(
     Join the PCM's opinion and the user's weights as `config.merge` takes them.
 
     A PCM of strengths serves mixtures too: with g = 2σ(h), α = w g / Σ w g, so that h = 0 gives α = w / Σw, and words
-    mean in a mixture what they mean where tilts add up. A PCM of shares has no strengths to give.
+    divide the weight among the experts that they wish for. A PCM of shares has no strengths to give.
 
     Args:
         config (`PCMEnsembleConfig`): says how experts are merged, and what the PCM was trained for.
@@ -23,6 +23,8 @@ def joined_weights(
 
     Returns:
         `torch.FloatTensor` of shape `(batch, seq, experts)`: strengths where tilts add up, else log α.
+
+    Source: this library; see [`log_expert_weights`] and [`expert_strengths`].
     """
     if config.adds_up:
         return expert_strengths(expert_weight_logits, weights)

@@ -255,7 +255,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def choose_static_weights(model, arguments: argparse.Namespace, console: Console) -> dict[str, Preference]:
     """Print the headroom, and choose the best static weights of each preference."""
-    folder = arguments.output / "static"
+    folder = arguments.output / "static-mixture"
     headroom = static_rewards(model, 0, arguments.static_prompts, arguments.tokens, folder, arguments.batch_size)
     show_headroom(headroom, console)
     return best_static_weights(model, headroom)
