@@ -25,6 +25,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",
     "AutoModelForCausalLM": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",
 }
+# Who loads it: `transformers serve` looks for the first name in its library, vLLM for any of them among its models.
+ARCHITECTURES = ("AutoModelForCausalLM", "PCMEnsembleForCausalLM")
 # What an entry of `experts` may hold, and what it holds where nothing is given.
 EXPERT_FIELDS: dict[str, Any] = {
     "name": None,
@@ -132,6 +134,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         vars(self).update(backbones=[], pcm=None)
         super().__post_init__(**kwargs)
         vars(self).update(backbones=backbones, pcm=pcm)
+        self.architectures = list(ARCHITECTURES)
 
         if self._attn_implementation is not None:  # one that was asked for; setting it passes it on
             self._attn_implementation = self._attn_implementation
@@ -244,7 +247,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         output = super().to_dict()
         output["backbones"] = [backbone.to_dict() for backbone in self.backbones]
         output["auto_map"] = dict(AUTO_MAP)
-        output["architectures"] = ["AutoModelForCausalLM"]  # `transformers serve` takes the name from the library
+        output["architectures"] = list(ARCHITECTURES)
         return output
 
     def _part_sizes(self) -> dict[str, int]:

@@ -3,11 +3,26 @@
 from transformers.utils.versions import require_version
 
 # The lower bounds of pyproject.toml; tests/oldest_versions.py runs the tests with them.
-OLDEST = {"torch": "2.11", "transformers": "5.21", "huggingface_hub": "1.31", "filelock": "3.24"}
+OLDEST = {"torch": "2.11", "transformers": "5.19", "huggingface_hub": "1.31", "filelock": "3.24"}
+OLDEST_TO_RUN = "5.21"  # the first transformers whose models predict from positions of each row's own
 OLDEST_TO_COMPILE = "2.13"  # the first torch whose `torch.compile` takes `isolate_recompiles`
 
 for _name, _version in OLDEST.items():
     require_version(f"{_name}>={_version}", f"Run `pip install -U {_name}` to use a PCM ensemble.")
+
+
+def check_runs():
+    """
+    Check that models can run with the transformers that is installed. An older one reads configurations and
+    preferences, which is all that vLLM needs of it.
+
+    Raises:
+        ImportError: if it is older than 5.21.
+    """
+    require_version(
+        f"transformers>={OLDEST_TO_RUN}",
+        "Run `pip install -U transformers` to run an ensemble in this process; vLLM serves one with what it installs.",
+    )
 
 
 def check_compiles():
@@ -23,4 +38,4 @@ def check_compiles():
     )
 
 
-__all__ = ["OLDEST", "OLDEST_TO_COMPILE", "check_compiles"]
+__all__ = ["OLDEST", "OLDEST_TO_COMPILE", "OLDEST_TO_RUN", "check_compiles", "check_runs"]

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import CompileConfig, DynamicCache, PreTrainedModel
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, modeling_utils
 from transformers.utils import ModelOutput
 
 from .compile_steps import CompiledStep
@@ -18,6 +17,7 @@ from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .lora import AdapterSelection, LoraBank, clear_traced, run_traced
 from .memory import LayerStates, Memory
 from .prefix_store import PrefixStore, Reading
+from .requirements import check_runs
 from .rows import Rows, SubmodelInputs, equal_rows, stack_padded
 from .weight_changes import WeightSnapshot
 
@@ -67,6 +67,7 @@ class Submodel:
     """
 
     def __init__(self, config: PCMEnsembleConfig, has_lm_head: bool, bank: LoraBank | None = None):
+        check_runs()
         self.config = config
         self.has_lm_head = has_lm_head
         self.bank = bank
@@ -152,7 +153,7 @@ class Submodel:
             memory.length += num_tokens
         if self.has_lm_head:
             return SubmodelOutput(output["logits"], output)
-        return SubmodelOutput(slice_logits_to_keep(output["last_hidden_state"], kept), output)
+        return SubmodelOutput(modeling_utils.slice_logits_to_keep(output["last_hidden_state"], kept), output)
 
     # Prefixes
 

