@@ -1,5 +1,6 @@
 """Makes the ensemble known to vLLM. Runs in each of its processes, and leaves other models as they are."""
 
+import functools
 import json
 
 from transformers import AutoConfig
@@ -49,6 +50,7 @@ def _salt_with_preferences():
     """
     make_request = Request.from_engine_core_request.__func__
 
+    @functools.wraps(make_request)
     def from_engine_core_request(cls, request, block_hasher):
         if (wish := asked_for(request.sampling_params)) is not None:
             request.cache_salt = json.dumps([request.cache_salt, wish], sort_keys=True)

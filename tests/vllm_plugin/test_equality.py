@@ -1,0 +1,82 @@
+"""What vLLM answers equals what `generate` answers, token by token, whatever the engine does to requests."""
+
+import pytest
+from conftest import ask, check_equal, engine, metric, references
+from vllm.sampling_params import StructuredOutputsParams
+
+ENSEMBLES = ("probabilities", "top-k", "logits", "product", "product-top-k", "reference", "adapters", "qwen2", "zeroed")
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_requests_of_mixed_preferences_in_one_batch_are_answered_as_by_generate(name):
+    asked = references(name)
+    assert len(asked) == 24
+    with engine(name) as llm:
+        check_equal(ask(llm, asked), asked)
+
+
+@pytest.mark.parametrize("name", ["smollm2-probabilities", "smollm2-adapters"])
+def test_the_real_ensemble_is_answered_as_by_generate(name):
+    asked = references(name)
+    with engine(name) as llm:
+        check_equal(ask(llm, asked), asked)
+
+
+@pytest.mark.parametrize("name", ["probabilities", "product", "adapters"])
+def test_chunks_and_cached_prefixes_change_nothing(name):
+    asked = references(name)
+    with engine(name, max_num_batched_tokens=100, block_size=32) as llm:
+        check_equal(ask(llm, asked), asked)
+        first = metric(llm, "prefix_cache_hits")
+        check_equal(ask(llm, asked), asked)
+        assert metric(llm, "prefix_cache_hits") > first
+
+
+@pytest.mark.parametrize("name", ["probabilities", "adapters"])
+def test_preempted_requests_go_on_as_they_were(name):
+    asked = [reference for reference in references(name) if len(reference.prompt) == 64]
+    few = {"max_model_len": 96, "block_size": 32, "num_gpu_blocks_override": 7}
+    with engine(name, **few, enable_prefix_caching=False) as llm:
+        check_equal(ask(llm, asked), asked)
+        assert metric(llm, "num_preemptions") > 0
+
+
+@pytest.mark.parametrize("name", ["probabilities", "adapters"])
+def test_two_processes_that_share_every_layer_answer_the_same(name, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    asked = references(name)
+    with engine(name, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        check_equal(ask(llm, asked), asked)
+
+
+def test_one_slot_serves_requests_for_one_expert():
+    asked = [reference for reference in references("probabilities") if reference.extra_args == {"preference": "kind"}]
+    assert asked
+    with engine("probabilities", additional_config={"expert_slots": 1}) as llm:
+        check_equal(ask(llm, asked), asked)
+
+
+@pytest.mark.parametrize("name", ["probabilities", "product", "adapters"])
+def test_compiled_steps_answer_the_same(name):
+    asked = references(name)
+    with engine(name, enforce_eager=False) as llm:
+        check_equal(ask(llm, asked), asked)
+
+
+@pytest.mark.parametrize("name", ["probabilities", "product", "adapters"])
+def test_prompts_are_scored_as_by_forward(name):
+    asked = references(name)[:9]
+    with engine(name, enable_prefix_caching=False) as llm:
+        answers = ask(llm, asked, prompt_logprobs=0, max_tokens=1)
+    for answer, reference in zip(answers, asked, strict=True):
+        found = [entry[token].logprob for entry, token in zip(answer.prompt_logprobs[1:], reference.prompt[1:])]
+        assert found == pytest.approx(reference.prompt_logprobs, abs=1e-4)
+
+
+def test_a_grammar_finds_its_tokens_beyond_what_experts_keep():
+    choices = ["zebra", "quick"]
+    with engine("top-k") as llm:
+        answers = ask(
+            llm, references("top-k")[:6], max_tokens=16, ignore_eos=False, structured_outputs=StructuredOutputsParams(choice=choices)
+        )
+    assert all(answer.outputs[0].text in choices for answer in answers)

@@ -1,0 +1,43 @@
+"""What cannot be served is refused by name before anything is loaded."""
+
+import json
+
+import pytest
+from conftest import REFERENCES, engine
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"enable_lora": True}, "is not served with `--enable-lora`", id="lora"),
+        pytest.param({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "is not served with pipeline parallelism", id="pipeline"),
+        pytest.param(
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "is not served with speculative decoding",
+            id="drafts",
+        ),
+        pytest.param({"additional_config": {"expert_slots": 9}}, "must be a whole number from 1 to 4", id="slots"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name_before_anything_is_loaded(options, message):
+    with pytest.raises(ValueError, match=message), engine("probabilities", **options):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda config: config["backbones"].append(config["backbones"][0]), "2 backbones", id="backbones"),
+        pytest.param(lambda config: config["experts"][1].update(prompt_ids=[5, 6]), "kind read a prompt", id="prompts"),
+    ],
+)
+def test_an_ensemble_that_cannot_be_served_is_refused_by_name(change, message, tmp_path):
+    folder = REFERENCES / "probabilities"
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message), engine(str(tmp_path.resolve())):
+        pass
