@@ -28,6 +28,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do th
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
+collect_ignore = ["vllm_plugin"]  # in an environment of its own: tests/vllm_plugin/run
+
 VOCAB = 99
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

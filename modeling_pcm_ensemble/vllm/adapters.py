@@ -61,8 +61,8 @@ def read_parts(config: PCMEnsembleConfig, tensors: Mapping[str, torch.Tensor]) -
 
 class AdapterMasks:
     r"""
-    How much every column of the adapters' low-rank spaces counts in each row, in buffers that stay where they are: code
-    that is compiled or captured reads them.
+    How much every column of the adapters' low-rank spaces counts in each row, in buffers that stay where they are:
+    code that is compiled or captured reads them.
 
     Args:
         most_rows (`int`): of a step.
@@ -102,13 +102,16 @@ class PackedAdapters(nn.Module):
     def __init__(self, layer: LinearBase, layer_names: list[str], parts: list[Part], masks: AdapterMasks):
         super().__init__()
         columns = [(part.expert, part.scale) for part in parts for _ in range(len(part.lora_A))]
-        self.register_buffer("mask", masks.of(columns), persistent=False)
+        self.mask: torch.Tensor
+        self.register_buffer("mask", masks.of(columns), persistent=False)  # (most rows, columns)
         self.sums_inputs = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
 
         like = masks.like
         lora_A = torch.cat([part.lora_A for part in parts]).to(**like)  # noqa: N806  (columns, in)
         self.lora_A = nn.Parameter(lora_A.new_zeros(len(columns), layer.input_size_per_partition), requires_grad=False)
-        self.lora_B = nn.Parameter(lora_A.new_zeros(layer.output_size_per_partition, len(columns)), requires_grad=False)
+        self.lora_B = nn.Parameter(
+            lora_A.new_zeros(layer.output_size_per_partition, len(columns)), requires_grad=False
+        )
 
         # The layer's own loader knows where in it a layer of transformers lies, and which share is this process's.
         if isinstance(layer, RowParallelLinear):
@@ -160,7 +163,7 @@ def attach_adapters(model: nn.Module, parts: Mapping[str, list[Part]], masks: Ad
     Raises:
         ValueError: if vLLM's model has no such layer, or it is none that an adapter can be on.
     """
-    packed_in = {}  # transformers' layer → vLLM's, and the layers that are in that
+    packed_in: dict[str, tuple[str, list[str]]] = {}  # transformers' layer → vLLM's, and the layers that are in that
     for packed, names in getattr(model, "packed_modules_mapping", {}).items():
         packed_in |= {name: (packed, list(names)) for name in names}
 

@@ -1,7 +1,8 @@
-"""Attention of an ensemble's parts in vLLM: of several experts at once, and of a PCM that reads a description first."""
+"""Attention in vLLM: of several experts at once, and of a PCM that reads a description first."""
 
 import functools
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,8 +52,8 @@ def attention_layers(model: nn.Module) -> list[Attention]:
 
 def widen_attention(model: nn.Module, slots: int, is_active: "ActiveRows"):
     r"""
-    Let attention layers that were made for the heads of all slots side by side take and give rows of one slot each: the
-    slots of a token read the same pages, by the same metadata, in one call.
+    Let attention layers that were made for the heads of all slots side by side take and give rows of one slot each:
+    the slots of a token read the same pages, by the same metadata, in one call.
 
     Args:
         model (`nn.Module`): vLLM's, made inside [`attention_made`] with `slots` times as many heads.
@@ -103,7 +104,9 @@ class Descriptions:
     """
 
     def __init__(self):
-        self.states: OrderedDict[Description, list[torch.Tensor]] = OrderedDict()  # by layer (kv heads, tokens, 2 · dim)
+        self.states: OrderedDict[Description, list[torch.Tensor]] = (
+            OrderedDict()
+        )  # by layer (kv heads, tokens, 2 · dim)
         self.wanted: list[Description] = []  # of each request of the step
         self.recorded: list[torch.Tensor] | None = None
         self._plan: tuple[Any, StepPlan] | None = None
@@ -150,7 +153,7 @@ class StepPlan:
 
     def __init__(self, metadata, wanted: list[Description]):
         starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-        counts = [end - start for start, end in zip(starts, starts[1:])]
+        counts = [end - start for start, end in itertools.pairwise(starts)]
         self.single = [row for row, count in enumerate(counts) if count == 1]
         self.longer = [(row, starts[row], counts[row], lengths[row]) for row, count in enumerate(counts) if count > 1]
         if not self.single:
@@ -215,7 +218,9 @@ def reading_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
         def _read_one_token(self, query, kv_cache, block_table, plan: StepPlan, output):
             pages = block_table[plan.rows, : -(-plan.longest // kv_cache.shape[2])].long()
-            states = kv_cache[pages].transpose(1, 2).flatten(2, 3)[:, :, : plan.longest]  # (rows, kv heads, …, 2 · dim)
+            states = (
+                kv_cache[pages].transpose(1, 2).flatten(2, 3)[:, :, : plan.longest]
+            )  # (rows, kv heads, …, 2 · dim)
             if plan.width:
                 before = self.descriptions.stacked(self.number, plan.single, plan.width)
                 states = torch.cat([before, states], dim=2)
@@ -249,7 +254,7 @@ def reading_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             )
             output[:count] = read[0].transpose(0, 1)
 
-    class Backend(base):  # type: ignore[valid-type,misc]
+    class Backend(base):
         @staticmethod
         def get_impl_cls():
             return ReadingAttention

@@ -34,10 +34,10 @@ class PCMEnsembleForCausalLM(nn.Module):
     r"""
     An ensemble of LoRA experts on one backbone.
 
-    Every token is read in S slots, one for each expert that its request wants (and one for the reference of a product),
-    as rows of one batch; added adapters need one. The PCM reads every token once, behind the request's description.
-    What experts count in the prediction travels beside the hidden states, so that `compute_logits` needs nothing of the
-    batch.
+    Every token is read in S slots, one for each expert that its request wants (and one for the reference of a
+    product), as rows of one batch; added adapters need one. The PCM reads every token once, behind the request's
+    description. What experts count in the prediction travels beside the hidden states, so that `compute_logits` needs
+    nothing of the batch.
 
     Args:
         vllm_config (`VllmConfig`): the engine's.
@@ -69,7 +69,7 @@ class PCMEnsembleForCausalLM(nn.Module):
         self.masks = AdapterMasks(most_rows, self.dtype, self.device)
         self.adapters = nn.ModuleList()
 
-    def _make_backbone(self, prefix: str) -> nn.Module:
+    def _make_backbone(self, prefix: str) -> Any:  # vLLM's models have methods that no class of theirs declares
         def widen(arguments: dict[str, Any]):
             kv_heads = arguments.get("num_kv_heads") or arguments["num_heads"]
             arguments |= {"num_heads": arguments["num_heads"] * self.slots, "num_kv_heads": kv_heads * self.slots}
@@ -83,7 +83,7 @@ class PCMEnsembleForCausalLM(nn.Module):
         widen_attention(model, self.slots, self.active)
         return model
 
-    def _make_pcm(self, prefix: str) -> nn.Module:
+    def _make_pcm(self, prefix: str) -> Any:
         def read_first(arguments: dict[str, Any]):
             cache_dtype = self.vllm_config.cache_config.cache_dtype
             base = get_attn_backend(arguments["head_size"], torch.get_default_dtype(), cache_dtype)
@@ -236,7 +236,8 @@ class PCMEnsembleForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; of a thin one, the backbone from where that is."""
         if self.config.thin is not None:
-            weights = whole_state(self.config.thin, self.vllm_config.model_config.model).items()
+            source, cache = self.vllm_config.model_config, self.vllm_config.load_config.download_dir
+            weights = whole_state(self.config.thin, source.model, revision=source.revision, cache_dir=cache).items()
 
         parts: dict[str, dict[str, torch.Tensor]] = {BACKBONE: {}, ADAPTER: {}, PCM_BODY: {}, PCM_HEAD: {}}
         for name, tensor in weights:

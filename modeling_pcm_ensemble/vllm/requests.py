@@ -1,7 +1,7 @@
 """What each request asks for: from `SamplingParams.extra_args` to tensors that the model reads at every step."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..preference import Preference, description_of
@@ -204,21 +205,25 @@ class RequestTable:
         return Batch(self.weights[index], self.slots[index], descriptions, self.offsets[index])
 
 
-class PreferenceProcessor(LogitsProcessor):
-    """Changes no logits. vLLM's V1 runner tells a logits processor, before each forward pass, who stands where."""
+class RequestCheck:
+    """Checks requests where they arrive: what raises there is answered with 400; in the engine it would end that."""
 
-    reader: ClassVar[WishReader | None] = None  # where requests arrive
+    reader: ClassVar[WishReader | None] = None  # of the engine, where its requests arrive
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams):
         """
-        Check a request where it arrives: what raises here is answered with 400; in the engine it would end that.
+        Check a request.
 
         Raises:
             ValueError: as [`WishReader.read`].
         """
         if cls.reader is not None:
             cls.reader.read(sampling_params)
+
+
+class PreferenceProcessor(RequestCheck, LogitsProcessor):
+    """Changes no logits. vLLM's V1 runner tells a logits processor, before each forward pass, who stands where."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
         self.table = RequestTable.of(vllm_config, device)
@@ -239,23 +244,36 @@ class PreferenceProcessor(LogitsProcessor):
         return logits
 
 
+class PreferenceProcessorV2(RequestCheck, LogitsProcessorV2):
+    """Changes no logits. The V2 runner tells [`~model_state.EnsembleModelState`] of requests."""
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        return False  # `apply` has nothing to do for it
+
+    def apply(self, logits: torch.Tensor, ctx) -> torch.Tensor:
+        return logits
+
+
 class _Processors:
     """
     Processors by name, which is how vLLM hands them from process to process. Where requests arrive, a name is of an
     engine's own processor, which knows its ensemble; elsewhere, of one that learns it from the engine.
     """
 
-    def __getattr__(self, name: str) -> type[LogitsProcessor]:
-        if not name.startswith("engine_"):
-            raise AttributeError(name)
-        return PreferenceProcessor
+    def __getattr__(self, name: str) -> type[RequestCheck]:
+        for runner, processor in RUNNERS.items():
+            if name.startswith(f"{runner}_"):
+                return processor
+        raise AttributeError(name)
 
 
+RUNNERS: dict[str, type[RequestCheck]] = {"v1": PreferenceProcessor, "v2": PreferenceProcessorV2}
 PROCESSORS = _Processors()
 
 
 def front_end_processor(vllm_config: VllmConfig) -> str:
     """Make the processor that checks an engine's requests, and return the name that vLLM finds it by."""
-    name = f"engine_{len(vars(PROCESSORS))}"
-    setattr(PROCESSORS, name, type(name, (PreferenceProcessor,), {"reader": WishReader(vllm_config)}))
+    runner = "v2" if vllm_config.use_v2_model_runner else "v1"
+    name = f"{runner}_{len(vars(PROCESSORS))}"
+    setattr(PROCESSORS, name, type(name, (RUNNERS[runner],), {"reader": WishReader(vllm_config)}))
     return f"{__name__}:PROCESSORS.{name}"

@@ -3,10 +3,9 @@
 import vllm
 from vllm.config import VllmConfig
 
-from ..configuration_pcm_ensemble import ADAPTERS, PRODUCT, PCMEnsembleConfig
+from ..configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
 
 SUPPORTED = "0.32"  # the minor version of vLLM whose internals this plugin is made for
-SETTINGS = ("expert_slots",)  # of `additional_config`
 
 
 def slots_of(vllm_config: VllmConfig) -> int | None:

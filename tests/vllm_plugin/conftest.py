@@ -1,4 +1,4 @@
-"""Engines of vLLM in this process, one at a time, and what `references.py` has written with the library's own models."""
+"""Engines of vLLM in this process, one at a time, and what `references.py` has written."""
 
 import gc
 import json
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 os.environ |= {
+    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
 }
 REFERENCES = Path(os.environ.get("VLLM_REFERENCES", "build/vllm"))
 
@@ -38,7 +38,7 @@ def references(name: str) -> list[Reference]:
 
 @contextmanager
 def engine(name: str, **options) -> Iterator:
-    """An engine of float32 that serves an ensemble, eager unless `options` say otherwise."""
+    """An engine of float32 that serves an ensemble, by its name here or elsewhere; eager unless `options` differ."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -50,7 +50,8 @@ def engine(name: str, **options) -> Iterator:
         "disable_log_stats": False,
     }
     try:
-        yield LLM(str(REFERENCES / name), **defaults | options)
+        folder = REFERENCES / name
+        yield LLM(str(folder) if folder.exists() else name, **defaults | options)
     finally:
         gc.collect()  # an engine that is still there would take the next one's process groups along
         cleanup_dist_env_and_memory()

@@ -9,6 +9,8 @@ ensemble, its checkpoint and `<name>.json`: a list of requests with `extra_args`
 """
 
 import json
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 from conftest import tiny_llama, tiny_qwen2, tiny_tokenizer  # noqa: E402
+from local_hub import LocalHub, client_environment  # noqa: E402
 from test_lora import peft_adapter  # noqa: E402
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo  # noqa: E402
@@ -56,7 +59,7 @@ def prompts() -> list[list[int]]:
     return texts
 
 
-def make_ensemble(backbone, folder: Path, **options) -> PCMEnsembleForCausalLM:
+def make_ensemble(backbone, folder: Path, repository: str | None = None, **options) -> PCMEnsembleForCausalLM:
     """Three adapters of unlike ranks, scales and layers on one backbone, and the backbone itself."""
     backbone.save_pretrained(folder / "backbone")
     adapters = {
@@ -66,7 +69,7 @@ def make_ensemble(backbone, folder: Path, **options) -> PCMEnsembleForCausalLM:
     }
     experts = {}
     for seed, name in enumerate(NAMES):
-        experts[name] = {"model": backbone, "description": f"Be {name}."}
+        experts[name] = {"model": repository or backbone, "description": f"Be {name}."}
         if name in adapters:
             experts[name]["adapter"] = peft_adapter(folder / name, backbone, seed, **adapters[name])
 
@@ -112,6 +115,25 @@ def write(model: PCMEnsembleForCausalLM, folder: Path, name: str, asked: list[di
     (folder / f"{name}.json").write_text(json.dumps(lines))
 
 
+def push(folder: Path):
+    """Push a thin checkpoint, in a process that knows a Hub."""
+    model = make_ensemble(tiny_llama(1, **SIZES), folder / "parts" / "thin", "someone/base")
+    model.push_to_hub("owner/ensemble", thin=True)
+    write(model, folder, "thin", ASKED, prompts())
+
+
+def write_hub(folder: Path):
+    """Write what stands on a Hub after that."""
+    base = folder / "parts" / "base"
+    tiny_llama(1, **SIZES).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    with LocalHub() as hub:
+        hub.add("someone/base", base)
+        command = [sys.executable, __file__, str(folder), "--push"]
+        subprocess.run(command, env=client_environment(hub, folder / "parts" / "home", "hf_owner"), check=True)
+        (folder / "hub.pickle").write_bytes(pickle.dumps(hub.repositories))
+
+
 def main(folder: Path):
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +162,9 @@ def main(folder: Path):
         asked = [{"preference": {"elementary": 1.0, "friendly": 0.5}}, {"preference_text": "Be very concise."}]
         write(model, folder, f"smollm2-{merge}", asked, texts)
 
+    write_hub(folder)
+
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    work = push if "--push" in sys.argv else main
+    work(Path(sys.argv[1]))

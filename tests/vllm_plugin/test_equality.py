@@ -4,10 +4,11 @@ import pytest
 from conftest import ask, check_equal, engine, metric, references
 from vllm.sampling_params import StructuredOutputsParams
 
-ENSEMBLES = ("probabilities", "top-k", "logits", "product", "product-top-k", "reference", "adapters", "qwen2", "zeroed")
+MIXTURES = ["probabilities", "top-k", "logits", "qwen2", "zeroed"]
+ADDITIVE = ["product", "product-top-k", "reference", "adapters"]
 
 
-@pytest.mark.parametrize("name", ENSEMBLES)
+@pytest.mark.parametrize("name", [*MIXTURES, *ADDITIVE])
 def test_requests_of_mixed_preferences_in_one_batch_are_answered_as_by_generate(name):
     asked = references(name)
     assert len(asked) == 24
@@ -41,7 +42,7 @@ def test_preempted_requests_go_on_as_they_were(name):
         assert metric(llm, "num_preemptions") > 0
 
 
-@pytest.mark.parametrize("name", ["probabilities", "adapters"])
+@pytest.mark.parametrize("name", ["probabilities", pytest.param("adapters", marks=pytest.mark.slow)])
 def test_two_processes_that_share_every_layer_answer_the_same(name, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     asked = references(name)
@@ -56,7 +57,7 @@ def test_one_slot_serves_requests_for_one_expert():
         check_equal(ask(llm, asked), asked)
 
 
-@pytest.mark.parametrize("name", ["probabilities", "product", "adapters"])
+@pytest.mark.parametrize("name", ["probabilities", "adapters", pytest.param("product", marks=pytest.mark.slow)])
 def test_compiled_steps_answer_the_same(name):
     asked = references(name)
     with engine(name, enforce_eager=False) as llm:
@@ -75,8 +76,7 @@ def test_prompts_are_scored_as_by_forward(name):
 
 def test_a_grammar_finds_its_tokens_beyond_what_experts_keep():
     choices = ["zebra", "quick"]
+    grammar = {"structured_outputs": StructuredOutputsParams(choice=choices), "ignore_eos": False}
     with engine("top-k") as llm:
-        answers = ask(
-            llm, references("top-k")[:6], max_tokens=16, ignore_eos=False, structured_outputs=StructuredOutputsParams(choice=choices)
-        )
+        answers = ask(llm, references("top-k")[:6], max_tokens=16, **grammar)
     assert all(answer.outputs[0].text in choices for answer in answers)

@@ -10,7 +10,11 @@ from conftest import REFERENCES, engine
     ("options", "message"),
     [
         pytest.param({"enable_lora": True}, "is not served with `--enable-lora`", id="lora"),
-        pytest.param({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "is not served with pipeline parallelism", id="pipeline"),
+        pytest.param(
+            {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+            "is not served with pipeline parallelism",
+            id="pipeline",
+        ),
         pytest.param(
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "is not served with speculative decoding",
@@ -27,8 +31,8 @@ def test_what_cannot_be_served_is_refused_by_name_before_anything_is_loaded(opti
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda config: config["backbones"].append(config["backbones"][0]), "2 backbones", id="backbones"),
-        pytest.param(lambda config: config["experts"][1].update(prompt_ids=[5, 6]), "kind read a prompt", id="prompts"),
+        pytest.param(lambda c: c["backbones"].append(c["backbones"][0]), "2 backbones", id="backbones"),
+        pytest.param(lambda c: c["experts"][1].update(prompt_ids=[5, 6]), "kind read a prompt", id="prompts"),
     ],
 )
 def test_an_ensemble_that_cannot_be_served_is_refused_by_name(change, message, tmp_path):

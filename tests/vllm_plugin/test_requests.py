@@ -33,6 +33,7 @@ def engine_config(name: str = "probabilities", **additional) -> SimpleNamespace:
         additional_config=additional,
         scheduler_config=SimpleNamespace(max_num_seqs=PLACES),
         compilation_config=SimpleNamespace(static_forward_context={}),
+        use_v2_model_runner=False,
     )
 
 
@@ -109,7 +110,7 @@ def test_each_engine_of_a_process_checks_by_its_own_ensemble():
     with pytest.raises(ValueError, match="at least 0"):
         getattr(PROCESSORS, one.rpartition(".")[2]).validate_params(below_zero)
     getattr(PROCESSORS, other.rpartition(".")[2]).validate_params(below_zero)
-    assert issubclass(PROCESSORS.engine_of_another_process, PreferenceProcessor)
+    assert issubclass(PROCESSORS.v1_of_another_process, PreferenceProcessor)
 
 
 def test_a_mapping_says_the_same_as_json_in_a_string(processor):

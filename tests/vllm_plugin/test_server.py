@@ -30,7 +30,13 @@ def url(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(REFERENCES / "probabilities")]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(REFERENCES / "probabilities"),
+    ]
     command += ["--served-model-name", "ensemble", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager"]
     log = tmp_path_factory.mktemp("server") / "log"
@@ -129,10 +135,10 @@ def test_clients_that_go_away_leave_nothing_behind(url):
     body = {"model": "ensemble", "prompt": reference.prompt, "max_tokens": 200, "ignore_eos": True, "stream": True}
 
     async def leave():
-        async with httpx.AsyncClient(timeout=60) as client:
-            async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
-                async for _ in response.aiter_lines():
-                    return
+        address = f"{url}/v1/completions"
+        async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", address, json=body) as response:
+            async for _ in response.aiter_lines():
+                return
 
     async def leave_all():
         await asyncio.gather(*(leave() for _ in range(8)))
