@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.utils import set_weight_attrs
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..lora import LoraBank, adapted_layers
@@ -106,34 +104,33 @@ class PackedAdapters(nn.Module):
         self.register_buffer("mask", masks.of(columns), persistent=False)  # (most rows, columns)
         self.sums_inputs = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
 
+        # vLLM's own layers: once loaded, it packs their weights for the processor.
         like = masks.like
-        lora_A = torch.cat([part.lora_A for part in parts]).to(**like)  # noqa: N806  (columns, in)
-        self.lora_A = nn.Parameter(lora_A.new_zeros(len(columns), layer.input_size_per_partition), requires_grad=False)
-        self.lora_B = nn.Parameter(
-            lora_A.new_zeros(layer.output_size_per_partition, len(columns)), requires_grad=False
-        )
+        num_in, num_out = layer.input_size_per_partition, layer.output_size_per_partition
+        self.lora_A = ReplicatedLinear(num_in, len(columns), bias=False, params_dtype=like["dtype"])
+        self.lora_B = ReplicatedLinear(len(columns), num_out, bias=False, params_dtype=like["dtype"])
 
         # The layer's own loader knows where in it a layer of transformers lies, and which share is this process's.
+        lora_A = torch.cat([part.lora_A for part in parts]).to(**like)  # noqa: N806  (columns, in)
         if isinstance(layer, RowParallelLinear):
-            set_weight_attrs(self.lora_A, {"input_dim": 1})
-            layer.weight_loader(self.lora_A, lora_A)
-            self.lora_B.copy_(_side_by_side(parts, parts[0].layer).to(**like))
+            layer.weight_loader(self.lora_A.weight, lora_A)
+            self.lora_B.weight.data.copy_(_side_by_side(parts, parts[0].layer))
             return
-        self.lora_A.copy_(lora_A)
-        set_weight_attrs(self.lora_B, {"output_dim": 0})
+        self.lora_A.weight.data.copy_(lora_A)
+        self.lora_B.weight.data.zero_()
         for place, name in enumerate(layer_names):
             if any(part.layer == name for part in parts):
                 shard: list[Any] = [] if len(layer_names) == 1 else [_shard_id(layer, place)]
-                layer.weight_loader(self.lora_B, _side_by_side(parts, name).to(**like), *shard)
+                layer.weight_loader(self.lora_B.weight, _side_by_side(parts, name).to(**like), *shard)
 
     def add_to_output(self, layer: nn.Module, inputs: tuple, output: tuple) -> tuple:
         """Add B A x to the layer's output; a forward hook."""
         hidden_states = inputs[0]
-        low = linear(hidden_states, self.lora_A)  # (rows, columns)
+        low, _ = self.lora_A(hidden_states)  # (rows, columns)
         if self.sums_inputs:
             low = tensor_model_parallel_all_reduce(low)
-        low = low * self.mask[: hidden_states.shape[0]]
-        return torch.addmm(output[0], low, self.lora_B.T), *output[1:]
+        added, _ = self.lora_B(low * self.mask[: hidden_states.shape[0]])
+        return output[0] + added, *output[1:]
 
 
 def _side_by_side(parts: Iterable[Part], layer: str) -> torch.Tensor:
