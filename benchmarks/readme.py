@@ -9,7 +9,7 @@ from statistics import fmean
 from modeling_pcm_ensemble.tables import percent_interval, signed_interval, table
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "examples/smollm2/artifacts/README.md")
+DOCUMENTS = ("README.md", "examples/smollm2/artifacts/README.md", "examples/serving/README.md")
 
 
 def add_arguments(parser):
@@ -225,6 +225,7 @@ TABLES = {  # by marker: the results, and the table of them
     "decode-llama-16x1280": ("benchmarks/results/decode-llama-16x1280.json", decode_table),
     "scaling": ("benchmarks/results/scaling.json", scaling_table),
     "serve": ("benchmarks/results/serve.json", serve_table),
+    "engine": ("benchmarks/results/engine.json", decode_table),
     "training": ("benchmarks/results/training-llama-2x1024.json", training_table),
     "experts": ("examples/smollm2/artifacts/report.json", experts_table),
     "pcm": ("examples/smollm2/artifacts/evaluation.json", pcm_table),

