@@ -36,8 +36,8 @@ def check_engine(vllm_config: VllmConfig):
         )
     if not current_platform.is_cpu():
         raise ValueError(
-            f"An ensemble is served by vLLM on CPUs so far, and this is {current_platform.device_name}: how its PCM reads "
-            "keys and values was never run on a GPU. Use `transformers serve` there."
+            f"An ensemble is served by vLLM on CPUs so far, and this is {current_platform.device_name}: how its PCM "
+            "reads keys and values was never run on a GPU. Use `transformers serve` there."
         )
     _check_ensemble(vllm_config.model_config.hf_config)
     _check_settings(vllm_config)
