@@ -1,7 +1,7 @@
 """The ensemble as a model of vLLM: one backbone on several slots of every token, the PCM, and the merge."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,15 +16,8 @@ from ..merging import ExpertLogits, mixture_log_probs
 from ..tilts import product_log_probs
 from ..weighting import joined_weights
 from .adapters import AdapterMasks, attach_adapters, read_parts
-from .attention import (
-    ActiveRows,
-    Description,
-    Descriptions,
-    attention_layers,
-    attention_made,
-    reading_backend,
-    widen_attention,
-)
+from .attention import ActiveRows, attention_layers, attention_made, widen_attention
+from .reading import Prefix, PrefixReading, reading_backend
 from .requests import Batch, RequestTable
 
 BACKBONE, ADAPTER, PCM_BODY, PCM_HEAD = "backbones.0.", "backbones.adapters.0.", "pcm.body.", "pcm.head."
@@ -32,7 +25,7 @@ BACKBONE, ADAPTER, PCM_BODY, PCM_HEAD = "backbones.0.", "backbones.adapters.0.",
 
 class PCMEnsembleForCausalLM(nn.Module):
     r"""
-    An ensemble of LoRA experts on one backbone.
+    An ensemble of experts that are adapters or prompts on one backbone.
 
     Every token is read in S slots, one for each expert that its request wants (and one for the reference of a
     product), as rows of one batch; added adapters need one. The PCM reads every token once, behind the request's
@@ -53,15 +46,17 @@ class PCMEnsembleForCausalLM(nn.Module):
         self.requests = RequestTable.of(vllm_config, self.device)
 
         self.adds_adapters = config.merge == ADAPTERS
-        experts = self.requests.reader.slots or 1
-        self.slots = experts + (config.merge == PRODUCT)
+        self.has_reference = config.merge == PRODUCT
+        self.slots = (self.requests.reader.slots or 1) + self.has_reference
         # Empty slots are left out where the number of rows may be any: a graph has one, and a GPU would be waited for.
         is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
         self.skips_empty_slots = is_eager and self.device.type == "cpu"
 
         self.active = ActiveRows()
+        self.prompts = PrefixReading(self.slots)
+        self.has_prompts = any(expert["prompt_ids"] for expert in config.experts)
         self.backbone = self._make_backbone(maybe_prefix(prefix, "backbone"))
-        self.descriptions = Descriptions()
+        self.descriptions = PrefixReading()
         self.pcm = self._make_pcm(maybe_prefix(prefix, "pcm"))
         self.pcm_head = nn.Linear(config.pcm.hidden_size, config.num_experts, bias=False)
 
@@ -78,26 +73,28 @@ class PCMEnsembleForCausalLM(nn.Module):
             if arguments.get("sinks") is not None:
                 raise ValueError("vLLM serves no ensemble whose backbone has attention sinks.")
 
+            if self.has_prompts:
+                self._let_read_first(arguments)
+
         with attention_made(widen):
             model = init_vllm_registered_model(self.vllm_config, hf_config=self.config.backbones[0], prefix=prefix)
         widen_attention(model, self.slots, self.active)
+        if self.has_prompts:
+            _tell(model, self.prompts)
         return model
 
     def _make_pcm(self, prefix: str) -> Any:
-        def read_first(arguments: dict[str, Any]):
-            cache_dtype = self.vllm_config.cache_config.cache_dtype
-            base = get_attn_backend(arguments["head_size"], torch.get_default_dtype(), cache_dtype)
-            arguments["attn_backend"] = reading_backend(base)
-
-        with attention_made(read_first):
+        with attention_made(self._let_read_first):
             model = init_vllm_registered_model(self.vllm_config, hf_config=self.config.pcm, prefix=prefix)
-        for number, layer in enumerate(attention_layers(model)):
-            layer.impl.descriptions, layer.impl.number = self.descriptions, number
-        for module in model.modules():
-            if hasattr(module, "do_not_compile"):
-                module.do_not_compile = True  # a description is read without pages, which compiled code expects
+        _tell(model, self.descriptions)
         model.lm_head = nn.Identity()  # it predicts no tokens
         return model
+
+    def _let_read_first(self, arguments: dict[str, Any]):
+        """Let an attention layer read prefixes."""
+        cache_dtype = self.vllm_config.cache_config.cache_dtype
+        base = get_attn_backend(arguments["head_size"], torch.get_default_dtype(), cache_dtype)
+        arguments["attn_backend"] = reading_backend(base)
 
     @staticmethod
     def get_model_state_cls():
@@ -137,17 +134,21 @@ class PCMEnsembleForCausalLM(nn.Module):
             self.masks.write(weights)
             return self.backbone(input_ids, positions)
 
+        if self.has_prompts:
+            self.prompts.begin(step.prompts, self._read_prompt)
         self.masks.write(self._select_rows(step.slots))
-        rows = self.active.pick(torch.arange(len(input_ids) * self.slots, device=input_ids.device)) // self.slots
-        hidden_states = self.active.spread(self.backbone(input_ids[rows], positions[rows]))
+        rows = self.active.pick(torch.arange(step.slots.numel(), device=input_ids.device))
+        tokens, offsets = rows // self.slots, step.offsets[:, 1:].flatten()[rows]
+        hidden_states = self.active.spread(self.backbone(input_ids[tokens], positions[tokens] + offsets))
 
         nothing = 0.0 if self.config.adds_up else float("-inf")
-        of_slots = weights.gather(1, step.slots.clamp(min=0)).masked_fill(step.slots < 0, nothing)
+        experts = step.slots[:, : self.slots - self.has_reference]
+        of_slots = weights.gather(1, experts.clamp(min=0)).masked_fill(experts < 0, nothing)
         of_slots = of_slots.float().contiguous().view(hidden_states.dtype)
         return torch.cat([hidden_states.view(len(input_ids), -1), of_slots], dim=1)
 
-    def _step(self, num_tokens: int, batch: Batch | None) -> "Step":
-        """What each token's request asks for."""
+    def _step(self, num_tokens: int, batch: Batch | None) -> Batch:
+        """What each token's request asks for, `(tokens, …)` in place of `(requests, …)`."""
         metadata = get_forward_context().attn_metadata
         if not metadata:  # a run that measures memory or warms up
             batch = self.requests.batch(1)
@@ -158,29 +159,32 @@ class PCMEnsembleForCausalLM(nn.Module):
             tokens = torch.arange(num_tokens, device=self.device)
             request_of = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
             request_of = request_of.clamp(max=len(batch.descriptions) - 1)  # where the batch is padded
-        return Step(batch.weights[request_of], batch.slots[request_of], batch.offsets[request_of], batch.descriptions)
+        of_tokens = {name: getattr(batch, name)[request_of] for name in ("weights", "slots", "offsets")}
+        return batch._replace(**of_tokens)
 
-    def _weights(self, input_ids: torch.Tensor, positions: torch.Tensor, step: "Step") -> torch.Tensor:
+    def _weights(self, input_ids: torch.Tensor, positions: torch.Tensor, step: Batch) -> torch.Tensor:
         self.descriptions.begin(step.descriptions, self._read_description)
-        hidden_states = self.pcm(input_ids, positions + step.offsets)
+        hidden_states = self.pcm(input_ids, positions + step.offsets[:, 0])
         opinions = self.pcm_head(hidden_states)  # (tokens, experts)
         return joined_weights(self.config, opinions[:, None], step.weights)[:, 0]
 
-    def _read_description(self, description: Description):
-        """Let the PCM's attention layers record a description's keys and values."""
-        ids = torch.tensor(description, device=self.device)
+    def _read_description(self, prefix: Prefix):
+        """Let the PCM's attention layers record a description."""
+        ids = torch.tensor(prefix.tokens, device=self.device)
         with set_forward_context(None, self.vllm_config):
             self.pcm(ids, torch.arange(len(ids), device=self.device))
 
-    def _select_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Choose the rows that run, and give the adapter of each, one-hot, `(rows, experts)`."""
-        experts = slots  # (tokens, slots)
-        if self.config.merge == PRODUCT:
-            bare = self.config.num_experts  # an adapter that nobody has
-            reference = bare if self.config.reference_index is None else self.config.reference_index
-            experts = torch.cat([slots, slots.new_full((len(slots), 1), reference)], dim=1)
+    def _read_prompt(self, prefix: Prefix):
+        """Let the backbone's attention layers record an expert's prompt, which all slots read at once."""
+        ids = torch.tensor(prefix.tokens, device=self.device)
+        self.masks.write(self._select_rows(torch.full((len(ids), self.slots), prefix.reader, device=self.device)))
+        positions = torch.arange(len(ids), device=self.device)
+        with set_forward_context(None, self.vllm_config):
+            self.backbone(ids.repeat_interleave(self.slots), positions.repeat_interleave(self.slots))
 
-        experts = experts.flatten()  # (tokens · slots,)
+    def _select_rows(self, slots: torch.Tensor) -> torch.Tensor:
+        """Choose the rows that run, of `(tokens, slots)`, and give the adapter of each, one-hot, `(rows, experts)`."""
+        experts = slots.flatten()
         index = None
         if self.skips_empty_slots and (experts < 0).any():
             index = (experts >= 0).nonzero()[:, 0]
@@ -198,7 +202,7 @@ class PCMEnsembleForCausalLM(nn.Module):
         width = self.slots * self.config.backbones[0].get_text_config().hidden_size
         weights = hidden_states[:, width:].contiguous().view(torch.float32)  # (rows, experts' slots)
         counts = weights != 0 if self.config.adds_up else weights > float("-inf")
-        if self.config.merge == PRODUCT:
+        if self.has_reference:
             counts = torch.cat([counts, counts.new_ones(len(counts), 1)], dim=1)
 
         # Slot by slot, what counts alone goes through the LM head.
@@ -216,14 +220,14 @@ class PCMEnsembleForCausalLM(nn.Module):
         for slot, (of_slot, rows) in enumerate(zip(logits.split(sizes), row_of.split(sizes))):
             if len(rows) == 0:
                 continue
-            expert = None if self.config.merge == PRODUCT and slot == self.slots - 1 else slot
+            expert = None if self.has_reference and slot == self.slots - 1 else slot
             entries.append(ExpertLogits(expert, None if len(rows) == len(counts) else rows, of_slot[:, None]))
         return entries
 
     def _merge(self, entries: list[ExpertLogits], weights: torch.Tensor) -> torch.Tensor:
         """Merge as the ensemble does; each row of logits is a batch row of one position, each slot an expert."""
         config, weights = self.config, weights[:, None]
-        if config.merge == PRODUCT:
+        if self.has_reference:
             return product_log_probs(entries, weights, None, config.expert_top_k)[:, 0]
         return mixture_log_probs(entries, weights, config.merge, config.expert_top_k, exact=False)[:, 0]
 
@@ -257,18 +261,10 @@ class PCMEnsembleForCausalLM(nn.Module):
         return loaded | set(own)
 
 
-class Step(NamedTuple):
-    r"""
-    What the requests of new tokens ask for.
-
-    Args:
-        weights (`torch.FloatTensor` of shape `(tokens, experts)`): the user's.
-        slots (`torch.LongTensor` of shape `(tokens, slots)`): the expert in each slot, -1 in an empty one.
-        offsets (`torch.LongTensor` of shape `(tokens,)`): tokens that the PCM reads before the context.
-        descriptions (`list[Description]`): of each request.
-    """
-
-    weights: torch.Tensor
-    slots: torch.Tensor
-    offsets: torch.Tensor
-    descriptions: list[Description]
+def _tell(model: nn.Module, reading: PrefixReading):
+    """Tell attention layers what they read first. Prefixes are read without pages, which compiled code expects."""
+    for number, layer in enumerate(attention_layers(model)):
+        layer.impl.reading, layer.impl.number = reading, number
+    for module in model.modules():
+        if hasattr(module, "do_not_compile"):
+            vars(module)["do_not_compile"] = True

@@ -11,8 +11,9 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from ..configuration_pcm_ensemble import PCMEnsembleConfig
+from ..configuration_pcm_ensemble import PRODUCT, PCMEnsembleConfig
 from ..preference import Preference, description_of
+from .reading import Prefix, Prefixes
 from .settings import slots_of
 
 KEYS = ("preference", "preference_text", "preference_ids")
@@ -27,13 +28,21 @@ class Wish(NamedTuple):
 
     Args:
         weights (`list[float]`): of every expert, 0 where it does not run.
-        slots (`list[int]`): the expert in each slot, -1 in an empty one.
-        description (`tuple[int, ...]`): tokens that the PCM reads first.
+        slots (`list[int]`): the expert in each slot, -1 in an empty one; last, for a product, the reference, which is
+            no expert's number where it is the bare backbone.
+        description (`Prefixes`): what the PCM reads first.
+        prompts (`Prefixes`): what each slot reads first.
     """
 
     weights: list[float]
     slots: list[int]
-    description: tuple[int, ...]
+    description: Prefixes
+    prompts: Prefixes
+
+    @property
+    def offsets(self) -> list[int]:
+        """Tokens that the PCM, and then each slot, reads first."""
+        return [len(prefix.tokens) for prefix in (*self.description, *self.prompts)]
 
 
 def asked_for(params: SamplingParams | None) -> dict[str, Any] | None:
@@ -72,6 +81,10 @@ class WishReader:
             self._known[key] = self._read(**asked)
         return self._known[key]
 
+    def read_first_expert(self) -> Wish:
+        """Return what wants the first expert that may have a weight, alone."""
+        return self._as_wish(Preference.parse(self.config.weighted_names[0], self.config.expert_names))
+
     def _check_names(self, params: SamplingParams | None):
         extra_args = (params.extra_args if params is not None else None) or {}
         if unknown := [name for name in extra_args if name.startswith("preference") and name not in KEYS]:
@@ -96,8 +109,9 @@ class WishReader:
     def _as_wish(self, preference: Preference) -> Wish:
         weights = [preference.weights.get(name, 0.0) for name in self.config.expert_names]
         active = [index for index, weight in enumerate(weights) if weight]
-        if self.slots is None:
-            return Wish(weights, [], description_of(self.config, preference))
+        description = (Prefix(0, tuple(description_of(self.config, preference))),)
+        if self.slots is None:  # all adapters in one row
+            return Wish(weights, [-1], description, (Prefix(-1, ()),))
 
         if len(active) > self.slots:
             raise ValueError(
@@ -105,14 +119,23 @@ class WishReader:
                 f"{self.slots} for a request. Ask for fewer, or start it with more `expert_slots`."
             )
         slots = active + [-1] * (self.slots - len(active))
-        return Wish(weights, slots, description_of(self.config, preference))
+        if self.config.merge == PRODUCT:
+            reference = self.config.reference_index
+            slots.append(self.config.num_experts if reference is None else reference)
+        return Wish(weights, slots, description, tuple(map(self._prompt_of, slots)))
+
+    def _prompt_of(self, expert: int) -> Prefix:
+        """What an expert reads first; nothing in an empty slot and before the bare backbone."""
+        has_one = 0 <= expert < self.config.num_experts
+        return Prefix(expert, tuple(self.config.experts[expert]["prompt_ids"]) if has_one else ())
 
     def _check_room(self, wish: Wish):
         limit = getattr(self.config.pcm.get_text_config(), "max_position_embeddings", None)
-        longest = self.model_config.max_model_len + len(wish.description)
+        num_tokens = len(wish.description[0].tokens)
+        longest = self.model_config.max_model_len + num_tokens
         if limit is not None and longest > limit:
             raise ValueError(
-                f"The description has {len(wish.description)} tokens, which the PCM has no room for: it reads "
+                f"The description has {num_tokens} tokens, which the PCM has no room for: it reads "
                 f"{limit} tokens, of which this engine's `max_model_len` takes {self.model_config.max_model_len}. "
                 "Use a shorter text, or start the engine with a smaller one."
             )
@@ -131,15 +154,17 @@ class Batch(NamedTuple):
 
     Args:
         weights (`torch.FloatTensor` of shape `(requests, experts)`): the user's.
-        slots (`torch.LongTensor` of shape `(requests, slots)`): the expert in each slot, -1 in an empty one.
-        descriptions (`list[tuple[int, ...]]`): what the PCM reads first.
-        offsets (`torch.LongTensor` of shape `(requests,)`): their lengths.
+        slots (`torch.LongTensor` of shape `(requests, slots)`): the expert in each slot, see [`Wish`].
+        offsets (`torch.LongTensor` of shape `(requests, 1 + slots)`): tokens that the PCM, and then each slot, reads
+            first.
+        descriptions, prompts (`list[Prefixes]`): those.
     """
 
     weights: torch.Tensor
     slots: torch.Tensor
-    descriptions: list[tuple[int, ...]]
     offsets: torch.Tensor
+    descriptions: list[Prefixes]
+    prompts: list[Prefixes]
 
 
 class RequestTable:
@@ -155,16 +180,13 @@ class RequestTable:
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         self.reader = WishReader(vllm_config)
         num_places = vllm_config.scheduler_config.max_num_seqs
-        experts = self.reader.config.num_experts
-        self.weights = torch.zeros(num_places, experts, device=device)
-        self.slots = torch.full((num_places, self.reader.slots or 0), -1, device=device)
-        self.offsets = torch.zeros(num_places, dtype=torch.long, device=device)
-        self.descriptions: list[tuple[int, ...]] = [()] * num_places
 
         # Where no request stands, as in runs that only warm up, the first expert that may have a weight runs alone.
-        first = self.reader.config.expert_names.index(self.reader.config.weighted_names[0])
-        self.weights[:, first] = 1
-        self.slots[:, :1] = first
+        wish = self.reader.read_first_expert()
+        self.wishes = [wish] * num_places
+        self.weights = torch.tensor([wish.weights] * num_places, device=device)
+        self.slots = torch.tensor([wish.slots] * num_places, device=device)
+        self.offsets = torch.tensor([wish.offsets] * num_places, device=device)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, device: torch.device) -> "RequestTable":
@@ -179,30 +201,31 @@ class RequestTable:
 
     def set(self, place: int, params: SamplingParams | None):
         """Let a request stand at a place."""
-        weights, slots, description = self.reader.read(params)
-        self.weights[place] = torch.tensor(weights)
-        self.slots[place] = torch.tensor(slots, dtype=torch.long)
-        self.offsets[place] = len(description)
-        self.descriptions[place] = description
+        wish = self.wishes[place] = self.reader.read(params)
+        self.weights[place] = torch.tensor(wish.weights)
+        self.slots[place] = torch.tensor(wish.slots)
+        self.offsets[place] = torch.tensor(wish.offsets)
 
     def move(self, source: int, target: int, swap: bool = False):
         """Move a request to another place; with `swap`, the one that stands there comes back."""
         taken, given = ([target, source], [source, target]) if swap else ([target], [source])
         for tensor in (self.weights, self.slots, self.offsets):
-            tensor[taken] = tensor[given].clone()
-        moved = [self.descriptions[place] for place in given]
-        for place, description in zip(taken, moved):
-            self.descriptions[place] = description
+            tensor[taken] = tensor[given]  # an index makes a copy
+        moved = [self.wishes[place] for place in given]
+        for place, wish in zip(taken, moved):
+            self.wishes[place] = wish
 
     def batch(self, places: Sequence[int] | int) -> Batch:
         """Return what requests at `places` ask for; at the first so many, for a number."""
         if isinstance(places, int):
             index: Any = slice(places)
-            descriptions = self.descriptions[:places]
+            wishes = self.wishes[:places]
         else:
             index = torch.as_tensor(places, device=self.weights.device)
-            descriptions = [self.descriptions[place] for place in places]
-        return Batch(self.weights[index], self.slots[index], descriptions, self.offsets[index])
+            wishes = [self.wishes[place] for place in places]
+
+        descriptions, prompts = [wish.description for wish in wishes], [wish.prompts for wish in wishes]
+        return Batch(self.weights[index], self.slots[index], self.offsets[index], descriptions, prompts)
 
 
 class RequestCheck:

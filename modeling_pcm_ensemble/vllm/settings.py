@@ -44,16 +44,15 @@ def check_engine(vllm_config: VllmConfig):
 
 
 def _check_ensemble(config: PCMEnsembleConfig):
+    if config.prefix_bos_token_id is not None:
+        raise ValueError(
+            "vLLM serves no ensemble yet whose tokenizer begins every text with a token of its own, as this one does: "
+            "behind a description or a prompt, a context has to be read without it."
+        )
     if len(config.backbones) > 1:
         raise ValueError(
-            f"vLLM serves ensembles whose experts are LoRA adapters on one backbone; this one has "
+            f"vLLM serves ensembles whose experts are adapters or prompts on one backbone; this one has "
             f"{len(config.backbones)} backbones."
-        )
-    prompted = [expert["name"] for expert in config.experts if expert["prompt_ids"]]
-    if prompted:
-        raise ValueError(
-            f"vLLM serves experts that are LoRA adapters; {', '.join(prompted)} read a prompt of their own, which is "
-            "not supported there yet. Serve them with `transformers serve`."
         )
 
 

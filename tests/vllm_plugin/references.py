@@ -35,6 +35,8 @@ SIZES = {
     "initializer_range": 0.2,  # log-probabilities that float32 rounds by less than 1e-4
 }
 
+PROMPTS = {"brief": "Be brief, in all that you say.", "plain": "Talk plainly."}
+
 # What a request may say, as JSON carries it; over HTTP, mappings as strings
 ASKED = [
     {},
@@ -59,8 +61,10 @@ def prompts() -> list[list[int]]:
     return texts
 
 
-def make_ensemble(backbone, folder: Path, repository: str | None = None, **options) -> PCMEnsembleForCausalLM:
-    """Three adapters of unlike ranks, scales and layers on one backbone, and the backbone itself."""
+def make_ensemble(
+    backbone, folder: Path, repository: str | None = None, prompts: dict[str, str] | None = None, **options
+) -> PCMEnsembleForCausalLM:
+    """Three adapters of unlike ranks, scales and layers on one backbone, and the backbone; some with prompts."""
     backbone.save_pretrained(folder / "backbone")
     adapters = {
         "brief": {"r": 4, "lora_alpha": 8},
@@ -70,6 +74,8 @@ def make_ensemble(backbone, folder: Path, repository: str | None = None, **optio
     experts = {}
     for seed, name in enumerate(NAMES):
         experts[name] = {"model": repository or backbone, "description": f"Be {name}."}
+        if prompts and name in prompts:
+            experts[name]["prompt"] = prompts[name]
         if name in adapters:
             experts[name]["adapter"] = peft_adapter(folder / name, backbone, seed, **adapters[name])
 
@@ -146,6 +152,8 @@ def main(folder: Path):
         "product-top-k": (llama, {"merge": "product", "expert_top_k": 8}, ASKED + SIGNED),
         "reference": (llama, {"merge": "product", "reference": "plain"}, [{"preference": "kind"}, *SIGNED]),
         "adapters": (llama, {"merge": "adapters"}, ASKED + SIGNED),
+        "prompted": (llama, {"prompts": PROMPTS}, ASKED),
+        "prompted-product": (llama, {"prompts": PROMPTS, "merge": "product", "reference": "plain"}, SIGNED),
         "qwen2": (tiny_qwen2(2, **SIZES), {"default_preference": {"kind": 1.0, "rude": 0.5}}, ASKED),
     }
     for name, (backbone, options, asked) in ensembles.items():

@@ -6,9 +6,10 @@ from vllm.sampling_params import StructuredOutputsParams
 
 MIXTURES = ["probabilities", "top-k", "logits", "qwen2", "zeroed"]
 ADDITIVE = ["product", "product-top-k", "reference", "adapters"]
+PROMPTED = ["prompted", "prompted-product"]
 
 
-@pytest.mark.parametrize("name", [*MIXTURES, *ADDITIVE])
+@pytest.mark.parametrize("name", [*MIXTURES, *ADDITIVE, *PROMPTED])
 def test_requests_of_mixed_preferences_in_one_batch_are_answered_as_by_generate(name):
     asked = references(name)
     assert len(asked) == 24
@@ -23,7 +24,7 @@ def test_the_real_ensemble_is_answered_as_by_generate(name):
         check_equal(ask(llm, asked), asked)
 
 
-@pytest.mark.parametrize("name", ["probabilities", "product", "adapters"])
+@pytest.mark.parametrize("name", ["probabilities", "product", "adapters", "prompted"])
 def test_chunks_and_cached_prefixes_change_nothing(name):
     asked = references(name)
     with engine(name, max_num_batched_tokens=100, block_size=32) as llm:

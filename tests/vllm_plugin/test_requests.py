@@ -48,7 +48,7 @@ def processor() -> PreferenceProcessor:
 
 def stand(processor: PreferenceProcessor, number: int) -> list[tuple[list[float], list[int], int]]:
     batch = processor.table.batch(number)
-    return list(zip(batch.weights.tolist(), batch.slots.tolist(), batch.offsets.tolist()))
+    return list(zip(batch.weights.tolist(), batch.slots.tolist(), batch.offsets[:, 0].tolist()))
 
 
 def test_requests_that_join_leave_and_move_keep_what_they_asked_for(processor):
@@ -67,7 +67,7 @@ def test_requests_that_join_leave_and_move_keep_what_they_asked_for(processor):
     assert stand(processor, 2) == [b, c]
     processor.update_state(BatchUpdate(3, [], [(2, params(preference="kind"), [1], [])], []))
     assert stand(processor, 3) == [b, c, a]
-    assert processor.table.batch(3).descriptions[1] == (40, 41)
+    assert processor.table.batch(3).descriptions[1][0].tokens == (40, 41)
 
     processor.update_state(None)
     assert stand(processor, 3) == [b, c, a]
