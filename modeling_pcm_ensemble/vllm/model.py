@@ -138,8 +138,8 @@ class PCMEnsembleForCausalLM(nn.Module):
             self.prompts.begin(step.prompts, self._read_prompt)
         self.masks.write(self._select_rows(step.slots))
         rows = self.active.pick(torch.arange(step.slots.numel(), device=input_ids.device))
-        tokens, offsets = rows // self.slots, step.offsets[:, 1:].flatten()[rows]
-        hidden_states = self.active.spread(self.backbone(input_ids[tokens], positions[tokens] + offsets))
+        ids, places = _behind_prefixes(input_ids[:, None], positions[:, None], step.firsts[:, 1:], step.offsets[:, 1:])
+        hidden_states = self.active.spread(self.backbone(ids.flatten()[rows], places.flatten()[rows]))
 
         nothing = 0.0 if self.config.adds_up else float("-inf")
         experts = step.slots[:, : self.slots - self.has_reference]
@@ -159,12 +159,12 @@ class PCMEnsembleForCausalLM(nn.Module):
             tokens = torch.arange(num_tokens, device=self.device)
             request_of = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
             request_of = request_of.clamp(max=len(batch.descriptions) - 1)  # where the batch is padded
-        of_tokens = {name: getattr(batch, name)[request_of] for name in ("weights", "slots", "offsets")}
+        of_tokens = {name: getattr(batch, name)[request_of] for name in ("weights", "slots", "offsets", "firsts")}
         return batch._replace(**of_tokens)
 
     def _weights(self, input_ids: torch.Tensor, positions: torch.Tensor, step: Batch) -> torch.Tensor:
         self.descriptions.begin(step.descriptions, self._read_description)
-        hidden_states = self.pcm(input_ids, positions + step.offsets[:, 0])
+        hidden_states = self.pcm(*_behind_prefixes(input_ids, positions, step.firsts[:, 0], step.offsets[:, 0]))
         opinions = self.pcm_head(hidden_states)  # (tokens, experts)
         return joined_weights(self.config, opinions[:, None], step.weights)[:, 0]
 
@@ -259,6 +259,14 @@ class PCMEnsembleForCausalLM(nn.Module):
         self.adapters = attach_adapters(self.backbone, read_parts(self.config, tensors), self.masks)
         own = (name for name, _ in self.named_parameters() if name.startswith(("adapters.", "pcm_head.")))
         return loaded | set(own)
+
+
+def _behind_prefixes(
+    input_ids: torch.Tensor, positions: torch.Tensor, firsts: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and positions as they are read behind prefixes: the first one may be another, see [`~requests.Wish`]."""
+    ids = torch.where((positions == 0) & (firsts >= 0), firsts, input_ids)
+    return ids, positions + offsets
 
 
 def _tell(model: nn.Module, reading: PrefixReading):

@@ -16,7 +16,7 @@ class EnsembleModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data):
         super().add_request(req_index, new_req_data)
-        self.table.set(req_index, new_req_data.sampling_params)
+        self.table.set(req_index, new_req_data.sampling_params, new_req_data.prompt_token_ids)
 
     def prepare_inputs(self, input_batch, req_states) -> dict[str, Any]:
         places = input_batch.idx_mapping_np[: input_batch.num_reqs].tolist()

@@ -32,12 +32,15 @@ class Wish(NamedTuple):
             no expert's number where it is the bare backbone.
         description (`Prefixes`): what the PCM reads first.
         prompts (`Prefixes`): what each slot reads first.
+        firsts (`list[int]`): the token that the PCM, and then each slot, reads in place of the context's first one,
+            see [`WishReader`]; -1 where it reads that.
     """
 
     weights: list[float]
     slots: list[int]
     description: Prefixes
     prompts: Prefixes
+    firsts: list[int]
 
     @property
     def offsets(self) -> list[int]:
@@ -55,6 +58,9 @@ class WishReader:
     """
     Reads what requests say, as `generate` reads its arguments; where JSON cannot carry a form, as JSON in a string.
 
+    Where prefix and context both begin with BOS, the context is read without its own. It has a place in the pages
+    already, which the prefix's last token takes: it stands right before the rest of the context.
+
     Args:
         vllm_config (`VllmConfig`): the engine's.
     """
@@ -65,21 +71,31 @@ class WishReader:
         self.slots = slots_of(vllm_config)
         self._known: dict[str, Wish] = {}
 
-    def read(self, params: SamplingParams | None) -> Wish:
+    def read(self, params: SamplingParams | None, first_token: int | None = None) -> Wish:
         """
-        Read what a request asks for.
+        Read what a request asks for, whose context begins with `first_token`.
 
         Raises:
             ValueError: as `generate` does, or if the engine has too few slots, or no room for the description.
         """
         self._check_names(params)
         asked = asked_for(params) or {}
-        key = json.dumps(asked, sort_keys=True, default=repr)
+        has_bos = first_token is not None and first_token == self.config.prefix_bos_token_id
+        key = json.dumps([asked, has_bos], sort_keys=True, default=repr)
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
-            self._known[key] = self._read(**asked)
+            wish = self._read(**asked)
+            self._known[key] = self._without_second_bos(wish) if has_bos else wish
         return self._known[key]
+
+    def _without_second_bos(self, wish: Wish) -> Wish:
+        prefixes, firsts = [], []
+        for prefix in (*wish.description, *wish.prompts):
+            begins = prefix.tokens[:1] == (self.config.prefix_bos_token_id,)
+            prefixes.append(prefix._replace(tokens=prefix.tokens[:-1]) if begins else prefix)
+            firsts.append(prefix.tokens[-1] if begins else -1)
+        return wish._replace(description=tuple(prefixes[:1]), prompts=tuple(prefixes[1:]), firsts=firsts)
 
     def read_first_expert(self) -> Wish:
         """Return what wants the first expert that may have a weight, alone."""
@@ -111,7 +127,7 @@ class WishReader:
         active = [index for index, weight in enumerate(weights) if weight]
         description = (Prefix(0, tuple(description_of(self.config, preference))),)
         if self.slots is None:  # all adapters in one row
-            return Wish(weights, [-1], description, (Prefix(-1, ()),))
+            return Wish(weights, [-1], description, (Prefix(-1, ()),), [-1, -1])
 
         if len(active) > self.slots:
             raise ValueError(
@@ -122,7 +138,8 @@ class WishReader:
         if self.config.merge == PRODUCT:
             reference = self.config.reference_index
             slots.append(self.config.num_experts if reference is None else reference)
-        return Wish(weights, slots, description, tuple(map(self._prompt_of, slots)))
+        prompts = tuple(map(self._prompt_of, slots))
+        return Wish(weights, slots, description, prompts, [-1] * (1 + len(slots)))
 
     def _prompt_of(self, expert: int) -> Prefix:
         """What an expert reads first; nothing in an empty slot and before the bare backbone."""
@@ -157,12 +174,14 @@ class Batch(NamedTuple):
         slots (`torch.LongTensor` of shape `(requests, slots)`): the expert in each slot, see [`Wish`].
         offsets (`torch.LongTensor` of shape `(requests, 1 + slots)`): tokens that the PCM, and then each slot, reads
             first.
+        firsts (`torch.LongTensor` of shape `(requests, 1 + slots)`): see [`Wish`].
         descriptions, prompts (`list[Prefixes]`): those.
     """
 
     weights: torch.Tensor
     slots: torch.Tensor
     offsets: torch.Tensor
+    firsts: torch.Tensor
     descriptions: list[Prefixes]
     prompts: list[Prefixes]
 
@@ -187,6 +206,7 @@ class RequestTable:
         self.weights = torch.tensor([wish.weights] * num_places, device=device)
         self.slots = torch.tensor([wish.slots] * num_places, device=device)
         self.offsets = torch.tensor([wish.offsets] * num_places, device=device)
+        self.firsts = torch.tensor([wish.firsts] * num_places, device=device)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, device: torch.device) -> "RequestTable":
@@ -199,17 +219,18 @@ class RequestTable:
             shared[TABLE] = cls(vllm_config, device)
         return shared[TABLE]
 
-    def set(self, place: int, params: SamplingParams | None):
-        """Let a request stand at a place."""
-        wish = self.wishes[place] = self.reader.read(params)
+    def set(self, place: int, params: SamplingParams | None, prompt: Sequence[int] | None):
+        """Let a request, of these arguments and prompt tokens, stand at a place."""
+        wish = self.wishes[place] = self.reader.read(params, prompt[0] if prompt else None)
         self.weights[place] = torch.tensor(wish.weights)
         self.slots[place] = torch.tensor(wish.slots)
         self.offsets[place] = torch.tensor(wish.offsets)
+        self.firsts[place] = torch.tensor(wish.firsts)
 
     def move(self, source: int, target: int, swap: bool = False):
         """Move a request to another place; with `swap`, the one that stands there comes back."""
         taken, given = ([target, source], [source, target]) if swap else ([target], [source])
-        for tensor in (self.weights, self.slots, self.offsets):
+        for tensor in (self.weights, self.slots, self.offsets, self.firsts):
             tensor[taken] = tensor[given]  # an index makes a copy
         moved = [self.wishes[place] for place in given]
         for place, wish in zip(taken, moved):
@@ -225,7 +246,8 @@ class RequestTable:
             wishes = [self.wishes[place] for place in places]
 
         descriptions, prompts = [wish.description for wish in wishes], [wish.prompts for wish in wishes]
-        return Batch(self.weights[index], self.slots[index], self.offsets[index], descriptions, prompts)
+        tensors = [tensor[index] for tensor in (self.weights, self.slots, self.offsets, self.firsts)]
+        return Batch._make([*tensors, descriptions, prompts])
 
 
 class RequestCheck:
@@ -258,8 +280,8 @@ class PreferenceProcessor(RequestCheck, LogitsProcessor):
         """Follow requests that come and move. One that goes leaves its wish behind, which nobody reads."""
         if batch_update is None:
             return
-        for place, params, _, _ in batch_update.added:
-            self.table.set(place, params)
+        for place, params, prompt, _ in batch_update.added:
+            self.table.set(place, params, prompt)
         for source, target, direction in batch_update.moved:
             self.table.move(source, target, swap=direction == MoveDirectionality.SWAP)
 

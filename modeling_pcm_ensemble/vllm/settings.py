@@ -44,11 +44,6 @@ def check_engine(vllm_config: VllmConfig):
 
 
 def _check_ensemble(config: PCMEnsembleConfig):
-    if config.prefix_bos_token_id is not None:
-        raise ValueError(
-            "vLLM serves no ensemble yet whose tokenizer begins every text with a token of its own, as this one does: "
-            "behind a description or a prompt, a context has to be read without it."
-        )
     if len(config.backbones) > 1:
         raise ValueError(
             f"vLLM serves ensembles whose experts are adapters or prompts on one backbone; this one has "

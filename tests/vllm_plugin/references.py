@@ -37,6 +37,8 @@ SIZES = {
 
 PROMPTS = {"brief": "Be brief, in all that you say.", "plain": "Talk plainly."}
 
+BOS_TEMPLATE = "{{ '<s>' }}{% for m in messages %}{{ m['role'] + m['content'] + '<e>' }}{% endfor %}"
+
 # What a request may say, as JSON carries it; over HTTP, mappings as strings
 ASKED = [
     {},
@@ -83,7 +85,7 @@ def make_ensemble(
         # Each expert needs one there, which may change nothing.
         experts["plain"]["adapter"] = peft_adapter(folder / "plain", backbone, 9, r=1, target_modules=["o_proj"])
     pcm = tiny_llama(9, **SIZES | {"num_attention_heads": 4, "hidden_size": 128})
-    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=pcm, tokenizer=tiny_tokenizer(), **options)
+    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=pcm, **{"tokenizer": tiny_tokenizer()} | options)
     torch.manual_seed(3)
     torch.nn.init.normal_(model.pcm.head.weight, std=0.1)
     model.generation_config.eos_token_id = None
@@ -158,6 +160,12 @@ def main(folder: Path):
     }
     for name, (backbone, options, asked) in ensembles.items():
         write(make_ensemble(backbone, folder / "parts" / name, **options), folder, name, asked, texts)
+
+    # Contexts with BOS, one without, and one that is nothing else
+    begins = [[1, *text] for text in texts[:6]] + [texts[6], [1]]
+    bos = make_ensemble(llama, folder / "parts" / "bos", prompts=PROMPTS, tokenizer=tiny_tokenizer(BOS_TEMPLATE))
+    assert bos.config.prefix_bos_token_id == 1
+    write(bos, folder, "bos", ASKED, begins)
 
     zeroed = make_ensemble(llama, folder / "parts" / "zeroed")
     zeroed.pcm.head.weight.data.zero_()

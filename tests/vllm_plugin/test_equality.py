@@ -6,7 +6,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 MIXTURES = ["probabilities", "top-k", "logits", "qwen2", "zeroed"]
 ADDITIVE = ["product", "product-top-k", "reference", "adapters"]
-PROMPTED = ["prompted", "prompted-product"]
+PROMPTED = ["prompted", "prompted-product", "bos"]
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, *ADDITIVE, *PROMPTED])

@@ -32,7 +32,6 @@ def test_what_cannot_be_served_is_refused_by_name_before_anything_is_loaded(opti
     ("change", "message"),
     [
         pytest.param(lambda c: c["backbones"].append(c["backbones"][0]), "2 backbones", id="backbones"),
-        pytest.param(lambda c: c.update(prefix_bos_token_id=1), "begins every text with a token of its own", id="bos"),
     ],
 )
 def test_an_ensemble_that_cannot_be_served_is_refused_by_name(change, message, tmp_path):
