@@ -6,9 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
 from ..lora import LoraBank, adapted_layers
@@ -102,7 +110,8 @@ class PackedAdapters(nn.Module):
         columns = [(part.expert, part.scale) for part in parts for _ in range(len(part.lora_A))]
         self.mask: torch.Tensor
         self.register_buffer("mask", masks.of(columns), persistent=False)  # (most rows, columns)
-        self.sums_inputs = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
+        # The sum over processes of what each has of the input; a layer that leaves sums to its model sums these too.
+        self.sums_inputs = isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and layer.reduce_results
 
         # vLLM's own layers: once loaded, it packs their weights for the processor.
         like = masks.like
@@ -148,7 +157,9 @@ def _shard_id(layer: LinearBase, place: int) -> str | int:
     return "qkv"[place] if isinstance(layer, QKVParallelLinear) else place
 
 
-def attach_adapters(model: nn.Module, parts: Mapping[str, list[Part]], masks: AdapterMasks) -> nn.ModuleList:
+def attach_adapters(
+    model: nn.Module, parts: Mapping[str, list[Part]], masks: AdapterMasks
+) -> tuple[nn.ModuleList, list[RemovableHandle]]:
     """
     Hook adapters to the layers of vLLM's model that they belong to.
 
@@ -156,6 +167,9 @@ def attach_adapters(model: nn.Module, parts: Mapping[str, list[Part]], masks: Ad
         model (`nn.Module`): vLLM's.
         parts (`Mapping[str, list[Part]]`): from [`read_parts`].
         masks (`AdapterMasks`): the model's.
+
+    Returns:
+        The adapters, and their hooks.
 
     Raises:
         ValueError: if vLLM's model has no such layer, or it is none that an adapter can be on.
@@ -168,25 +182,29 @@ def attach_adapters(model: nn.Module, parts: Mapping[str, list[Part]], masks: Ad
     for path, of_path in parts.items():
         parent, _, name = path.rpartition(".")
         packed, names = packed_in.get(name, (name, [name]))
-        by_layer.setdefault(f"{parent}.{packed}", (names, []))[1].extend(of_path)
+        by_layer.setdefault(f"{parent}.{packed}".lstrip("."), (names, []))[1].extend(of_path)
 
-    attached = nn.ModuleList()
+    attached, hooks = nn.ModuleList(), []
     for path, (names, of_layer) in by_layer.items():
-        layer = _layer_at(model, path)
+        layer = _layer_at(model, path, names)
         adapters = PackedAdapters(layer, names, of_layer, masks)
-        layer.register_forward_hook(adapters.add_to_output)
+        hooks.append(layer.register_forward_hook(adapters.add_to_output))
         attached.append(adapters)
-    return attached
+    return attached, hooks
 
 
-def _layer_at(model: nn.Module, path: str) -> LinearBase:
+def _layer_at(model: nn.Module, path: str, names: list[str]) -> LinearBase:
+    """vLLM's layer at a path, which holds transformers' layers `names`."""
     try:
         layer = model.get_submodule(path)
     except AttributeError:
         layer = None
-    if not isinstance(layer, LinearBase):
-        found = "has no such layer" if layer is None else f"has a {type(layer).__name__} there"
+    kinds = (ColumnParallelLinear, RowParallelLinear)
+    is_fused = isinstance(layer, MergedColumnParallelLinear | QKVParallelLinear) and len(names) == 1
+    if not isinstance(layer, kinds) or is_fused:
+        found = "nothing" if layer is None else f"a {type(layer).__name__}"
         raise ValueError(
-            f"An adapter is on {path}, and vLLM's {type(model).__name__} {found}. Such an adapter is not served."
+            f"An adapter is on {path}, where vLLM's {type(model).__name__} has {found}. vLLM serves adapters on "
+            "linear layers between hidden states, and on none that transformers has fused."
         )
     return layer

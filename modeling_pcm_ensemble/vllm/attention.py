@@ -12,11 +12,12 @@ from vllm.model_executor.layers.attention import Attention
 
 
 @contextmanager
-def attention_made(change: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def attention_made(change: Callable[[dict[str, Any]], None]) -> Iterator[list[Attention]]:
     """
     Let a model that is made inside have other attention layers: `change` may alter their arguments. A model of vLLM
-    makes them itself, and takes no others.
+    makes them itself, and takes no others. Gives the layers, once they are made.
     """
+    layers: list[Attention] = []
     make = Attention.__init__
     signature = inspect.signature(make)
 
@@ -26,10 +27,11 @@ def attention_made(change: Callable[[dict[str, Any]], None]) -> Iterator[None]:
         arguments |= arguments.pop("extra_impl_args", {})
         change(arguments)
         make(**arguments)
+        layers.append(self)
 
     Attention.__init__ = made
     try:
-        yield
+        yield layers
     finally:
         Attention.__init__ = make
 
@@ -37,6 +39,23 @@ def attention_made(change: Callable[[dict[str, Any]], None]) -> Iterator[None]:
 def attention_layers(model: nn.Module) -> list[Attention]:
     """Return a model's attention layers, in their order."""
     return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def check_attention(model: nn.Module, made: list[Attention]):
+    """
+    Check that a model calls its attention layers as modules, which hooks on them and their prefixes need.
+
+    Raises:
+        ValueError: if it has others than were `made` for it.
+    """
+    layers = attention_layers(model)
+    if not layers or {id(layer) for layer in layers} != {id(layer) for layer in made}:
+        raise ValueError(
+            f"vLLM runs {type(model).__name__} without attention layers of its own, as models that it takes from "
+            "transformers. An ensemble is served on models that vLLM has itself."
+        )
+    if any(layer.has_sink for layer in layers):
+        raise ValueError("vLLM serves no ensemble whose models have attention sinks.")
 
 
 def widen_attention(model: nn.Module, slots: int, is_active: "ActiveRows"):

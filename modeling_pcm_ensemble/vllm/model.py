@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
@@ -16,9 +18,9 @@ from ..merging import ExpertLogits, mixture_log_probs
 from ..tilts import product_log_probs
 from ..weighting import joined_weights
 from .adapters import AdapterMasks, attach_adapters, read_parts
-from .attention import ActiveRows, attention_layers, attention_made, widen_attention
+from .attention import ActiveRows, attention_layers, attention_made, check_attention, widen_attention
 from .reading import Prefix, PrefixReading, reading_backend
-from .requests import Batch, RequestTable
+from .requests import MOST_DESCRIPTION_TOKENS, Batch, RequestTable
 
 BACKBONE, ADAPTER, PCM_BODY, PCM_HEAD = "backbones.0.", "backbones.adapters.0.", "pcm.body.", "pcm.head."
 
@@ -52,6 +54,7 @@ class PCMEnsembleForCausalLM(nn.Module):
         is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
         self.skips_empty_slots = is_eager and self.device.type == "cpu"
 
+        self.longest = vllm_config.model_config.max_model_len + MOST_DESCRIPTION_TOKENS  # tokens that are read
         self.active = ActiveRows()
         self.prompts = PrefixReading(self.slots)
         self.has_prompts = any(expert["prompt_ids"] for expert in config.experts)
@@ -60,38 +63,52 @@ class PCMEnsembleForCausalLM(nn.Module):
         self.pcm = self._make_pcm(maybe_prefix(prefix, "pcm"))
         self.pcm_head = nn.Linear(config.pcm.hidden_size, config.num_experts, bias=False)
 
-        most_rows = vllm_config.scheduler_config.max_num_batched_tokens * self.slots
+        longest = max(len(expert["prompt_ids"]) for expert in config.experts)  # which is read at once
+        most_rows = max(vllm_config.scheduler_config.max_num_batched_tokens, longest) * self.slots
         self.masks = AdapterMasks(most_rows, self.dtype, self.device)
         self.adapters = nn.ModuleList()
+        self.hooks: list[RemovableHandle] = []
 
     def _make_backbone(self, prefix: str) -> Any:  # vLLM's models have methods that no class of theirs declares
+        config = self.config.backbones[0]
+
         def widen(arguments: dict[str, Any]):
+            _keep_window(arguments, config, self.longest)
             kv_heads = arguments.get("num_kv_heads") or arguments["num_heads"]
             arguments |= {"num_heads": arguments["num_heads"] * self.slots, "num_kv_heads": kv_heads * self.slots}
             if arguments.get("alibi_slopes") is not None:
                 arguments["alibi_slopes"] = list(arguments["alibi_slopes"]) * self.slots
-            if arguments.get("sinks") is not None:
-                raise ValueError("vLLM serves no ensemble whose backbone has attention sinks.")
-
             if self.has_prompts:
                 self._let_read_first(arguments)
 
-        with attention_made(widen):
-            model = init_vllm_registered_model(self.vllm_config, hf_config=self.config.backbones[0], prefix=prefix)
+        with attention_made(widen) as made:
+            model = init_vllm_registered_model(self.vllm_config, hf_config=config, prefix=prefix)
+        check_attention(model, made)
         widen_attention(model, self.slots, self.active)
         if self.has_prompts:
             _tell(model, self.prompts)
         return model
 
     def _make_pcm(self, prefix: str) -> Any:
-        with attention_made(self._let_read_first):
+        def read_first(arguments: dict[str, Any]):
+            _keep_window(arguments, self.config.pcm, self.longest)
+            self._let_read_first(arguments)
+
+        with attention_made(read_first) as made:
             model = init_vllm_registered_model(self.vllm_config, hf_config=self.config.pcm, prefix=prefix)
+        check_attention(model, made)
         _tell(model, self.descriptions)
         model.lm_head = nn.Identity()  # it predicts no tokens
         return model
 
     def _let_read_first(self, arguments: dict[str, Any]):
         """Let an attention layer read prefixes."""
+        for name in ("per_layer_sliding_window", "logits_soft_cap", "alibi_slopes"):
+            if arguments.get(name):
+                raise ValueError(
+                    f"vLLM serves no PCM, and no backbone of experts with prompts, whose attention has `{name}`: what "
+                    "they read first is attended to by a code that does not know it."
+                )
         cache_dtype = self.vllm_config.cache_config.cache_dtype
         base = get_attn_backend(arguments["head_size"], torch.get_default_dtype(), cache_dtype)
         arguments["attn_backend"] = reading_backend(base)
@@ -255,8 +272,12 @@ class PCMEnsembleForCausalLM(nn.Module):
         loaded = {f"pcm.{name}" for name in self.pcm.load_weights(of_body)}
         loaded |= {f"backbone.{name}" for name in self.backbone.load_weights(parts[BACKBONE].items())}
 
+        for hook in self.hooks:
+            hook.remove()
         tensors = {name: tensor.to(self.dtype) for name, tensor in parts[ADAPTER].items()}
-        self.adapters = attach_adapters(self.backbone, read_parts(self.config, tensors), self.masks)
+        self.adapters, self.hooks = attach_adapters(self.backbone, read_parts(self.config, tensors), self.masks)
+        self.descriptions.clear()
+        self.prompts.clear()
         own = (name for name, _ in self.named_parameters() if name.startswith(("adapters.", "pcm_head.")))
         return loaded | set(own)
 
@@ -267,6 +288,18 @@ def _behind_prefixes(
     """Tokens and positions as they are read behind prefixes: the first one may be another, see [`~requests.Wish`]."""
     ids = torch.where((positions == 0) & (firsts >= 0), firsts, input_ids)
     return ids, positions + offsets
+
+
+def _keep_window(arguments: dict[str, Any], config: PreTrainedConfig, longest: int):
+    """
+    Give an attention layer its model's sliding window, which vLLM looks for in the ensemble's configuration; none
+    where the `longest` text that is read fits into it.
+    """
+    config = config.get_text_config()
+    window = arguments.get("per_layer_sliding_window")
+    if window is None and getattr(config, "layer_types", None) is None and getattr(config, "use_sliding_window", True):
+        window = getattr(config, "sliding_window", None)
+    arguments["per_layer_sliding_window"] = None if window is None or window >= longest else window
 
 
 def _tell(model: nn.Module, reading: PrefixReading):

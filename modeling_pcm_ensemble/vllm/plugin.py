@@ -10,7 +10,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.v1.request import Request
 
 from ..configuration_pcm_ensemble import PCMEnsembleConfig
-from .requests import asked_for, front_end_processor
+from .requests import asked_for, check_default, front_end_processor
 from .settings import check_engine
 
 ARCHITECTURE = "PCMEnsembleForCausalLM"
@@ -39,6 +39,7 @@ class EnsembleServing(VerifyAndUpdateConfig):
             ValueError: naming what of the ensemble or of the engine's settings is not supported.
         """
         check_engine(vllm_config)
+        check_default(vllm_config)
         processors = vllm_config.model_config.logits_processors or []
         vllm_config.model_config.logits_processors = [*processors, front_end_processor(vllm_config)]
 
@@ -52,7 +53,8 @@ def _salt_with_preferences():
 
     @functools.wraps(make_request)
     def from_engine_core_request(cls, request, block_hasher):
-        if (wish := asked_for(request.sampling_params)) is not None:
+        wish = asked_for(request.sampling_params)
+        if wish is not None or request.cache_salt is not None:  # so that nobody's salt can be another's wish
             request.cache_salt = json.dumps([request.cache_salt, wish], sort_keys=True)
         return make_request(cls, request, block_hasher)
 

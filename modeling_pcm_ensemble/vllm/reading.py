@@ -37,7 +37,12 @@ class PrefixReading:
         self.wanted: list[Prefixes] = []  # of each request of the step
         self.recorded: list[torch.Tensor] | None = None
         self._plan: tuple[Any, StepPlan] | None = None
-        self._stacked: dict[tuple, torch.Tensor] = {}
+        self._stacked: dict[int, tuple[list[int], torch.Tensor]] = {}  # by layer: of which requests, and what
+
+    def clear(self):
+        """Forget what was read by other weights."""
+        self.states.clear()
+        self._stacked.clear()
 
     def begin(self, wanted: list[Prefixes], record: Callable[[Prefix], None]):
         """Begin a step; `record` runs the model on a prefix that is new."""
@@ -70,22 +75,27 @@ class PrefixReading:
         """Return the tokens of the longest prefix of some requests."""
         return max(len(prefix.tokens) for row in rows for prefix in self.wanted[row])
 
-    def stacked(self, layer: int, rows: list[int]) -> torch.Tensor | None:
+    def stacked(self, layer: int, rows: list[int], keep: bool = False) -> torch.Tensor | None:
         """
         Return what requests read first, `(rows, groups · kv heads, width, 2 · dim)`, padded on the left with zeros;
-        None where that is nothing.
+        None where that is nothing. With `keep` it is kept for the next step of the same requests.
         """
         width = self.width(rows)
-        key = (layer, tuple(rows))
-        if width and key not in self._stacked:
-            like = next(iter(self.states.values()))[layer]
-            padded = like.new_zeros(len(rows), self.groups, len(like), width, like.shape[-1])
-            for place, row in enumerate(rows):
-                for group, prefix in enumerate(self.wanted[row]):
-                    if prefix.tokens:
-                        padded[place, group, :, width - len(prefix.tokens) :] = self.states[prefix][layer]
-            self._stacked[key] = padded.flatten(1, 2)
-        return self._stacked[key] if width else None
+        if width == 0:
+            return None
+        if keep and layer in self._stacked and self._stacked[layer][0] == rows:
+            return self._stacked[layer][1]
+
+        like = next(iter(self.states.values()))[layer]
+        padded = like.new_zeros(len(rows), self.groups, len(like), width, like.shape[-1])
+        for place, row in enumerate(rows):
+            for group, prefix in enumerate(self.wanted[row]):
+                if prefix.tokens:
+                    padded[place, group, :, width - len(prefix.tokens) :] = self.states[prefix][layer]
+        stacked = padded.flatten(1, 2)
+        if keep:
+            self._stacked[layer] = rows, stacked
+        return stacked
 
     def readable(self, rows: list[int], device: torch.device) -> torch.Tensor:
         """Return which places of [`stacked`] hold tokens, `(rows, groups, width)`."""
@@ -163,7 +173,7 @@ def reading_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             states = kv_cache[pages].transpose(1, 2).flatten(2, 3)  # (rows, kv heads, tokens, 2 · dim)
             states = states[:, :, : plan.longest]
             mask = plan.context[:, None].expand(-1, groups, -1)  # (rows, groups, tokens)
-            if (before := self.reading.stacked(self.number, plan.single)) is not None:
+            if (before := self.reading.stacked(self.number, plan.single, keep=True)) is not None:
                 states = torch.cat([before, states], dim=2)
                 mask = torch.cat([self.reading.readable(plan.single, mask.device), mask], dim=2)
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
@@ -16,8 +17,12 @@ from ..preference import Preference, description_of
 from .reading import Prefix, Prefixes
 from .settings import slots_of
 
+logger = init_logger(__name__)
+
 KEYS = ("preference", "preference_text", "preference_ids")
 MOST_KNOWN = 4096  # wishes that are kept as read
+MOST_CHARACTERS = 20_000  # of what a request says, as JSON
+MOST_DESCRIPTION_TOKENS = 1024  # all requests of a step wait while a new description is read
 
 TABLE = "pcm_ensemble.requests"  # among what vLLM's forward passes find by name
 
@@ -81,7 +86,7 @@ class WishReader:
         self._check_names(params)
         asked = asked_for(params) or {}
         has_bos = first_token is not None and first_token == self.config.prefix_bos_token_id
-        key = json.dumps([asked, has_bos], sort_keys=True, default=repr)
+        key = _as_json([asked, has_bos])
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
@@ -147,8 +152,11 @@ class WishReader:
         return Prefix(expert, tuple(self.config.experts[expert]["prompt_ids"]) if has_one else ())
 
     def _check_room(self, wish: Wish):
-        limit = getattr(self.config.pcm.get_text_config(), "max_position_embeddings", None)
         num_tokens = len(wish.description[0].tokens)
+        if num_tokens > MOST_DESCRIPTION_TOKENS:
+            raise ValueError(f"A description may have {MOST_DESCRIPTION_TOKENS} tokens here, and it has {num_tokens}.")
+
+        limit = getattr(self.config.pcm.get_text_config(), "max_position_embeddings", None)
         longest = self.model_config.max_model_len + num_tokens
         if limit is not None and longest > limit:
             raise ValueError(
@@ -158,11 +166,36 @@ class WishReader:
             )
 
 
+def _as_json(said) -> str:
+    """What a request says, as text; JSON alone comes to the engine as it was said."""
+    try:
+        text = json.dumps(said, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A preference must be what JSON carries: texts, numbers, lists and mappings. {error}"
+        ) from error
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"A preference may have {MOST_CHARACTERS} characters as JSON, and this one has {len(text)}.")
+    return text
+
+
 def _from_json(name: str, text: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` is no JSON: {text!r} ({error}).") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"`{name}` is no JSON: {text!r:.200} ({error}).") from error
+
+
+def check_default(vllm_config: VllmConfig):
+    """Warn where requests that say nothing cannot be served."""
+    try:
+        WishReader(vllm_config).read(None)
+    except ValueError as error:
+        logger.warning(
+            "Requests without a preference will be refused, for they get the default one. %s Or give the checkpoint "
+            "another `default_preference`.",
+            error,
+        )
 
 
 class Batch(NamedTuple):

@@ -32,6 +32,16 @@ def test_two_preferences_over_one_long_prompt_stay_apart(llm):
         check_equal(ask(llm, [reference]), [reference])
 
 
+def test_no_salt_of_a_user_is_another_ones_preference(llm):
+    """Who sends the salt that a preference makes must not fill the cache of those who have that preference."""
+    asked = [reference for reference in long_ones() if reference.extra_args]
+    wish = json.dumps([None, asked[0].extra_args], sort_keys=True)
+    llm.reset_prefix_cache()
+    prompt = {"prompt_token_ids": asked[0].prompt, "cache_salt": wish}
+    llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    check_equal(ask(llm, asked[:1]), asked[:1])
+
+
 def test_without_the_salt_they_would_not(llm, monkeypatch):
     unsalted = classmethod(Request.from_engine_core_request.__func__.__wrapped__)
     monkeypatch.setattr(Request, "from_engine_core_request", unsalted)

@@ -81,3 +81,13 @@ def test_a_grammar_finds_its_tokens_beyond_what_experts_keep():
     with engine("top-k") as llm:
         answers = ask(llm, references("top-k")[:6], max_tokens=16, **grammar)
     assert all(answer.outputs[0].text in choices for answer in answers)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_experts_count_survives_16_bits(dtype):
+    asked = references("product")
+    with engine("product", dtype=dtype) as llm:
+        answers = ask(llm, asked, max_tokens=1)
+    for answer, reference in zip(answers, asked, strict=True):
+        [(token, found)] = list(answer.outputs[0].logprobs[0].items())[:1]
+        assert found.logprob == pytest.approx(reference.next[token], abs=0.5), reference.extra_args

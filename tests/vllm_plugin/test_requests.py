@@ -95,6 +95,10 @@ def test_the_model_and_its_runner_have_one_table():
         pytest.param({"preference_text": "a", "preference_ids": [40]}, "say the same thing", id="both"),
         pytest.param({"preferences": "kind"}, "has no argument 'preferences'", id="name"),
         pytest.param({"preference": "kind", "preference_text": "a" * 300}, "which the PCM has no room for", id="long"),
+        pytest.param({"preference": "kind", "preference_ids": [40] * 1100}, "may have 1024 tokens", id="longer"),
+        pytest.param({"preference_text": " " * 30000}, "may have 20000 characters", id="endless"),
+        pytest.param({"preference": "[" * 10000}, "is no JSON", id="deep"),
+        pytest.param({"preference": torch.ones(4)}, "must be what JSON carries", id="tensor"),
         pytest.param({"preference": ["brief", "kind", "rude"]}, "wants 3 experts at once", id="slots"),
     ],
 )

@@ -15,6 +15,7 @@ from conftest import REFERENCES, Reference, references
 from openai import AsyncOpenAI, OpenAI
 
 CLIENTS = 50
+LEAVING = 8
 BAD = [
     {"preference": "nobody"},
     {"preference": '{"kind": -1}'},
@@ -77,6 +78,12 @@ def metrics(url: str) -> dict[str, float]:
     return values
 
 
+def aborted(text: str) -> float:
+    """Requests that ended because their client went away."""
+    lines = [line for line in text.splitlines() if "vllm:request_success_total" in line and 'reason="abort"' in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
 async def complete(client: AsyncOpenAI, reference: Reference, **options):
     return await client.completions.create(
         model="ensemble",
@@ -132,7 +139,7 @@ def test_a_chat_is_streamed_under_a_preference(url):
 
 def test_clients_that_go_away_leave_nothing_behind(url):
     reference = references("probabilities")[0]
-    body = {"model": "ensemble", "prompt": reference.prompt, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"model": "ensemble", "prompt": reference.prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
 
     async def leave():
         address = f"{url}/v1/completions"
@@ -141,13 +148,14 @@ def test_clients_that_go_away_leave_nothing_behind(url):
                 return
 
     async def leave_all():
-        await asyncio.gather(*(leave() for _ in range(8)))
+        await asyncio.gather(*(leave() for _ in range(LEAVING)))
 
     asyncio.run(leave_all())
     deadline = time.monotonic() + 30
-    while metrics(url)["vllm:num_requests_running"] or metrics(url)["vllm:kv_cache_usage_perc"]:
-        assert time.monotonic() < deadline
+    while aborted(text := httpx.get(f"{url}/metrics").text) < LEAVING:
+        assert time.monotonic() < deadline, text
         time.sleep(0.2)
+    assert metrics(url)["vllm:num_requests_running"] == metrics(url)["vllm:kv_cache_usage_perc"] == 0
 
     async def again():
         client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
