@@ -23,9 +23,15 @@ def oldest() -> dict[str, str]:
     return dict(re.match(r"([\w-]+)>=([\d.]+)", need).groups() for need in needs)
 
 
+def oldest_to_run() -> str:
+    """The lower bound of transformers for models."""
+    return re.search(r'OLDEST_TO_RUN = "([\d.]+)"', (ROOT / "modeling_pcm_ensemble/requirements.py").read_text())[1]
+
+
 def main():
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
-    versions = tested | {name: f"{version}.*" for name, version in oldest().items()}
+    bounds = oldest() | {"transformers": oldest_to_run()}  # an older one only imports the package
+    versions = tested | {name: f"{version}.*" for name, version in bounds.items()}
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()))

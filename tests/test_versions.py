@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from oldest_versions import ROOT, oldest
+from oldest_versions import ROOT, oldest, oldest_to_run
 from packaging.version import Version
 
 import modeling_pcm_ensemble
-from modeling_pcm_ensemble.requirements import OLDEST, OLDEST_TO_COMPILE
+from modeling_pcm_ensemble.requirements import OLDEST, OLDEST_TO_COMPILE, OLDEST_TO_RUN
 
 IMPORT = """
 import importlib.metadata
@@ -25,6 +25,15 @@ print("imported")
 check_compiles()
 """
 
+MAKE = """
+from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM, Preference
+from transformers import LlamaConfig
+llama = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+config = PCMEnsembleConfig(backbones=[llama], pcm=llama, experts=[{"name": "a"}])
+print(Preference.parse("a", config.expert_names).label)
+PCMEnsembleForCausalLM(config)
+"""
+
 
 def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -35,6 +44,13 @@ def test_a_library_that_is_too_old_is_named(name):
     found = run(IMPORT.format(name=name, version="0.1"))
     assert f"{name}>={OLDEST[name]} is required" in found.stderr
     assert f"pip install -U {name}" in found.stderr
+
+
+def test_a_transformers_that_is_too_old_for_models_reads_configurations_and_preferences():
+    found = run(IMPORT.format(name="transformers", version="5.20.0") + MAKE)
+    assert found.stdout.strip() == "a"
+    assert f"transformers>={OLDEST_TO_RUN} is required" in found.stderr
+    assert oldest_to_run() == OLDEST_TO_RUN
 
 
 def test_a_torch_that_is_too_old_to_compile_steps_is_named_where_they_are_compiled():

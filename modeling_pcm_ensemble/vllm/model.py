@@ -97,6 +97,11 @@ class PCMEnsembleForCausalLM(nn.Module):
         with attention_made(read_first) as made:
             model = init_vllm_registered_model(self.vllm_config, hf_config=self.config.pcm, prefix=prefix)
         check_attention(model, made)
+        if not hasattr(model, "model"):
+            raise ValueError(
+                f"vLLM's {type(model).__name__} does not call its body `model`, so that no PCM of this architecture "
+                "can be loaded into it. Use an ensemble whose PCM is of Llama's kind."
+            )
         _tell(model, self.descriptions)
         model.lm_head = nn.Identity()  # it predicts no tokens
         return model

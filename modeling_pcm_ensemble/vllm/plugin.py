@@ -16,7 +16,7 @@ from .settings import check_engine
 ARCHITECTURE = "PCMEnsembleForCausalLM"
 
 
-def register():
+def register_ensemble():
     """Register configuration, model and what serving it needs; vLLM may call it several times in one process."""
     AutoConfig.register(PCMEnsembleConfig.model_type, PCMEnsembleConfig, exist_ok=True)
     if ARCHITECTURE in ModelRegistry.get_supported_archs():
@@ -35,7 +35,6 @@ class EnsembleServing(VerifyAndUpdateConfig):
         Refuse what cannot be served, and let requests be checked where they arrive.
 
         Raises:
-            ImportError: if vLLM is of another version than this plugin is made for.
             ValueError: naming what of the ensemble or of the engine's settings is not supported.
         """
         check_engine(vllm_config)

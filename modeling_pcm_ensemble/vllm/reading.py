@@ -42,10 +42,14 @@ class PrefixReading:
     def clear(self):
         """Forget what was read by other weights."""
         self.states.clear()
-        self._stacked.clear()
+        self.wanted = []
 
     def begin(self, wanted: list[Prefixes], record: Callable[[Prefix], None]):
         """Begin a step; `record` runs the model on a prefix that is new."""
+        self._plan = None
+        if wanted == self.wanted:  # as in most steps
+            return
+
         for prefix in itertools.chain.from_iterable(wanted):
             if prefix.tokens and prefix not in self.states:
                 self.recorded = []
@@ -55,9 +59,8 @@ class PrefixReading:
                 self.states.move_to_end(prefix)
         self._drop_oldest(set(itertools.chain.from_iterable(wanted)))
 
-        if wanted != self.wanted:
-            self._stacked.clear()
-        self.wanted, self._plan = list(wanted), None
+        self._stacked.clear()
+        self.wanted = wanted
 
     def _drop_oldest(self, needed: set[Prefix]):
         tokens = sum(len(prefix.tokens) for prefix in self.states)
@@ -68,7 +71,7 @@ class PrefixReading:
     def plan(self, metadata) -> "StepPlan":
         """Return the step's plan, which all layers share."""
         if self._plan is None or self._plan[0] is not metadata:
-            self._plan = metadata, StepPlan(metadata, self.wanted)
+            self._plan = metadata, StepPlan(metadata, self)
         return self._plan[1]
 
     def width(self, rows: list[int]) -> int:
@@ -98,27 +101,66 @@ class PrefixReading:
         return stacked
 
     def readable(self, rows: list[int], device: torch.device) -> torch.Tensor:
-        """Return which places of [`stacked`] hold tokens, `(rows, groups, width)`."""
+        """Return which places of [`stacked`] hold tokens, `(rows, groups, width)`; no places where that is nothing."""
         width = self.width(rows)
         lengths = torch.tensor([[len(prefix.tokens) for prefix in self.wanted[row]] for row in rows], device=device)
         return torch.arange(width, device=device) >= width - lengths[..., None]
 
 
+class LongRow(NamedTuple):
+    r"""
+    A request that reads several tokens in a step.
+
+    Args:
+        row (`int`): its number; start, end (`int`): its tokens among the step's.
+        length (`int`): tokens of its context by then.
+        mask (`torch.BoolTensor` of shape `(groups, new tokens, prefix + context)`): what each may read.
+    """
+
+    row: int
+    start: int
+    end: int
+    length: int
+    mask: torch.Tensor
+
+
 class StepPlan:
-    """Which requests of a step read one token, all at once then, and which read several, each by itself."""
+    r"""
+    Which requests of a step read one token, all at once then, and which read several, each by itself; with the masks
+    that all layers share.
 
-    def __init__(self, metadata, wanted: list[Prefixes]):
-        starts, self.lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-        counts = [end - start for start, end in itertools.pairwise(starts)][: len(wanted)]
-        self.single = [row for row, count in enumerate(counts) if count == 1]
-        self.longer = [(row, starts[row], count) for row, count in enumerate(counts) if count > 1]
+    Args:
+        metadata: vLLM's, of the step.
+        reading (`PrefixReading`): what requests read first.
+    """
 
+    def __init__(self, metadata, reading: PrefixReading):
+        starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+        spans = list(itertools.pairwise(starts))[: len(reading.wanted)]
         device = metadata.block_table.device
-        self.rows = torch.tensor(self.single, device=device, dtype=torch.long)
-        self.places = torch.tensor([starts[row] for row in self.single], device=device, dtype=torch.long)
-        self.longest = max((self.lengths[row] for row in self.single), default=0)
-        of_context = torch.tensor([self.lengths[row] for row in self.single], device=device)
-        self.context = torch.arange(self.longest, device=device) < of_context[:, None]  # (rows, longest)
+
+        self.single = [row for row, (start, end) in enumerate(spans) if end - start == 1]
+        if self.single:
+            self.rows = torch.tensor(self.single, device=device)
+            self.places = torch.tensor([starts[row] for row in self.single], device=device)
+            of_context = torch.tensor([lengths[row] for row in self.single], device=device)
+            self.longest = max(lengths[row] for row in self.single)
+            context = torch.arange(self.longest, device=device) < of_context[:, None]
+            context = context[:, None].expand(-1, reading.groups, -1)
+            self.mask = torch.cat([reading.readable(self.single, device), context], dim=2)  # (rows, groups, tokens)
+
+        self.longer = []
+        for row, (start, end) in enumerate(spans):
+            if end - start > 1:
+                mask = self._causal_mask(reading, row, end - start, lengths[row], device)
+                self.longer.append(LongRow(row, start, end, lengths[row], mask))
+
+    @staticmethod
+    def _causal_mask(reading: PrefixReading, row: int, count: int, length: int, device: torch.device) -> torch.Tensor:
+        positions = torch.arange(length, device=device)
+        context = (positions <= positions[length - count :, None]).expand(reading.groups, -1, -1)
+        readable = reading.readable([row], device)[0, :, None].expand(-1, count, -1)
+        return torch.cat([readable, context], dim=2)  # (groups, new tokens, tokens)
 
 
 @functools.cache
@@ -149,10 +191,9 @@ def reading_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             plan = self.reading.plan(attn_metadata)
             if plan.single:
                 self._read_one_token(query, kv_cache, attn_metadata.block_table, plan, output)
-            for row, start, count in plan.longer:
-                pages = attn_metadata.block_table[row]
-                end = start + count
-                output[start:end] = self._read_several(query[start:end], kv_cache, pages, row, plan.lengths[row])
+            for long in plan.longer:
+                pages = attn_metadata.block_table[long.row]
+                output[long.start : long.end] = self._read_several(query[long.start : long.end], kv_cache, pages, long)
             return output
 
         def _read_alone(self, query, key, value, output):
@@ -168,40 +209,34 @@ def reading_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             return output.copy_(read[0].transpose(0, 1))
 
         def _read_one_token(self, query, kv_cache, block_table, plan: StepPlan, output):
-            num_rows, dim, groups = len(plan.single), query.shape[-1], self.reading.groups
+            num_rows, dim = len(plan.single), query.shape[-1]
             pages = block_table[plan.rows, : -(-plan.longest // kv_cache.shape[2])].long()
             states = kv_cache[pages].transpose(1, 2).flatten(2, 3)  # (rows, kv heads, tokens, 2 · dim)
             states = states[:, :, : plan.longest]
-            mask = plan.context[:, None].expand(-1, groups, -1)  # (rows, groups, tokens)
             if (before := self.reading.stacked(self.number, plan.single, keep=True)) is not None:
                 states = torch.cat([before, states], dim=2)
-                mask = torch.cat([self.reading.readable(plan.single, mask.device), mask], dim=2)
 
             # Heads that share keys stand where several tokens would.
             queries = query[plan.places].view(num_rows, self.num_kv_heads, -1, dim)
-            mask = mask.repeat_interleave(self.num_kv_heads // groups, dim=1)[:, :, None]
+            mask = plan.mask.repeat_interleave(self.num_kv_heads // self.reading.groups, dim=1)[:, :, None]
             mask = mask.expand(-1, -1, queries.shape[2], -1)  # (rows, kv heads, heads of each, tokens)
             read = scaled_dot_product_attention(
                 queries, states[..., :dim], states[..., dim:], attn_mask=mask, scale=self.scale
             )
             output[plan.places] = read.reshape(num_rows, -1, dim)
 
-        def _read_several(self, query, kv_cache, pages, row: int, length: int) -> torch.Tensor:
-            count, heads, dim = query.shape
-            num_pages = -(-length // kv_cache.shape[2])
-            states = kv_cache[pages[:num_pages].long()].transpose(0, 1).flatten(1, 2)[:, :length]
-            positions = torch.arange(length, device=query.device)
-            mask = (positions <= positions[length - count :, None]).expand(self.reading.groups, -1, -1)
-            if (before := self.reading.stacked(self.number, [row])) is not None:
+        def _read_several(self, query, kv_cache, pages, long: LongRow) -> torch.Tensor:
+            _, heads, dim = query.shape
+            num_pages = -(-long.length // kv_cache.shape[2])
+            states = kv_cache[pages[:num_pages].long()].transpose(0, 1).flatten(1, 2)[:, : long.length]
+            if (before := self.reading.stacked(self.number, [long.row])) is not None:
                 states = torch.cat([before[0], states], dim=1)  # (kv heads, tokens, 2 · dim)
-                readable = self.reading.readable([row], query.device)[0, :, None].expand(-1, count, -1)
-                mask = torch.cat([readable, mask], dim=2)  # (groups, new tokens, tokens)
 
             read = scaled_dot_product_attention(
                 query.transpose(0, 1)[None],
                 states[None, ..., :dim],
                 states[None, ..., dim:],
-                attn_mask=mask.repeat_interleave(heads // self.reading.groups, dim=0),
+                attn_mask=long.mask.repeat_interleave(heads // self.reading.groups, dim=0),
                 scale=self.scale,
                 enable_gqa=True,
             )

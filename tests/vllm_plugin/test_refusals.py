@@ -1,6 +1,9 @@
 """What cannot be served is refused by name before anything is loaded."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import REFERENCES, engine
@@ -44,3 +47,20 @@ def test_an_ensemble_that_cannot_be_served_is_refused_by_name(change, message, t
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message), engine(str(tmp_path.resolve())):
         pass
+
+
+OTHER_VERSION = """
+import vllm
+vllm.__version__ = "0.33.0"
+from modeling_pcm_ensemble.vllm import register
+register()
+from vllm import ModelRegistry
+print("PCMEnsembleForCausalLM" in ModelRegistry.get_supported_archs())
+"""
+
+
+def test_another_version_of_vllm_is_named_and_left_as_it_is():
+    environment = os.environ | {"VLLM_PLUGINS": ""}  # which would register it under the version that is installed
+    found = subprocess.run([sys.executable, "-c", OTHER_VERSION], env=environment, capture_output=True, text=True)
+    assert found.stdout.rstrip().endswith("False"), found.stderr
+    assert "PCM ensembles are served by vLLM 0.32, and 0.33.0 is installed" in found.stdout + found.stderr

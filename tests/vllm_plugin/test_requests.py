@@ -1,40 +1,29 @@
 """What requests may say, where they are refused, and the table that follows them through the batch."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REFERENCES
-from vllm import SamplingParams
+from vllm import EngineArgs, SamplingParams
+from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from modeling_pcm_ensemble import PCMEnsembleConfig
 from modeling_pcm_ensemble.vllm.requests import PROCESSORS, PreferenceProcessor, RequestTable, front_end_processor
 
 PLACES = 8
 
 
-def engine_config(name: str = "probabilities", **additional) -> SimpleNamespace:
-    """What the table reads of an engine's configuration."""
-    folder = str(REFERENCES / name)
-    model = SimpleNamespace(
-        hf_config=PCMEnsembleConfig.from_pretrained(folder),
-        max_model_len=256,
-        skip_tokenizer_init=False,
-        tokenizer=folder,
-        runner_type="generate",
-        tokenizer_mode="auto",
-        tokenizer_revision=None,
-        trust_remote_code=False,
-    )
-    return SimpleNamespace(
-        model_config=model,
-        additional_config=additional,
-        scheduler_config=SimpleNamespace(max_num_seqs=PLACES),
-        compilation_config=SimpleNamespace(static_forward_context={}),
-        use_v2_model_runner=False,
-    )
+def engine_config(name: str = "probabilities", **additional) -> VllmConfig:
+    """An engine's configuration, which its front end and its runner read."""
+    arguments = {"max_model_len": 256, "max_num_seqs": PLACES, "dtype": "float32", "enforce_eager": True}
+    return EngineArgs(str(REFERENCES / name), additional_config=additional, **arguments).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def two_slots() -> type:
+    """The check of an engine with two slots."""
+    return getattr(PROCESSORS, front_end_processor(engine_config(expert_slots=2)).rpartition(".")[2])
 
 
 def params(**extra_args) -> SamplingParams:
@@ -102,10 +91,9 @@ def test_the_model_and_its_runner_have_one_table():
         pytest.param({"preference": ["brief", "kind", "rude"]}, "wants 3 experts at once", id="slots"),
     ],
 )
-def test_a_bad_request_is_refused_where_it_arrives(extra_args, message):
-    name = front_end_processor(engine_config(expert_slots=2)).rpartition(".")[2]
+def test_a_bad_request_is_refused_where_it_arrives(two_slots, extra_args, message):
     with pytest.raises(ValueError, match=message):
-        getattr(PROCESSORS, name).validate_params(params(**extra_args))
+        two_slots.validate_params(params(**extra_args))
 
 
 def test_each_engine_of_a_process_checks_by_its_own_ensemble():
