@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,10 @@ def test_a_benchmark_measures_every_variant(command, names, tmp_path):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_tables_in_the_documents_are_those_of_the_results(name):
     text = (ROOT / name).read_text()
+    markers, tables = (len(re.findall(rf"<!-- [\w-]+(?: \w+)* table -->\n{row}", text)) for row in ("", r"\|.*\n\|"))
+
     assert with_tables(text) == text
-    assert "<!-- experts table -->\n| | own dimension |" in text
+    assert markers == tables > 0
 
 
 def test_every_results_table_stands_in_a_document():

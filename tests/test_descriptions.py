@@ -302,9 +302,41 @@ def test_settings_may_be_left_out(tmp_path, monkeypatch):
         DescriptionTrainer(tiny_ensemble()).train()
 
 
-def test_checkpoints_are_refused():
-    with pytest.raises(ValueError, match="keeps no checkpoints"):
-        DescriptionConfig("x", save_strategy="steps")
+class InterruptAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_interrupted_goes_on_as_one_that_was_not(tmp_path):
+    wordings = [("be big", {"e0": 1.0}), ("grow", {"e0": 1.5}), ("paint it", {"e2": 1.0, "e0": 0.0})]
+    settings = {"wordings": wordings, "max_steps": 8, "per_device_train_batch_size": 2, "logging_steps": 1}
+    settings |= {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+
+    def trained_before() -> PCMEnsembleForCausalLM:  # what it did under weights is what words are taught to do
+        model = tiny_ensemble()
+        torch.nn.init.normal_(model.pcm.head.weight, generator=torch.Generator().manual_seed(0))
+        return model
+
+    whole = make_trainer(tmp_path / "whole", trained_before(), **settings)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "other", trained_before(), callbacks=[InterruptAt(5)], **settings).train()
+    resumed = make_trainer(tmp_path / "other", trained_before(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-3"))
+
+    for name, value in whole.ensemble.pcm.state_dict().items():
+        assert torch.equal(value, resumed.ensemble.pcm.state_dict()[name]), name
+    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+    for changed in ({"model": tiny_ensemble()}, {"wordings": wordings[1:]}, {"seed": 3}):
+        other = make_trainer(tmp_path / "other", **{"model": trained_before()} | settings | changed)
+        with pytest.raises(ValueError, match=r"was made with (PCM before training|wordings|seed) = "):
+            other.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-3"))
 
 
 @pytest.mark.parametrize(

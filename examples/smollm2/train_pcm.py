@@ -7,11 +7,13 @@ preferences and, less often, on those of two experts; of their product on any ex
 
 1. Let the base model answer every prompt once: rewards are measured against these answers.
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
-   context is. Stopped and run again, it goes on from the last checkpoint.
+   context is.
 3. Teach it which experts descriptions and other words ask for, and how much of each (demo_wordings.py): to do when
    told in words what it does when told weights, on the first words of prompts and answers and, one time in ten, on
    whole ones. No expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
+
+Stopped and run again, it goes on from the last checkpoint.
 
 measure_pcm.py measures what it has won for a mixture. --quick trains on eight prompts for one rollout.
 """
@@ -125,6 +127,9 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         train_sampling_strategy="group_by_length",
+        save_strategy="steps",
+        save_steps=500,
+        save_total_limit=1,
         report_to="none",
     )
 
@@ -137,7 +142,8 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
     written = dataset.filter(lambda row: row["reference"]).map(text, with_indices=True)
     generator = random.Random(seed)
     wordings = [compose(generator, "training") for _ in range(steps * config.per_device_train_batch_size)]
-    DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings).train()
+    trainer = DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
 
 
 def first_words(text: str, number: int) -> str:
@@ -174,7 +180,7 @@ def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
     if arguments.rollouts:
         model.load_pcm(rewarded)
         model.pcm.body.requires_grad_(True)
-    teach_descriptions(model, dataset, folder, seed, arguments.description_steps)
+    teach_descriptions(model, dataset, folder / "words", seed, arguments.description_steps)
     save_learnt(model, described)
     return folder
 

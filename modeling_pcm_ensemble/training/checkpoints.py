@@ -1,12 +1,13 @@
-"""Checkpoints of a run: what learns, the rollout at hand and the references; whole, or not there at all."""
+"""Checkpoints of a run: what learns, and what its trainer needs beside it; whole, or not there at all."""
 
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,30 +15,32 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..checkpoint_staging import STAGING, finish_save, staged_folder
-from ..rewards.scoring import SHARED, Scorer
-from .pcm_trainer import PCMTrainer, own_settings
+from .pcm_trainer import PCMTrainer
 from .preference_sampling import PreferenceSampler
-from .rebel_config import RebelConfig
-from .rollouts import Rollout
 
-WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "rebel_state.json"
-# All but generation_batch_size: what fits into memory may change.
-SETTINGS = own_settings(RebelConfig) - {"generation_batch_size"} | {
-    "world_size", "seed", "per_device_train_batch_size", "gradient_accumulation_steps",
-}  # fmt: skip
+WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "run_state.json"
+SETTINGS = {"world_size", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"}
 EXPERT_FACTS = ("name", "backbone", "dimension", "prompt_ids", "description_ids")
 
 
-class CheckpointTrainer(PCMTrainer):
-    """The part of [`RebelTrainer`] that saves and resumes."""
+def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return a digest of weights and their names."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
-    args: RebelConfig
+
+class CheckpointTrainer(PCMTrainer):
+    """
+    The part of a PCM's trainer that saves and resumes. What a trainer needs beside the weights that learn, it adds by
+    [`_own_state`] and [`_load_own_state`]; what must be the same for a run to go on, by [`_run_settings`] and
+    `settings_kept`.
+    """
+
     train_dataset: Any
     preferences: PreferenceSampler
-    scorer: Scorer
-    _rollout: Rollout | None = None
-    _micro_batches_done = 0
-    _micro_batches_saved = 0  # how many the last checkpoint has
+    settings_kept: ClassVar[set[str]] = SETTINGS  # names of the settings that must be the same
     _staging: Path | None = None  # where a checkpoint is being written
 
     @property
@@ -47,6 +50,11 @@ class CheckpointTrainer(PCMTrainer):
     @property
     def _output_dir(self) -> Path:
         return Path(str(self.args.output_dir))
+
+    def train(self, *args, **kwargs):
+        """Train as any trainer; from a checkpoint, after what a killed run had saved whole is in its place."""
+        finish_save(self._output_dir)
+        return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         """Write what a checkpoint keeps of the ensemble: what learns."""
@@ -75,7 +83,6 @@ class CheckpointTrainer(PCMTrainer):
             if self.args.should_save:
                 staged.enter_context(staged_folder(self._output_dir))
             self._write_checkpoint(model, trial, self._staging)
-        self._micro_batches_saved = self._micro_batches_done
 
         if self.args.should_save:
             rotate_checkpoints(
@@ -92,10 +99,8 @@ class CheckpointTrainer(PCMTrainer):
         folder = staging / final.name
         folder.mkdir(parents=True, exist_ok=True)
 
-        rank = self.args.process_index
-        rollout = {} if self._rollout is None else vars(self._rollout)
-        torch.save(rollout, folder / f"rollout_{rank}.pt")
-        (folder / f"{rank}_{STATE_FILE}").write_text(json.dumps(self._rebel_state()))
+        state = {"settings": self._run_settings(), "metrics": self._metrics} | self._own_state(folder)
+        (folder / f"{self.args.process_index}_{STATE_FILE}").write_text(json.dumps(state))
 
         super()._save_checkpoint(model, trial)
         if self.state.best_global_step:
@@ -107,25 +112,23 @@ class CheckpointTrainer(PCMTrainer):
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
-    def _rebel_state(self) -> dict:
-        return {
-            "settings": self._settings(),
-            "micro_batches_done": self._micro_batches_done,
-            "references": self.scorer.references,
-            "metrics": self._metrics,
-        }
+    def _own_state(self, folder: Path) -> dict[str, Any]:
+        """Return what this process needs to go on, as JSON has it; what is no JSON may be written to `folder`."""
+        return {}
 
-    def _settings(self) -> dict:
+    def _load_own_state(self, state: dict[str, Any], folder: Path):
+        """Take on what [`_own_state`] has returned and written."""
+
+    def _run_settings(self) -> dict:
         """Return what must be the same for a run to go on as it began."""
         config = self.ensemble.config
         pcm = config.sub_config_items()["pcm"].to_diff_dict()
 
-        settings = {name: getattr(self.args, name) for name in sorted(SETTINGS)} | {
+        settings = {name: getattr(self.args, name) for name in sorted(self.settings_kept)} | {
             "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts or []],
             "expert_top_k": config.expert_top_k,
             "merge": config.merge,
             "reference": config.reference,
-            "shared reward": SHARED in self.scorer.reward_funcs,
             "preference sets": [wish.label for wish in self.preferences.sets],
             "prompts": len(self.train_dataset),
             "rows of the dataset": self._dataset_digest,
@@ -144,12 +147,7 @@ class CheckpointTrainer(PCMTrainer):
 
     def _frozen_digest(self) -> str:
         """Return a digest of the weights that checkpoints leave out."""
-        digest = hashlib.sha256()
-        for name, parameter in self._pcm.named_parameters():
-            if parameter.requires_grad:
-                continue
-            digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of({name: p for name, p in self._pcm.named_parameters() if not p.requires_grad})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         folder, rank = Path(resume_from_checkpoint), self.args.process_index
@@ -157,19 +155,14 @@ class CheckpointTrainer(PCMTrainer):
         self._check_settings(folder)
 
         state = json.loads((folder / f"{rank}_{STATE_FILE}").read_text())
-        self._micro_batches_done = self._micro_batches_saved = state["micro_batches_done"]
-        self.scorer.references = state["references"]
         self._metrics = defaultdict(list, state["metrics"])
-
-        rollout = torch.load(folder / f"rollout_{rank}.pt", map_location="cpu", weights_only=True)
-        rollout = {name: tensor.to(self.args.device) for name, tensor in rollout.items()}
-        self._rollout = Rollout(**rollout) if rollout else None
+        self._load_own_state(state, folder)
         self._load_learnt(folder)
 
     def _check_settings(self, folder: Path):
         """Refuse a checkpoint of other settings, data or weights."""
         saved = json.loads((folder / f"0_{STATE_FILE}").read_text())["settings"]
-        for name, value in self._settings().items():
+        for name, value in self._run_settings().items():
             if saved.get(name) != value:
                 raise ValueError(
                     f"The checkpoint {str(folder)!r} was made with {name} = {saved.get(name)!r}, but the trainer has "

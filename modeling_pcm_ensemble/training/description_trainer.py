@@ -1,9 +1,12 @@
 """Teaches a Preference Control Model what descriptions ask for, and how much of it."""
 
 import copy
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,10 @@ from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference, description_of, preference_weights
 from ..rows import stack_padded
 from ..weighting import joined_weights
+from .checkpoints import CheckpointTrainer, digest_of
 from .checks import check_columns, check_ensemble, check_lengths, everything
 from .losses import expert_strength_cross_entropy, expert_weight_cross_entropy
-from .pcm_trainer import PCMTrainer, padding_tokenizer
+from .pcm_trainer import padding_tokenizer
 from .preference_sampling import WORDS, PreferenceSampler, ToldPreference, default_preference_sets
 from .prompts import tokenize, with_words
 
@@ -36,19 +40,11 @@ class DescriptionConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of an update."})
     warmup_steps: float = field(default=4, metadata={"help": "Updates until the learning rate is reached."})
     logging_steps: float = field(default=4, metadata={"help": "Log every so many steps."})
-    save_strategy: str = field(default="no", metadata={"help": "No other: it takes minutes."})
+    save_strategy: str = field(default="no", metadata={"help": '"steps" keeps checkpoints of long runs.'})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The trainer reads text."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.save_strategy != "no":
-            raise ValueError(
-                "DescriptionTrainer takes minutes and keeps no checkpoints. Leave `save_strategy` at 'no', and write "
-                "the ensemble with `trainer.save_model(folder)`."
-            )
 
-
-class DescriptionTrainer(PCMTrainer):
+class DescriptionTrainer(CheckpointTrainer):
     r"""
     Teaches a PCM to choose from words, with every expert active at weight 1. Words are told as `preference_text` as
     often as in a system message. What they mean is wanted at each token after them, of prompt and completion: it is
@@ -137,6 +133,22 @@ class DescriptionTrainer(PCMTrainer):
         untrained = not model.pcm.head.weight.any()
         self._before = None if untrained else copy.deepcopy(model.pcm).eval()  # h is 0 where it is untrained
         self._generator = random.Random(args.seed + 7919 * args.process_index)
+
+    # What a checkpoint keeps beside what learns: where the drawing of preferences stands
+
+    def _own_state(self, folder: Path) -> dict[str, Any]:
+        return {"generator": self._generator.getstate()}
+
+    def _load_own_state(self, state: dict[str, Any], folder: Path):
+        version, numbers, following = state["generator"]
+        self._generator.setstate((version, tuple(numbers), following))
+
+    def _run_settings(self) -> dict:
+        wordings = [(wording.description_ids, wording.weights) for wording in self.wordings]
+        return super()._run_settings() | {
+            "wordings": hashlib.sha256(json.dumps(wordings).encode()).hexdigest(),
+            "PCM before training": self._before and digest_of(self._before.state_dict()),
+        }
 
     # What a row is told, and what the PCM should do then
 

@@ -4,7 +4,8 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -12,15 +13,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint_staging import finish_save
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..rewards.models import reward_function
 from ..rewards.scoring import SHARED, Scorer
-from .checkpoints import CheckpointTrainer
+from .checkpoints import SETTINGS, CheckpointTrainer
 from .checks import DatasetCheck, check_arguments, column
 from .losses import leave_one_out, ppo_loss, rebel_loss, rloo_loss, token_kl
 from .metrics import joined, means, reward_lists, rollout_metrics, weight_metrics
-from .pcm_trainer import padding_tokenizer
+from .pcm_trainer import own_settings, padding_tokenizer
 from .policies import policy_of
 from .preference_sampling import PreferenceSampler, ToldPreference
 from .rebel_config import RebelConfig
@@ -60,6 +60,13 @@ class RebelTrainer(CheckpointTrainer):
 
     Source: arXiv 2407.04181 (the ensemble), arXiv 2404.16767 (REBEL).
     """
+
+    args: RebelConfig
+    # All but generation_batch_size: what fits into memory may change.
+    settings_kept: ClassVar[set[str]] = SETTINGS | own_settings(RebelConfig) - {"generation_batch_size"}
+    _rollout: Rollout | None = None
+    _micro_batches_done = 0
+    _micro_batches_saved = 0  # how many the last checkpoint has
 
     def __init__(
         self,
@@ -109,10 +116,31 @@ class RebelTrainer(CheckpointTrainer):
         self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
 
     def train(self, *args, **kwargs):
-        """Train as any trainer; from a checkpoint, after what a killed run had saved whole is in its place."""
-        finish_save(self._output_dir)
+        """Train as any trainer; a new run with a new rollout."""
         self._rollout, self._micro_batches_done, self._micro_batches_saved = None, 0, 0  # or a checkpoint's
         return super().train(*args, **kwargs)
+
+    # What a checkpoint keeps beside what learns: the rollout at hand, and what the base model has answered
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self._micro_batches_saved = self._micro_batches_done
+
+    def _own_state(self, folder: Path) -> dict[str, Any]:
+        rollout = {} if self._rollout is None else vars(self._rollout)
+        torch.save(rollout, folder / f"rollout_{self.args.process_index}.pt")
+        return {"micro_batches_done": self._micro_batches_done, "references": self.scorer.references}
+
+    def _load_own_state(self, state: dict[str, Any], folder: Path):
+        self._micro_batches_done = self._micro_batches_saved = state["micro_batches_done"]
+        self.scorer.references = state["references"]
+
+        path = folder / f"rollout_{self.args.process_index}.pt"
+        rollout = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._rollout = Rollout(**rollout) if rollout else None
+
+    def _run_settings(self) -> dict:
+        return super()._run_settings() | {"shared reward": SHARED in self.scorer.reward_funcs}
 
     # The data of a step: the trainer draws prompts itself, so that a step's data depends on its number alone.
 
