@@ -1,12 +1,12 @@
-"""python -m benchmarks decode | greedy | drafts | serve | memory | scaling | training | profile | engine | readme"""
+"""python -m benchmarks decode | greedy | drafts | serve | memory | scaling | training | profile | engine | load …"""
 
 import argparse
 
 from transformers.utils import logging
 
-from . import decode, drafts, engine, greedy, memory, profile, readme, scaling, serve, training
+from . import decode, drafts, engine, greedy, load, memory, profile, readme, scaling, serve, training
 
-MODULES = (decode, greedy, drafts, serve, memory, scaling, training, profile, engine, readme)
+MODULES = (decode, greedy, drafts, serve, memory, scaling, training, profile, engine, load, readme)
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 

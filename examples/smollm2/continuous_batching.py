@@ -107,13 +107,15 @@ def main():
     parser.add_argument("--rows", type=int, default=16, help="most requests that run at once")
     parser.add_argument("--tokens", type=int, default=64, help="most new tokens of a request; the fewest are 8")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="leave out compiled steps")
     parser.add_argument("--output", help="a JSON file for the figures")
     arguments = parser.parse_args()
     if arguments.requests < 2 or arguments.rate <= 0 or arguments.rows < 1 or arguments.tokens < 8:
         parser.error("needs --requests of at least 2, --rate above 0, --rows of at least 1, --tokens of at least 8")
 
     model = demo.trained_ensemble(dtype=demo.fast_dtype())
-    ways = itertools.product((None, CompileConfig()), (False, True))
+    compile_configs = [None] if arguments.eager else [None, CompileConfig()]
+    ways = itertools.product(compile_configs, (False, True))
     rows = [measure(model, joins, compile_config, arguments) for compile_config, joins in ways]
 
     table = Table(*rows[0], title=f"{arguments.requests} requests, {arguments.rate} a second")

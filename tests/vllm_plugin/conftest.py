@@ -49,10 +49,15 @@ def engine(name: str, **options) -> Iterator:
         "distributed_executor_backend": "uni",
         "disable_log_stats": False,
     }
+    folder = REFERENCES / name
+    llm = None
     try:
-        folder = REFERENCES / name
-        yield LLM(str(folder) if folder.exists() else name, **defaults | options)
+        llm = LLM(str(folder) if folder.exists() else name, **defaults | options)
+        yield llm
     finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()  # which the traceback of a test that has failed would keep alive
+        del llm
         gc.collect()  # an engine that is still there would take the next one's process groups along
         cleanup_dist_env_and_memory()
 

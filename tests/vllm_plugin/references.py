@@ -12,6 +12,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 512,
-    "initializer_range": 0.2,  # log-probabilities that float32 rounds by less than 1e-4
+    "initializer_range": 0.1,  # this and small adapters: float32 is then within 4e-5 of float64
 }
 
 PROMPTS = {"brief": "Be brief, in all that you say.", "plain": "Talk plainly."}
@@ -69,9 +70,9 @@ def make_ensemble(
     """Three adapters of unlike ranks, scales and layers on one backbone, and the backbone; some with prompts."""
     backbone.save_pretrained(folder / "backbone")
     adapters = {
-        "brief": {"r": 4, "lora_alpha": 8},
-        "kind": {"r": 3, "lora_alpha": 5, "use_rslora": True},
-        "rude": {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
+        "brief": {"r": 4, "lora_alpha": 3},
+        "kind": {"r": 3, "lora_alpha": 2, "use_rslora": True},
+        "rude": {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
     }
     experts = {}
     for seed, name in enumerate(NAMES):
@@ -135,10 +136,10 @@ def write_hub(folder: Path):
     base = folder / "parts" / "base"
     tiny_llama(1, **SIZES).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
-    with LocalHub() as hub:
+    with LocalHub() as hub, tempfile.TemporaryDirectory() as home:  # a cache of an earlier run has an earlier base
         hub.add("someone/base", base)
         command = [sys.executable, __file__, str(folder), "--push"]
-        subprocess.run(command, env=client_environment(hub, folder / "parts" / "home", "hf_owner"), check=True)
+        subprocess.run(command, env=client_environment(hub, Path(home), "hf_owner"), check=True)
         (folder / "hub.pickle").write_bytes(pickle.dumps(hub.repositories))
 
 

