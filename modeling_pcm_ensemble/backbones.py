@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig
 from .lora import LoraBank
 from .memory import Memory
 from .merging import ExpertLogits
@@ -60,6 +60,11 @@ class ExpertBackbones(PreTrainedModel):
 
     def __iter__(self) -> Iterator[PreTrainedModel]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def endpoints(self) -> dict[int, PreTrainedModel]:
+        """The backbones that somebody else serves, by index."""
+        return {i: self[i] for i in range(len(self)) if self.config.backbones[i].model_type == ENDPOINT}
 
     @property
     def banks(self) -> dict[int, LoraBank]:

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, 
 from transformers.cache_utils import DynamicLayer
 
 from .call_arguments import check_kind, has_class
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig
 from .memory import GrowingLayer, Memory
 from .preference import Preference
 from .routing import Route
@@ -108,6 +108,9 @@ class PCMEnsembleCache(Cache):
             raise
 
     def _new_memory(self, config: PreTrainedConfig, prefix_length: int) -> Memory:
+        if config.model_type == ENDPOINT:  # whose cache holds tokens, as they are and no more
+            return Memory(DynamicCache(config=config))
+
         max_length = None
         if self.cache_implementation in STATIC and self.max_length is not None:
             max_length = self.max_length + prefix_length

@@ -14,12 +14,13 @@ from .checkpoint_fit import check_fit
 from .checkpoint_io import PCMEnsemblePreTrainedModel
 from .checkpoint_sources import SourceLoader
 from .checkpoint_trust import check_trust
-from .configuration_pcm_ensemble import EXPERT_FIELDS, PCMEnsembleConfig
+from .configuration_pcm_ensemble import ENDPOINT, EXPERT_FIELDS, PCMEnsembleConfig, endpoints
 from .preference import encode_description
 
 logger = logging.get_logger(__name__)
 
 SPEC_FIELDS = ("model", "adapter", "prompt", "description", "dimension")
+ENDPOINT_FIELDS = ("endpoint", "served_model", "api", "top_logprobs", "timeout", "attempts", "on_failure", "key")
 
 
 @dataclass
@@ -51,7 +52,7 @@ def build_parts(
     **config_kwargs,
 ) -> Parts:
     """Do the work of [`PCMEnsembleForCausalLM.from_experts`], which documents the arguments."""
-    specs = expert_specs(experts)
+    specs = expert_specs(experts, config_kwargs.get("expert_top_k"))
     check_trust(model_kwargs or {})
 
     loader = SourceLoader(model_kwargs or {})
@@ -60,6 +61,7 @@ def build_parts(
     of_ensemble = loader.tokenizer(tokenizer)
 
     backbones = loader.backbones
+    _fit_endpoints(loader, body, of_ensemble)
     check_fit(backbones, loader.labels, body, of_ensemble)
     _check_generation_config(backbones[0].generation_config, loader.labels[0])
 
@@ -99,7 +101,7 @@ def build_expert(
         The expert's entry in the configuration, and the parts with its own among them.
     """
     config = model.config
-    ((name, spec),) = expert_specs({name: expert}).items()
+    ((name, spec),) = expert_specs({name: expert}, config.expert_top_k).items()
     if name in config.expert_names:
         raise ValueError(f"The ensemble already has an expert {name!r}. Choose another name, or remove it first.")
     check_trust(model_kwargs)
@@ -107,6 +109,7 @@ def build_expert(
     loader = SourceLoader(model_kwargs, list(model.backbones))
     index = loader.backbone(spec["model"], f"expert {name!r}")
     tokenizer = loader.tokenizer(model.tokenizer)
+    _fit_endpoints(loader, model.pcm.body, tokenizer)
     check_fit(loader.backbones, loader.labels, model.pcm.body, tokenizer)
 
     entry, adapters = _expert_entry(loader, name, spec, index, tokenizer, config.prefix_bos_token_id)
@@ -118,9 +121,10 @@ def build_expert(
     return entry, Parts(config, loader.backbones, model.pcm.body, tokenizer, adapters)
 
 
-def expert_specs(experts: Mapping) -> dict[str, dict[str, Any]]:
+def expert_specs(experts: Mapping, expert_top_k: int | None = None) -> dict[str, dict[str, Any]]:
     """
-    Bring what `experts` may hold into one form: name → mapping with `model` and what else was given.
+    Bring what `experts` may hold into one form: name → mapping with `model` and what else was given. An endpoint is
+    asked for the `expert_top_k` most probable tokens, if it does not say for how many.
 
     Raises:
         TypeError, ValueError: naming the expert that is not as [`PCMEnsembleForCausalLM.from_experts`] says.
@@ -132,7 +136,15 @@ def expert_specs(experts: Mapping) -> dict[str, dict[str, Any]]:
         )
     if not experts:
         raise ValueError("`experts` is empty. An ensemble needs at least one expert.")
-    return {_expert_name(name): _expert_spec(name, spec) for name, spec in experts.items()}
+
+    asked = {} if expert_top_k is None else {"top_logprobs": expert_top_k}
+    served: dict[tuple, PreTrainedModel] = {}  # experts that name one endpoint alike share it
+    specs = {}
+    for name, spec in experts.items():
+        if isinstance(spec, Mapping) and "endpoint" in spec:
+            spec = _served_spec(_expert_name(name), {**asked, **spec}, served)
+        specs[_expert_name(name)] = _expert_spec(name, spec)
+    return specs
 
 
 def all_end_tokens(backbones: list[PreTrainedModel]) -> int | list[int] | None:
@@ -183,6 +195,30 @@ def _expert_name(name) -> str:
     if not isinstance(name, str) or not name:
         raise TypeError(f"Experts' names must be non-empty strings, got {name!r}.")
     return name
+
+
+def _served_spec(name: str, spec: dict[str, Any], served: dict[tuple, PreTrainedModel]) -> dict[str, Any]:
+    """Put a model that asks the endpoint in the place of what describes it."""
+    if "model" in spec or "adapter" in spec:
+        raise ValueError(
+            f"Expert {name!r} has an `endpoint`, where its model and adapter are. Leave `model` and `adapter` out; "
+            "`served_model` is its name there."
+        )
+
+    fields = {field: spec[field] for field in ENDPOINT_FIELDS if field in spec}
+    place = tuple(fields.items())
+    if place not in served:
+        served[place] = endpoints().EndpointForCausalLM.of_expert(name, fields)
+    others = {field: value for field, value in spec.items() if field not in ENDPOINT_FIELDS}
+    return others | {"model": served[place]}
+
+
+def _fit_endpoints(loader: SourceLoader, body: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
+    """Let endpoints know the vocabulary, and check that they read texts as the tokenizer does."""
+    served: list[tuple[str, Any]] = list(zip(loader.labels, loader.backbones))
+    for label, backbone in served:
+        if backbone.config.model_type == ENDPOINT:
+            backbone.fit(body, tokenizer, label)
 
 
 def _expert_spec(name: str, spec) -> dict[str, Any]:

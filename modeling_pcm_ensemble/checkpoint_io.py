@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +26,7 @@ from .checkpoint_structure import check_loading, check_not_injected, check_struc
 from .checkpoint_thin import thin_checkpoint, whole_state
 from .checkpoint_trust import check_weight_names
 from .compile_attention import GROUPED_SDPA  # noqa: F401, which registers it
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig
 from .pcm import PreferenceControlModel
 from .preference import check_config
 
@@ -60,6 +61,9 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         *args,
         config: PreTrainedConfig | str | os.PathLike | None = None,
         output_loading_info: bool = False,
+        allow_endpoints: Sequence[str] = (),
+        trust_endpoints: bool = False,
+        endpoint_keys: Mapping[str, str | Callable[[], str]] | None = None,
         **kwargs,
     ):
         """
@@ -67,11 +71,16 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path, config, output_loading_info, kwargs: as for any model.
+            allow_endpoints (`Sequence[str]`): addresses to which texts may be sent, where the checkpoint names them.
+            trust_endpoints (`bool`): whether texts may be sent to whatever address the checkpoint names.
+            endpoint_keys (`Mapping`, *optional*): by address, the name of the environment variable that holds its key,
+                or a function that returns the key.
 
         Returns:
             The ensemble; with `output_loading_info=True` a pair of it and of what was missing or left over.
 
         Raises:
+            PermissionError: if the checkpoint names an endpoint that is not allowed.
             ValueError: if configuration and weights disagree, or a thin checkpoint's backbones are not those it names.
             OSError: if files cannot be fetched, nor found in the cache; if an interrupted save cannot be finished, or
                 another process saves to the folder meanwhile.
@@ -89,6 +98,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
 
+        if not trust_endpoints:
+            _check_endpoints(found, allow_endpoints, str(source))
         code_options = {name: value for name, value in options.items() if name != "trust_remote_code"}
         if source is not None:
             check_weight_names(source, found, kwargs.get("variant"), **code_options)
@@ -108,6 +119,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             )
         check_loading(loading, model.state_dict(), f"the checkpoint {model.name_or_path!r}")
         model._tokenizer_options = options
+        for endpoint in model.backbones.endpoints.values():
+            endpoint.allowed, endpoint.key = True, (endpoint_keys or {}).get(endpoint.config.address)
         return (model, loading) if output_loading_info else model
 
     @classmethod
@@ -369,6 +382,18 @@ def _finish_save(folder: str | None, config) -> tuple[int, int] | None:
             )
         saved = last_saved(folder)
     return saved
+
+
+def _check_endpoints(config: dict[str, Any], allowed: Sequence[str], label: str):
+    """Refuse a checkpoint that names an endpoint which the user has not named too."""
+    known = {address.rstrip("/") for address in allowed}
+    for backbone in config.get("backbones") or []:
+        fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
+        if fields.get("model_type") == ENDPOINT and str(fields.get("endpoint")).rstrip("/") not in known:
+            raise PermissionError(
+                f"{label!r} names the endpoint {fields.get('endpoint')!r}, to which your texts would be sent. If you "
+                f"know whose it is, load it with `allow_endpoints=[{fields.get('endpoint')!r}]`."
+            )
 
 
 def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:

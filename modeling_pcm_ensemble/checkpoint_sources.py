@@ -21,7 +21,7 @@ from .checkpoint_fit import check_same_vocabulary, check_serves_rows
 from .checkpoint_hub import HUB_OPTIONS, find_file, hub_source
 from .checkpoint_structure import check_loading, check_structure, load_with_info
 from .checkpoint_trust import check_weight_names
-from .configuration_pcm_ensemble import check_is_causal_lm
+from .configuration_pcm_ensemble import ENDPOINT, check_is_causal_lm
 from .lora_peft_format import adapter_place, fit_adapter, read_adapter
 
 
@@ -89,13 +89,13 @@ class SourceLoader:
         if isinstance(source, PreTrainedConfig):
             config = _first_layers(source, num_layers)
             check_is_causal_lm(config, "the PCM")
-            return AutoModel.from_config(config, dtype=self.backbones[0].dtype, **self._options("attn_implementation"))
+            return AutoModel.from_config(config, dtype=self._dtype, **self._options("attn_implementation"))
 
         model = self._pcm_model(source)
         self._sources.append(source)
         whole = model.base_model
         assert isinstance(whole, PreTrainedModel)  # which transformers' annotation leaves open
-        body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=self.backbones[0].dtype)
+        body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=self._dtype)
         body = body.to(whole.device)
 
         weights = whole.state_dict()
@@ -141,7 +141,8 @@ class SourceLoader:
             )
         if not learns:  # the PCM is a copy
             check_structure(source, label)
-        check_serves_rows(source, label)
+        if source.config.model_type != ENDPOINT:  # which answers for itself
+            check_serves_rows(source, label)
         return source
 
     def _from_pretrained(self, source: str | os.PathLike, label: str, learns: bool):
@@ -181,6 +182,13 @@ class SourceLoader:
                 "The PCM is to learn, so that it cannot be made from a quantised model. Name its checkpoint."
             )
         return model
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The backbones'; an endpoint has none of its own."""
+        of_backbones = [backbone.dtype for backbone in self.backbones if backbone.config.model_type != ENDPOINT]
+        given = self.model_kwargs.get("dtype")
+        return next(iter(of_backbones), given if isinstance(given, torch.dtype) else torch.float32)
 
     def _hub_options(self) -> dict[str, Any]:
         return self._options(*HUB_OPTIONS)

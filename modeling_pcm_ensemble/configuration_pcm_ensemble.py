@@ -5,6 +5,7 @@ from .requirements import OLDEST  # noqa: F401
 
 # isort: split
 import dataclasses
+import importlib
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
@@ -20,6 +21,7 @@ PRODUCT = "product"  # the value of `merge` that adds what experts change of a r
 ADAPTERS = "adapters"  # the value of `merge` that adds weights, not predictions
 ADDITIVE = (PRODUCT, ADAPTERS)  # ways of merging in which weights are strengths, not shares
 TOP_K_MERGES = ("probabilities", PRODUCT)
+ENDPOINT = "pcm_endpoint"  # the `model_type` of a backbone that somebody else serves
 AUTO_MAP = {
     "AutoConfig": "configuration_pcm_ensemble.PCMEnsembleConfig",
     "AutoModel": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",
@@ -394,6 +396,19 @@ class PCMEnsembleConfig(PreTrainedConfig):
                 f"`expert_top_k` cannot be used with `merge={self.merge!r}`; it goes with "
                 f"{' and '.join(map(repr, TOP_K_MERGES))}. Set it to None here."
             )
+        self._check_endpoints()
+
+    def _check_endpoints(self):
+        """Refuse to guess what an endpoint does not tell."""
+        for backbone in self.backbones:
+            if backbone.model_type != ENDPOINT or backbone.top_logprobs >= (self.vocab_size or 0):
+                continue
+            if self.expert_top_k is None or self.expert_top_k > backbone.top_logprobs:
+                raise ValueError(
+                    f"{backbone.endpoint} tells the {backbone.top_logprobs} most probable tokens alone. Set "
+                    f"`expert_top_k` to at most {backbone.top_logprobs}, with a `merge` that takes it: "
+                    f"{' or '.join(map(repr, TOP_K_MERGES))}."
+                )
 
     def _check_reference(self):
         names = self.expert_names
@@ -430,6 +445,22 @@ def check_is_causal_lm(config: PreTrainedConfig, label: str):
         )
 
 
+def endpoints():
+    """
+    Import what asks endpoints. It is no part of the code that a checkpoint brings.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        return importlib.import_module("modeling_pcm_ensemble.endpoints")
+    except ImportError as error:
+        raise ImportError(
+            "Experts behind an endpoint need the package with its extra: `pip install 'pcm-ensemble[endpoints]'` "
+            f"({error})."
+        ) from error
+
+
 def _max_positions(config: PreTrainedConfig) -> int | None:
     """Longest text that a part can read; None without a limit, which some configurations write as -1 or 0."""
     limit = getattr(config, "max_position_embeddings", None) or 0
@@ -442,6 +473,8 @@ def _as_config(label: str, config: PreTrainedConfig | dict) -> PreTrainedConfig:
     if not isinstance(config, dict):
         raise TypeError(f"`{label}` must be a `PreTrainedConfig` or a dict, got {type(config).__name__}.")
     model_type = config.get("model_type")
+    if model_type == ENDPOINT:
+        endpoints()
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"`{label}` has `model_type` {model_type!r}, which transformers does not have. Parts must be models of "
@@ -472,4 +505,4 @@ def _is_integer(value) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["PCMEnsembleConfig", "check_is_causal_lm"]
+__all__ = ["PCMEnsembleConfig", "check_is_causal_lm", "endpoints"]

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +56,18 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         """
         for submodel in self.submodels:
             submodel.forget_weights()
+
+    @property
+    def served_experts(self) -> list[int]:
+        """The experts that are behind endpoints, by index."""
+        endpoints = self.backbones.endpoints
+        return [index for index, expert in enumerate(self.config.experts) if expert["backbone"] in endpoints]
+
+    @property
+    def endpoint_usage(self) -> dict[str, Any]:
+        """What endpoints were asked so far, by address and the model's name there: see `endpoints.Usage`."""
+        endpoints = self.backbones.endpoints.values()
+        return {f"{model.config.address} {model.config.served_model}": model.usage for model in endpoints}
 
     @property
     def submodels(self) -> list[Submodel]:

@@ -7,8 +7,10 @@ if not __package__:  # Python looks into the folder that it runs in first, and a
     )
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from transformers import CompileConfig, PreTrainedTokenizerBase
@@ -29,6 +31,7 @@ from .call_checks import (
     longest_context,
 )
 from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
+from .failures import without_failed
 from .generation import PCMEnsembleGeneration
 from .merging import ExpertLogits, mixture_log_probs, precise, token_log_probs
 from .preference import Preference
@@ -52,10 +55,13 @@ class PCMEnsembleOutput(CausalLMOutputWithPast):
             α, or strengths where tilts add up. `[:, t]` is of the experts' predictions of token t + 1; 0 for inactive
             experts.
         expert_logits (`list[ExpertLogits]`, *optional*): what was merged, with `output_expert_logits=True`.
+        dropped_experts (`torch.BoolTensor` of shape `(batch, experts)`, *optional*): where an expert's endpoint has
+            failed and `on_failure="drop"` let the row go on without; None where none has.
     """
 
     expert_weights: torch.Tensor | None = None
     expert_logits: list[ExpertLogits] | None = None
+    dropped_experts: torch.Tensor | None = None
 
 
 class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
@@ -180,6 +186,11 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
                 route, input_ids, attention_mask, cache, logits_to_keep, strengths, compile_config
             )
 
+        dropped = None
+        if self.backbones.endpoints:
+            expert_logits, weights, dropped = without_failed(
+                expert_logits, weights, self.served_experts, self.config.adds_up, self.config.reference_index
+            )
         exact = _or_default(exact, torch.is_grad_enabled() or labels is not None)
         logits = self._merged(route, expert_logits, weights, exact, normalize_logits)
         if route.mixes_adapters:
@@ -196,6 +207,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             attentions=pcm_output.get("attentions"),  # a recurrent body has none
             expert_weights=weights if self.config.adds_up else weights.exp(),
             expert_logits=expert_logits if output_expert_logits and not route.mixes_adapters else None,
+            dropped_experts=dropped,
         )
 
     def _weighted(
@@ -216,16 +228,27 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         """
         Logits of every active expert: each backbone that the route needs runs once, on all its pairs. With
         `strengths`, which change from token to token, logits of the one model that the adapters are added to.
+
+        Endpoints are asked all at once, and answer while the other backbones run.
         """
-        expert_logits = []
-        for backbone, expert_rows in route.expert_rows.items():
+
+        def run(backbone: int) -> list[ExpertLogits]:
             rows = route.pair_rows[backbone]
             mask = None if attention_mask is None else attention_mask[rows]
             memory = None if cache is None else cache.backbones[backbone]
-            expert_logits += self.backbones(
-                backbone, expert_rows, input_ids[rows], mask, memory, logits_to_keep, strengths, compile_config
+            config = None if backbone in endpoints else compile_config
+            return self.backbones(
+                backbone, route.expert_rows[backbone], input_ids[rows], mask, memory, logits_to_keep, strengths, config
             )
-        return expert_logits
+
+        endpoints = self.backbones.endpoints.keys() & route.expert_rows.keys()
+        if not endpoints:
+            return list(chain.from_iterable(map(run, route.expert_rows)))
+        with ThreadPoolExecutor(len(endpoints)) as threads:
+            asked = {backbone: threads.submit(run, backbone) for backbone in endpoints}
+            found = {backbone: run(backbone) for backbone in route.expert_rows if backbone not in endpoints}
+            found |= {backbone: answer.result() for backbone, answer in asked.items()}
+        return list(chain.from_iterable(found[backbone] for backbone in route.expert_rows))
 
     def _merged(
         self,

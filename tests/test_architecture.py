@@ -14,7 +14,7 @@ from modeling_pcm_ensemble.training import checkpoints
 
 PACKAGE = Path(modeling_pcm_ensemble.__file__).parent
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architecture.md"
-FOLDERS = ("rewards", "training", "evaluation", "vllm")
+FOLDERS = ("endpoints", "rewards", "training", "evaluation", "vllm")
 
 
 def rooms() -> list[list[str]]:

@@ -1,0 +1,312 @@
+"""Experts behind an endpoint: as good as here where it answers, and an error or a drop within its time where not."""
+
+import copy
+import json
+import logging
+import random
+import time
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_llama, tiny_tokenizer
+from endpoint_server import FAULTS, REFUSALS, EndpointServer
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer, pipeline
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.endpoints import EndpointError, EndpointForCausalLM
+
+NAMES = ("here", "there", "elsewhere")
+PREFERENCES = [
+    {"here": 1.0, "there": 1.0},
+    {"there": 1.0},
+    {"there": 2.0, "elsewhere": 1.0},
+    {"elsewhere": 1.0},
+    {"here": 1.0},
+    dict.fromkeys(NAMES, 0.5),
+]
+OTHER_KIND = {"there": {"served_model": "there"}, "elsewhere": {"served_model": "elsewhere", "prompt": "be brief"}}
+
+
+@pytest.fixture(scope="module")
+def backbones():
+    return {name: tiny_llama(seed, max_position_embeddings=128) for seed, name in enumerate(NAMES)}
+
+
+@pytest.fixture
+def server(backbones):
+    with EndpointServer(backbones, tiny_tokenizer()) as server:
+        yield server
+
+
+def ensembles(server, backbones, top_k: int | None = 20, **options) -> tuple:
+    """The ensemble with two experts behind an endpoint, and the same with all of them here."""
+    own = {"timeout": 20.0, "top_logprobs": top_k or VOCAB} | options.pop("own", {})
+    common = {"pcm": backbones["here"], "tokenizer": tiny_tokenizer(), "expert_top_k": top_k} | options
+    served = {"here": {"model": backbones["here"]}}
+    local = dict(served)
+    for name, fields in OTHER_KIND.items():
+        served[name] = fields | {"endpoint": server.endpoint} | own
+        local[name] = {"model": backbones[name]} | {key: fields[key] for key in fields if key == "prompt"}
+
+    models = []
+    for experts in (served, local):
+        model = PCMEnsembleForCausalLM.from_experts(experts, **common)
+        torch.nn.init.normal_(model.pcm.head.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+        model.generation_config.eos_token_id = None
+        models.append(model)
+    return tuple(models)
+
+
+def batch(rows: int = 6) -> dict:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(10, VOCAB, (rows, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : row % 4] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def test_with_the_whole_vocabulary_told_the_mixture_is_that_of_local_experts(server, backbones):
+    served, local = ensembles(server, backbones, top_k=None)
+    inputs = batch() | {"preference": PREFERENCES}
+    with torch.no_grad():
+        found, wanted = (model(**inputs, logits_to_keep=1).logits for model in (served, local))
+    assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert torch.equal(*(model.generate(**inputs, do_sample=False, max_new_tokens=12) for model in (served, local)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}, {"cache_implementation": "static"}],
+    ids=str,
+)
+@pytest.mark.parametrize("merge", ["probabilities", "product"])
+def test_with_a_top_k_every_mode_of_generate_gives_what_local_experts_give(server, backbones, merge, options):
+    reference = {"reference": "here"} if merge == "product" else {}
+    preferences = [{"there": 1.0}, {"there": 2.0, "elsewhere": 1.0}, {"elsewhere": -0.5}] if reference else PREFERENCES
+    inputs = batch(len(preferences)) | {"preference": preferences}
+    answers = []
+    for model in ensembles(server, backbones, merge=merge, **reference):
+        torch.manual_seed(0)
+        answers.append(model.generate(**inputs, **{"do_sample": False, "max_new_tokens": 8} | options))
+    assert torch.equal(*answers)
+
+
+def test_whole_texts_are_scored_and_attributed_as_by_local_experts(server, backbones):
+    served, local = ensembles(server, backbones, top_k=None)
+    inputs = batch() | {"preference": PREFERENCES}
+    assert_close(served.attribute(**inputs), local.attribute(**inputs), atol=1e-4, rtol=0)
+
+
+def test_it_streams_and_serves_a_pipeline(server, backbones):
+    served, local = ensembles(server, backbones)
+    texts = []
+    for model in (served, local):
+        streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True)
+        options = {"max_new_tokens": 6, "do_sample": False, "preference": "there"}
+        model.generate(**batch(1), **options, streamer=streamer)
+        generate = pipeline("text-generation", model=model, tokenizer=model.tokenizer)
+        texts.append(("".join(streamer), generate("hello", **options)[0]["generated_text"]))
+    assert texts[0] == texts[1]
+
+
+def test_a_step_asks_for_equal_contexts_once_and_counts_what_it_asked(server, backbones):
+    served, _ = ensembles(server, backbones)
+    server.asked.clear()
+    ids = torch.tensor([[20, 21, 22]]).expand(5, -1)
+    served.generate(ids, preference=["there"], max_new_tokens=1, do_sample=False)
+    assert [len(body["prompt"]) for body in server.asked] == [1]
+    usage = served.endpoint_usage[f"{server.endpoint} there"]
+    assert (usage.calls, usage.prompts, usage.prompt_tokens, usage.failed_tries) == (
+        5,
+        1,
+        3,
+        0,
+    )  # 4 were texts to read
+    assert usage.seconds > 0
+
+
+def test_endpoints_are_asked_at_the_same_time(server, backbones):
+    served, _ = ensembles(server, backbones)
+    server.delay = 0.4
+    start = time.perf_counter()
+    served(torch.tensor([[20, 21]]), preference=["there", "elsewhere"], logits_to_keep=1)
+    assert 0.4 < time.perf_counter() - start < 0.75
+
+
+# What fails
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_another_try_mends_is_asked_again(server, backbones, fault):
+    served, local = ensembles(server, backbones, own={"timeout": 0.5})
+    server.fault = lambda number: fault if number == 0 else None
+    inputs = {"input_ids": torch.tensor([[20, 21, 22]]), "preference": "there", "logits_to_keep": 1}
+    with torch.no_grad():
+        assert_close(served(**inputs).logits.exp(), local(**inputs).logits.exp(), atol=1e-5, rtol=0)
+    assert served.endpoint_usage[f"{server.endpoint} there"].failed_tries == 1
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *REFUSALS])
+def test_what_fails_always_is_an_error_within_its_time(server, backbones, fault):
+    served, _ = ensembles(server, backbones, own={"timeout": 0.3, "attempts": 2})
+    server.fault = lambda number: fault
+    start = time.perf_counter()
+    with pytest.raises(EndpointError, match=f"{server.endpoint}/completions"):
+        served.generate(torch.tensor([[20, 21, 22]]), preference=["here", "there"], max_new_tokens=4)
+    assert time.perf_counter() - start < 5
+    assert len(server.asked) == (1 if fault in REFUSALS else 2)
+
+
+@pytest.mark.parametrize("fault", ["500", "dropped", "wrong ids", "redirect"])
+def test_rows_may_go_on_without_an_expert_that_fails(server, backbones, fault):
+    served, local = ensembles(server, backbones, own={"attempts": 1, "on_failure": "drop"})
+    server.fault = lambda number: fault if server.asked or number == 0 else None
+    ids = torch.tensor([[20, 21, 22]] * 2)
+    with torch.no_grad():
+        output = served(ids, preference=[["here", "there"], ["here"]], logits_to_keep=1)
+        alone = local(ids, preference="here", logits_to_keep=1)
+    assert_close(output.logits, alone.logits, atol=1e-5, rtol=0)
+    assert output.dropped_experts.tolist() == [[False, True, False], [False, False, False]]
+    assert output.expert_weights[0, 0].tolist() == [1.0, 0.0, 0.0]
+    asked = len(server.asked)
+    served(ids, preference=["here", "there"], logits_to_keep=1)
+    assert len(server.asked) == asked  # it rests
+    with pytest.raises(RuntimeError, match="all experts of a row"):
+        served(ids, preference="there", logits_to_keep=1)
+
+
+def test_no_schedule_of_faults_hangs_or_gives_a_wrong_answer(server, backbones):
+    served, local = ensembles(server, backbones, own={"timeout": 0.2, "attempts": 2})
+    ids = torch.tensor([[20, 21, 22]])
+    options = {"preference": list(NAMES), "max_new_tokens": 3, "do_sample": False}
+    wanted = local.generate(ids, **options)
+    ended = {"answered": 0, "failed": 0}
+    for schedule in range(200):
+        chance = random.Random(schedule)
+        faults = [*(set(FAULTS) - {"slow"}), *REFUSALS]
+        kinds = [chance.choice(faults) if chance.random() < 0.15 else None for _ in range(40)]
+        if schedule % 20 == 0:
+            kinds[1] = "slow"
+        server.asked.clear()
+        server.fault = lambda number, kinds=kinds: kinds[number % len(kinds)]
+        start = time.perf_counter()
+        try:
+            assert torch.equal(served.generate(ids, **options), wanted)
+            ended["answered"] += 1
+        except EndpointError:
+            ended["failed"] += 1
+        assert time.perf_counter() - start < 10
+    assert min(ended.values()) > 20, ended
+
+
+# What is refused, and what a checkpoint says
+
+
+def spec(server, **fields) -> dict:
+    return {"endpoint": server.endpoint, "served_model": "there"} | fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"endpoint": "gpu-7:8000"}, "must be an address"),
+        ({"endpoint": "http://me:secret@gpu-7"}, "without a user, a key or a query"),
+        ({"api": "chat"}, "a chat's template is applied at the server"),
+        ({"api": "openai"}, "tells tokens as texts"),
+        ({"api": "tgi"}, "`api` must be one of 'vllm'"),
+        ({"served_model": ""}, "needs `served_model`"),
+        ({"timeout": 0}, "`timeout` must be above 0"),
+        ({"on_failure": "retry"}, "must be 'error' or 'drop'"),
+        ({"model": "gpt2"}, "Leave `model` and `adapter` out"),
+        ({"color": "red"}, "unknown fields"),
+        ({"top_logprobs": 5}, "Set `expert_top_k` to at most 5"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_description_is_refused_by_name(server, backbones, fields, message):
+    experts = {"here": backbones["here"], "there": spec(server, **fields)}
+    with pytest.raises(ValueError, match=message):
+        PCMEnsembleForCausalLM.from_experts(
+            experts, pcm=backbones["here"], tokenizer=tiny_tokenizer(), expert_top_k=20
+        )
+    assert not server.asked
+
+
+def test_what_the_endpoint_does_not_tell_is_not_guessed(server, backbones):
+    experts = {"here": backbones["here"], "there": spec(server)}
+    options = {"pcm": backbones["here"], "tokenizer": tiny_tokenizer()}
+    with pytest.raises(ValueError, match="Set `expert_top_k` to at most 20"):
+        PCMEnsembleForCausalLM.from_experts(experts, **options)
+    model = PCMEnsembleForCausalLM.from_experts(experts, expert_top_k=20, **options)
+    model.config.merge, model.config.expert_top_k = "logits", None
+    with pytest.raises(ValueError, match="Set `expert_top_k` to at most 20"):
+        model(torch.tensor([[20]]), preference="here")
+
+
+def test_a_server_that_reads_texts_otherwise_is_refused(server, backbones):
+    server.tokenizer = tiny_tokenizer(letters="ol")
+    with pytest.raises(ValueError, match="All parts must share one vocabulary: 'Hello, world!' is"):
+        ensembles(server, backbones)
+
+
+def test_a_checkpoint_names_its_endpoints_and_connects_when_it_is_allowed_to(server, backbones, tmp_path):
+    served, _ = ensembles(server, backbones)
+    served.save_pretrained(tmp_path)
+    inputs = batch() | {"preference": PREFERENCES}
+    options = {"max_new_tokens": 6, "do_sample": False}
+    wanted = served.generate(**inputs, **options)
+
+    server.asked.clear()
+    for loads in (PCMEnsembleForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(PermissionError, match=rf"allow_endpoints=\['{server.endpoint}'\]"):
+            loads.from_pretrained(tmp_path)
+    built = PCMEnsembleForCausalLM(copy.deepcopy(served.config))
+    with pytest.raises(PermissionError, match="names the endpoint"):
+        built(**inputs)
+    assert not server.asked
+
+    for allowed in ({"allow_endpoints": [server.endpoint + "/"]}, {"trust_endpoints": True}):
+        loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path, **allowed)
+        assert torch.equal(loaded.generate(**inputs, **options), wanted)
+
+
+@pytest.mark.parametrize("kind", ["variable", "function"])
+def test_a_key_stands_in_no_checkpoint_log_or_error(backbones, tmp_path, monkeypatch, caplog, kind):
+    secret = "".join(map(chr, range(65, 85)))  # which this file does not show
+    monkeypatch.setenv("PCM_TEST_KEY", secret)
+    given = "PCM_TEST_KEY" if kind == "variable" else lambda: secret
+    caplog.set_level(logging.DEBUG)
+    with EndpointServer(backbones, tiny_tokenizer(), key=secret) as server:
+        model, _ = ensembles(server, backbones, own={"key": given, "attempts": 1})
+        model.generate(torch.tensor([[20, 21]]), preference="there", max_new_tokens=2)
+        model.save_pretrained(tmp_path)
+        server.fault = lambda number: "500"
+        with pytest.raises(EndpointError) as error:
+            model(torch.tensor([[20, 21]]), preference="there")
+        assert secret not in f"{error.value!r} {error.getrepr(style='long')} {caplog.text}"
+
+        loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path, trust_endpoints=True)
+        with pytest.raises(EndpointError, match="status 401"):
+            loaded(torch.tensor([[20, 21]]), preference="there")
+        server.fault = lambda number: None
+        keys = {server.endpoint: given}
+        loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path, trust_endpoints=True, endpoint_keys=keys)
+        loaded(torch.tensor([[20, 21]]), preference="there", logits_to_keep=1)
+    written = (tmp_path / "config.json").read_text()
+    assert secret not in written
+    assert "PCM_TEST_KEY" not in written
+    assert json.loads(written)["backbones"][1]["endpoint"] == server.endpoint
+
+
+def test_it_is_a_causal_lm_by_itself(server, backbones):
+    model = EndpointForCausalLM.of_expert("there", spec(server, top_logprobs=VOCAB))
+    model.fit(backbones["there"], tiny_tokenizer(), "'there'")
+    ids = torch.tensor([[20, 21, 22, 23]])
+    with torch.no_grad():
+        wanted = backbones["there"](ids).logits.log_softmax(dim=-1)
+    cache = DynamicCache(config=model.config)
+    first = model(ids[:, :2], past_key_values=cache).logits
+    second = model(ids[:, 2:], past_key_values=cache).logits
+    assert_close(torch.cat([first, second], dim=1), wanted, atol=1e-4, rtol=0)
