@@ -139,7 +139,14 @@ def summary(seconds: dict[str, list], reference: str) -> list[dict]:
     return rows
 
 
-def write_results(name: str, rows: list[dict], columns: list[str], arguments, picture: Callable | None = None):
+def write_results(
+    name: str,
+    rows: list[dict],
+    columns: list[str],
+    arguments,
+    picture: Callable | None = None,
+    dtype: torch.dtype = DTYPE,
+):
     """Print a table, and write it as JSON with machine and versions, and as PNG where there is a picture."""
     model = "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
     machine = {
@@ -148,12 +155,12 @@ def write_results(name: str, rows: list[dict], columns: list[str], arguments, pi
         "device": "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": str(DTYPE),
+        "dtype": str(dtype),
         "model": model,
     }
 
     where = f"{machine['threads']} CPU threads" if DEVICE == "cpu" else machine["device"]
-    table = Table(*columns, title=f"{name}: {model}, {where}, bfloat16")
+    table = Table(*columns, title=f"{name}: {model}, {where}, {dtype}")
     for row in rows:
         table.add_row(*(f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
     Console().print(table)
@@ -166,7 +173,7 @@ def write_results(name: str, rows: list[dict], columns: list[str], arguments, pi
     if picture is not None:
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         picture(axes)
-        axes.set_title(f"{model}, {where}, bfloat16")
+        axes.set_title(f"{model}, {where}, {dtype}")
         figure.savefig(folder / f"{stem}.png", dpi=120)
         plt.close(figure)
 

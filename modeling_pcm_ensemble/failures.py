@@ -1,10 +1,10 @@
-"""Rows that go on without an expert whose endpoint has failed."""
+"""What endpoints leave open: rows whose expert has failed, and the probability of tokens that are not told."""
 
 from collections.abc import Collection
 
 import torch
 
-from .merging import ExpertLogits
+from .merging import ExpertLogits, precise, spread
 
 
 def without_failed(
@@ -61,4 +61,48 @@ def _reweighted(weights: torch.Tensor, failed: torch.Tensor, adds_up: bool) -> t
     return weights.log_softmax(dim=-1)
 
 
-__all__ = ["without_failed"]
+def truncation_bound(
+    expert_logits: list[ExpertLogits],
+    expert_weights: torch.Tensor,
+    expert_top_k: int,
+    served: Collection[int] = (),
+) -> torch.Tensor:
+    r"""
+    Bound how far a mixture of top k is from that of whole distributions: Σ_i α_i (1 − Σ_{kept y} π_i(y)).
+
+    Args:
+        expert_logits (`list[ExpertLogits]`): of a call with `output_expert_logits=True`.
+        expert_weights (`torch.FloatTensor` of shape `(batch, positions, experts)`): its α.
+        expert_top_k (`int`): the tokens that are kept of each expert.
+        served (`Collection[int]`): the experts behind endpoints, `model.served_experts`, which tell log-probabilities.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, positions)`, 0 to 1: the total variation distance is at most this.
+
+    Source: this library. An expert that is renormalised to its kept tokens moves by the mass of the others.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_pcm_ensemble.failures import truncation_bound
+    >>> from modeling_pcm_ensemble.merging import ExpertLogits
+
+    >>> probs = [[0.5, 0.3, 0.2], [0.9, 0.1, 0.0]]
+    >>> models = [ExpertLogits(i, None, torch.tensor([[p]]).log()) for i, p in enumerate(probs)]
+    >>> round(truncation_bound(models, torch.tensor([[[0.5, 0.5]]]), expert_top_k=2).item(), 3)
+    0.1
+
+    ```
+    """
+    bound = expert_weights.new_zeros(expert_weights.shape[:2])
+    for entry in expert_logits:
+        logits = precise(entry.logits)
+        log_probs = logits if entry.expert in served else logits.log_softmax(dim=-1)
+        kept = log_probs.topk(min(expert_top_k, logits.shape[-1]), dim=-1).values.exp().sum(dim=-1)
+        missing = spread(entry, (1 - kept).clamp(min=0), len(bound), 0.0)  # (batch, positions)
+        bound = bound + expert_weights[..., entry.expert] * missing
+    return bound
+
+
+__all__ = ["truncation_bound", "without_failed"]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreame
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.endpoints import EndpointError, EndpointForCausalLM
+from modeling_pcm_ensemble.failures import truncation_bound
 
 NAMES = ("here", "there", "elsewhere")
 PREFERENCES = [
@@ -97,6 +98,19 @@ def test_whole_texts_are_scored_and_attributed_as_by_local_experts(server, backb
     served, local = ensembles(server, backbones, top_k=None)
     inputs = batch() | {"preference": PREFERENCES}
     assert_close(served.attribute(**inputs), local.attribute(**inputs), atol=1e-4, rtol=0)
+
+
+def test_how_far_a_top_k_may_be_from_the_whole_is_known(server, backbones):
+    inputs = batch() | {"preference": PREFERENCES, "logits_to_keep": 1}
+    served, local = ensembles(server, backbones, top_k=7)
+    _, whole = ensembles(server, backbones, top_k=None)
+    with torch.no_grad():
+        found, kept, exact = (model(**inputs, output_expert_logits=True) for model in (served, local, whole))
+    bound = truncation_bound(found.expert_logits, found.expert_weights, 7, served.served_experts)
+    assert_close(bound, truncation_bound(kept.expert_logits, kept.expert_weights, 7), atol=1e-5, rtol=0)
+    distance = (found.logits.exp() - exact.logits.exp()).abs().sum(dim=-1) / 2
+    assert (distance <= bound + 1e-5).all()
+    assert bound.min() > 0.05
 
 
 def test_it_streams_and_serves_a_pipeline(server, backbones):

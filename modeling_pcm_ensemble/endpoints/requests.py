@@ -14,7 +14,7 @@ import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
-PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds before the second try, and most before any
+PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before the second try, and most before any
 CONNECTIONS = 256
 Result = TypeVar("Result")
 
@@ -118,9 +118,11 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _pause(state: RetryCallState) -> float:
+    """Seconds until the next try: what the server asks for, or more each time."""
     error = state.outcome.exception() if state.outcome is not None else None
     asked = error.pause if isinstance(error, _TryAgainError) else None
-    return min(wait_exponential_jitter(PAUSE, LONGEST_PAUSE)(state) if asked is None else asked, LONGEST_PAUSE)
+    growing = wait_exponential_jitter(PAUSE, LONGEST_PAUSE, jitter=PAUSE)(state)
+    return min(growing if asked is None else asked, LONGEST_PAUSE)
 
 
 # One loop and one client for a process, in a thread of their own: connections are kept, and any thread may ask.
