@@ -56,6 +56,8 @@ def run(arguments):
     """Measure all ways at all rates in turns; servers that are not asked wait, and take no time."""
     if arguments.layers is not None:
         raise SystemExit("`load` measures the trained experts on SmolLM2, and takes no --layers.")
+    if subprocess.run([arguments.python, "-c", "import pandas, vllm"], capture_output=True).returncode:
+        raise SystemExit(f"{arguments.python} must have vLLM, and pandas, which vLLM's client reads requests by.")
 
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as running:
         folder = Path(temporary)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_llama, tiny_tokenizer
 from endpoint_server import FAULTS, REFUSALS, EndpointServer
+from test_training import make_trainer
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer, pipeline
 
@@ -147,6 +148,26 @@ def test_endpoints_are_asked_at_the_same_time(server, backbones):
     start = time.perf_counter()
     served(torch.tensor([[20, 21]]), preference=["there", "elsewhere"], logits_to_keep=1)
     assert 0.4 < time.perf_counter() - start < 0.75
+
+
+@pytest.mark.parametrize("merge", ["probabilities", "product"])
+def test_a_rollout_with_experts_elsewhere_makes_the_same_update(server, backbones, tmp_path, merge):
+    reference = {"reference": "here"} if merge == "product" else {}
+    names = NAMES[1:] if reference else NAMES
+    rewards = dict.fromkeys(NAMES, lambda prompts, completions, **columns: [float(len(text)) for text in completions])
+    learnt = []
+    for number, model in enumerate(ensembles(server, backbones, merge=merge, **reference)):
+        settings = {"preference_sets": [list(names)], "rewards": rewards, "max_completion_length": 4, "max_steps": 1}
+        settings |= {"optim": "sgd", "learning_rate": 1.0}  # an update as large as the gradient
+        trainer = make_trainer(tmp_path / str(number), model, **settings)
+        asked = len(server.asked)
+        trainer.train()
+        learnt.append(trainer.model.state_dict())
+    assert len(server.asked) == asked  # which experts here have not asked
+
+    assert learnt[1]["head.weight"].abs().max() > 0.01
+    for name, weight in learnt[1].items():
+        assert_close(learnt[0][name], weight, atol=1e-3, rtol=0)
 
 
 # What fails

@@ -1,0 +1,146 @@
+"""
+Experts that a real server of vLLM serves, beside the same ones here. `VLLM_PYTHON` names a Python with vLLM:
+tests/vllm_plugin/run has one.
+"""
+
+import itertools
+import os
+import re
+import socket
+import subprocess
+import time
+
+import httpx
+import pytest
+import torch
+from torch.testing import assert_close
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
+
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.skipif(VLLM_PYTHON is None, reason="VLLM_PYTHON names no Python with vLLM"),
+]
+
+SERVED = ("friendly", "concise")
+PREFERENCES = [
+    {"elementary": 1.0, "friendly": 1.0},
+    {"friendly": 1.0},
+    {"concise": 2.0, "friendly": 0.5},
+    {"elementary": 1.0, "friendly": 0.5, "concise": 0.5},
+]
+QUESTIONS = [
+    f"{verb} {thing}."
+    for verb, thing in itertools.product(
+        ["Explain", "Tell me about", "Write a poem on", "Name two facts on"],
+        ["gravity", "bread", "the sea", "chess", "Paris"],
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    """A server of two adapters on SmolLM2."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"model": demo.fetch_smollm2(), "host": "127.0.0.1", "port": port, "dtype": "float32"}
+    options |= {"max-model-len": 512, "block-size": 32, "max-logprobs": -1, "max-lora-rank": 16, "max-loras": 2}
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command += ["--lora-modules", *(f"{name}={demo.ARTIFACTS / name}" for name in SERVED)]
+
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def wait_for(url: str, server: subprocess.Popen, log):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-2000:])
+
+
+def ensembles(endpoint: str, top_k: int | None, **options) -> list[PCMEnsembleForCausalLM]:
+    """Two experts served, and the same here; both with the PCM that ships."""
+    smollm2, names = demo.fetch_smollm2(), ("elementary", *SERVED)
+    local = {name: {"model": smollm2, "adapter": str(demo.ARTIFACTS / name)} for name in names}
+    told = {"endpoint": endpoint, "timeout": 120.0, "top_logprobs": top_k or 49152}
+    served = local | {name: told | {"served_model": name} for name in SERVED}
+
+    models = []
+    for experts in (served, local):
+        model = PCMEnsembleForCausalLM.from_experts(
+            experts, pcm=smollm2, pcm_layers=4, dtype=torch.float32, expert_top_k=top_k, **options
+        )
+        torch.nn.init.normal_(model.pcm.head.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+        models.append(model)
+    return models
+
+
+def chats(model: PCMEnsembleForCausalLM, questions: list[str]) -> dict:
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    return dict(
+        model.tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+        )
+    )
+
+
+def test_the_whole_vocabulary_is_told_and_the_mixture_is_that_of_local_experts(endpoint):
+    served, local = ensembles(endpoint, top_k=None)
+    inputs = chats(served, QUESTIONS[:4]) | {"preference": PREFERENCES, "logits_to_keep": 1}
+    with torch.no_grad():
+        assert_close(served(**inputs).logits, local(**inputs).logits, atol=1e-3, rtol=0)
+
+
+def test_twenty_prompts_are_answered_by_the_same_greedy_tokens(endpoint):
+    served, local = ensembles(endpoint, top_k=20)
+    inputs = chats(served, QUESTIONS) | {"preference": PREFERENCES * 5, "max_new_tokens": 5, "do_sample": False}
+    assert len(QUESTIONS) == 20
+    assert torch.equal(served.generate(**inputs), local.generate(**inputs))
+    usage = served.endpoint_usage[f"{endpoint} friendly"]
+    assert (usage.prompts, usage.failed_tries) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [({"num_beams": 3}, 1), ({}, 8), ({"do_sample": True, "num_return_sequences": 3}, 2)],
+    ids=["beams", "batch", "samples"],
+)
+def test_modes_of_generate_give_what_local_experts_give(endpoint, options, rows):
+    answers = []
+    for model in ensembles(endpoint, top_k=20):
+        inputs = chats(model, QUESTIONS[:rows]) | {"preference": (PREFERENCES * 2)[:rows]}
+        torch.manual_seed(0)
+        answers.append(model.generate(**inputs, **{"do_sample": False, "max_new_tokens": 5} | options))
+    assert torch.equal(*answers)
+
+
+def test_a_product_with_a_reference_here_is_that_of_local_experts(endpoint):
+    answers = []
+    for model in ensembles(endpoint, top_k=20, merge="product", reference="elementary"):
+        inputs = chats(model, QUESTIONS[:2]) | {"preference": [{"friendly": 1.0, "concise": 0.5}, {"concise": 1.5}]}
+        answers.append(model.generate(**inputs, do_sample=False, max_new_tokens=5))
+    assert torch.equal(*answers)
+
+
+def test_a_model_that_the_server_does_not_have_is_an_error_that_says_so(endpoint):
+    with pytest.raises(Exception, match=re.compile("does not exist|not found|404", re.IGNORECASE)):
+        PCMEnsembleForCausalLM.from_experts(
+            {"rude": {"endpoint": endpoint, "served_model": "rude"}}, pcm=demo.fetch_smollm2(), pcm_layers=1,
+            tokenizer=demo.fetch_smollm2(), expert_top_k=20,
+        )  # fmt: skip
