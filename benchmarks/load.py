@@ -155,8 +155,9 @@ def wait_for(url: str, server: subprocess.Popen, log: Path):
 def ask_server(arguments, url: str, checkpoint: Path, body: dict, folder: Path, rate: float) -> dict:
     """Send all requests to a server by vLLM's own client."""
     options = {
-        "backend": "openai",
+        "backend": "openai-chat",  # `transformers serve` refuses what the client says of plain completions
         "base-url": url,
+        "endpoint": "/v1/chat/completions",
         "model": checkpoint,
         "dataset-name": "custom",
         "dataset-path": folder / "requests.jsonl",
@@ -171,6 +172,7 @@ def ask_server(arguments, url: str, checkpoint: Path, body: dict, folder: Path, 
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     client = [arguments.python, "-c", CLIENT, *flags, "--save-result", "--disable-shuffle", "--disable-tqdm"]
+    client.append("--skip-chat-template")  # the server applies it
     subprocess.run(client, check=True, stdout=subprocess.DEVNULL)
 
     result = json.loads((folder / "result.json").read_text())

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,6 +66,12 @@ class ExpertBackbones(PreTrainedModel):
     def endpoints(self) -> dict[int, PreTrainedModel]:
         """The backbones that somebody else serves, by index."""
         return {i: self[i] for i in range(len(self)) if self.config.backbones[i].model_type == ENDPOINT}
+
+    def cancel_requests(self):
+        """Give up what endpoints have been asked and have not answered."""
+        served: list[Any] = list(self.endpoints.values())
+        for endpoint in served:
+            endpoint.cancel()
 
     @property
     def banks(self) -> dict[int, LoraBank]:

@@ -80,6 +80,7 @@ class PCMEnsembleCache(Cache):
         self.pcm = Memory()
         self.backbones: dict[int, Memory] = {}
         self.room: float | None = None
+        self.is_broken = False
         self.offloading = False
         self.layer_class_to_replicate = None
         self._records_past = False
@@ -96,7 +97,12 @@ class PCMEnsembleCache(Cache):
 
     @contextmanager
     def started(self, route: Route) -> Iterator[None]:
-        """Start under `route` where that has not been done; if what runs inside fails, then begin anew."""
+        """
+        Start under `route` where that has not been done. If what runs inside fails, then begin anew or, in the middle
+        of a text, which some submodels have read further than others, refuse to go on.
+        """
+        if self.is_broken:
+            raise RuntimeError("The last call with this cache failed on its way. Start the text anew, without it.")
         begins = self.pcm.length == 0
         if self.route is None:
             self.start(route)
@@ -105,6 +111,8 @@ class PCMEnsembleCache(Cache):
         except BaseException:
             if begins:
                 self.reset()  # or the next call would go on with what the failed one has read
+            else:
+                self.is_broken = True
             raise
 
     def _new_memory(self, config: PreTrainedConfig, prefix_length: int) -> Memory:
@@ -221,7 +229,7 @@ class PCMEnsembleCache(Cache):
 
     def reset(self):
         super().reset()
-        self.route, self.room = None, None
+        self.route, self.room, self.is_broken = None, None, False
         self.pcm, self.backbones = Memory(), {}
 
     def reorder_cache(self, beam_idx: torch.Tensor):

@@ -1,7 +1,7 @@
 """What `from_experts` does: fetch the parts, check that they fit together, give the configuration and the parts."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Parts:
         pcm (`PreTrainedModel`): the PCM's body.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the contexts'.
         adapters (`dict[str, dict[str, torch.Tensor]]`): LoRA tensors, by expert.
+        generation_config (`GenerationConfig`): the first backbone's that runs here.
     """
 
     config: PCMEnsembleConfig
@@ -41,6 +42,7 @@ class Parts:
     pcm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     adapters: dict[str, dict[str, torch.Tensor]]
+    generation_config: GenerationConfig
 
 
 def build_parts(
@@ -63,7 +65,8 @@ def build_parts(
     backbones = loader.backbones
     _fit_endpoints(loader, body, of_ensemble)
     check_fit(backbones, loader.labels, body, of_ensemble)
-    _check_generation_config(backbones[0].generation_config, loader.labels[0])
+    main = next((i for i, backbone in enumerate(backbones) if backbone.config.model_type != ENDPOINT), 0)
+    _check_generation_config(backbones[main].generation_config, loader.labels[main])
 
     bos = leading_bos(of_ensemble) if of_ensemble is not None else None
     entries: list[dict[str, Any]] = []
@@ -73,7 +76,7 @@ def build_parts(
         entries.append(entry)
         adapters |= tensors
 
-    generation_config = backbones[0].generation_config
+    generation_config = backbones[main].generation_config
     fields = {
         "backbones": [backbone.config for backbone in backbones],
         "pcm": body.config,
@@ -88,7 +91,7 @@ def build_parts(
     of_contexts = _for_contexts(of_ensemble, entries)
     if of_contexts is not None and config.max_position_embeddings is not None:  # less than each model's, by its prefix
         of_contexts.model_max_length = min(of_contexts.model_max_length, config.max_position_embeddings)
-    return Parts(config, backbones, body, of_contexts, adapters)
+    return Parts(config, backbones, body, of_contexts, adapters, generation_config)
 
 
 def build_expert(
@@ -101,7 +104,8 @@ def build_expert(
         The expert's entry in the configuration, and the parts with its own among them.
     """
     config = model.config
-    ((name, spec),) = expert_specs({name: expert}, config.expert_top_k).items()
+    known = list(model.backbones.endpoints.values())
+    ((name, spec),) = expert_specs({name: expert}, config.expert_top_k, known).items()
     if name in config.expert_names:
         raise ValueError(f"The ensemble already has an expert {name!r}. Choose another name, or remove it first.")
     check_trust(model_kwargs)
@@ -109,7 +113,7 @@ def build_expert(
     loader = SourceLoader(model_kwargs, list(model.backbones))
     index = loader.backbone(spec["model"], f"expert {name!r}")
     tokenizer = loader.tokenizer(model.tokenizer)
-    _fit_endpoints(loader, model.pcm.body, tokenizer)
+    _fit_endpoints(loader, model.pcm.body, tokenizer, len(model.backbones))
     check_fit(loader.backbones, loader.labels, model.pcm.body, tokenizer)
 
     entry, adapters = _expert_entry(loader, name, spec, index, tokenizer, config.prefix_bos_token_id)
@@ -118,13 +122,15 @@ def build_expert(
     entry = PCMEnsembleConfig.from_dict(fields).experts[-1]  # checked as a file would be
 
     tokenizer = _for_contexts(tokenizer, [*config.experts, entry])
-    return entry, Parts(config, loader.backbones, model.pcm.body, tokenizer, adapters)
+    return entry, Parts(config, loader.backbones, model.pcm.body, tokenizer, adapters, model.generation_config)
 
 
-def expert_specs(experts: Mapping, expert_top_k: int | None = None) -> dict[str, dict[str, Any]]:
+def expert_specs(
+    experts: Mapping, expert_top_k: int | None = None, known: Sequence[PreTrainedModel] = ()
+) -> dict[str, dict[str, Any]]:
     """
     Bring what `experts` may hold into one form: name → mapping with `model` and what else was given. An endpoint is
-    asked for the `expert_top_k` most probable tokens, if it does not say for how many.
+    asked for the `expert_top_k` most probable tokens, if it does not say for how many; `known` ones are shared.
 
     Raises:
         TypeError, ValueError: naming the expert that is not as [`PCMEnsembleForCausalLM.from_experts`] says.
@@ -138,7 +144,7 @@ def expert_specs(experts: Mapping, expert_top_k: int | None = None) -> dict[str,
         raise ValueError("`experts` is empty. An ensemble needs at least one expert.")
 
     asked = {} if expert_top_k is None else {"top_logprobs": expert_top_k}
-    served: dict[tuple, PreTrainedModel] = {}  # experts that name one endpoint alike share it
+    served: list[Any] = list(known)  # experts that name one endpoint alike share it
     specs = {}
     for name, spec in experts.items():
         if isinstance(spec, Mapping) and "endpoint" in spec:
@@ -197,7 +203,7 @@ def _expert_name(name) -> str:
     return name
 
 
-def _served_spec(name: str, spec: dict[str, Any], served: dict[tuple, PreTrainedModel]) -> dict[str, Any]:
+def _served_spec(name: str, spec: dict[str, Any], served: list[Any]) -> dict[str, Any]:
     """Put a model that asks the endpoint in the place of what describes it."""
     if "model" in spec or "adapter" in spec:
         raise ValueError(
@@ -206,16 +212,18 @@ def _served_spec(name: str, spec: dict[str, Any], served: dict[tuple, PreTrained
         )
 
     fields = {field: spec[field] for field in ENDPOINT_FIELDS if field in spec}
-    place = tuple(fields.items())
-    if place not in served:
-        served[place] = endpoints().EndpointForCausalLM.of_expert(name, fields)
+    new = endpoints().EndpointForCausalLM.of_expert(name, fields)
+    if not any(new.asks_like(other) for other in served):
+        served.append(new)
     others = {field: value for field, value in spec.items() if field not in ENDPOINT_FIELDS}
-    return others | {"model": served[place]}
+    return others | {"model": next(other for other in served if new.asks_like(other))}
 
 
-def _fit_endpoints(loader: SourceLoader, body: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
-    """Let endpoints know the vocabulary, and check that they read texts as the tokenizer does."""
-    served: list[tuple[str, Any]] = list(zip(loader.labels, loader.backbones))
+def _fit_endpoints(
+    loader: SourceLoader, body: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, start: int = 0
+):
+    """Let endpoints, from backbone `start` on, know the vocabulary, and check that they read texts as it has them."""
+    served: list[tuple[str, Any]] = list(zip(loader.labels, loader.backbones))[start:]
     for label, backbone in served:
         if backbone.config.model_type == ENDPOINT:
             backbone.fit(body, tokenizer, label)

@@ -26,7 +26,7 @@ from .checkpoint_structure import check_loading, check_not_injected, check_struc
 from .checkpoint_thin import thin_checkpoint, whole_state
 from .checkpoint_trust import check_weight_names
 from .compile_attention import GROUPED_SDPA  # noqa: F401, which registers it
-from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig
+from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig, endpoints
 from .pcm import PreferenceControlModel
 from .preference import check_config
 
@@ -98,8 +98,9 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
 
-        if not trust_endpoints:
-            _check_endpoints(found, allow_endpoints, str(source))
+        allowed = None if trust_endpoints else _addresses("allow_endpoints", allow_endpoints)
+        keys = dict(zip(_addresses("endpoint_keys", endpoint_keys or {}), (endpoint_keys or {}).values()))
+        _check_endpoints(found.get("backbones") or [], allowed, str(source))
         code_options = {name: value for name, value in options.items() if name != "trust_remote_code"}
         if source is not None:
             check_weight_names(source, found, kwargs.get("variant"), **code_options)
@@ -119,8 +120,9 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             )
         check_loading(loading, model.state_dict(), f"the checkpoint {model.name_or_path!r}")
         model._tokenizer_options = options
+        _check_endpoints(model.config.backbones, allowed, str(source))  # what was read may have changed since
         for endpoint in model.backbones.endpoints.values():
-            endpoint.allowed, endpoint.key = True, (endpoint_keys or {}).get(endpoint.config.address)
+            endpoint.allowed, endpoint.key = True, endpoints().Key(keys.get(endpoint.config.address))
         return (model, loading) if output_loading_info else model
 
     @classmethod
@@ -384,12 +386,25 @@ def _finish_save(folder: str | None, config) -> tuple[int, int] | None:
     return saved
 
 
-def _check_endpoints(config: dict[str, Any], allowed: Sequence[str], label: str):
-    """Refuse a checkpoint that names an endpoint which the user has not named too."""
-    known = {address.rstrip("/") for address in allowed}
-    for backbone in config.get("backbones") or []:
+def _addresses(name: str, given: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """
+    Read endpoints' addresses, which may end in a slash.
+
+    Raises:
+        TypeError: if they are no list, or no mapping, of texts.
+    """
+    if isinstance(given, str) or not all(isinstance(address, str) for address in given):
+        raise TypeError(f"`{name}` must hold addresses, such as ['http://gpu-7:8000/v1'], got {given!r}.")
+    return [address.rstrip("/") for address in given]
+
+
+def _check_endpoints(backbones: list[Any], allowed: list[str] | None, label: str):
+    """Refuse endpoints, of a checkpoint's configuration, that the user has not named too; None allows all."""
+    for backbone in backbones:
         fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
-        if fields.get("model_type") == ENDPOINT and str(fields.get("endpoint")).rstrip("/") not in known:
+        if fields.get("model_type") != ENDPOINT or allowed is None:
+            continue
+        if str(fields.get("endpoint")).rstrip("/") not in allowed:
             raise PermissionError(
                 f"{label!r} names the endpoint {fields.get('endpoint')!r}, to which your texts would be sent. If you "
                 f"know whose it is, load it with `allow_endpoints=[{fields.get('endpoint')!r}]`."

@@ -89,13 +89,14 @@ class SourceLoader:
         if isinstance(source, PreTrainedConfig):
             config = _first_layers(source, num_layers)
             check_is_causal_lm(config, "the PCM")
-            return AutoModel.from_config(config, dtype=self._dtype, **self._options("attn_implementation"))
+            dtype = self._dtype or torch.get_default_dtype()
+            return AutoModel.from_config(config, dtype=dtype, **self._options("attn_implementation"))
 
         model = self._pcm_model(source)
         self._sources.append(source)
         whole = model.base_model
         assert isinstance(whole, PreTrainedModel)  # which transformers' annotation leaves open
-        body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=self._dtype)
+        body = AutoModel.from_config(_first_layers(whole.config, num_layers), dtype=self._dtype or whole.dtype)
         body = body.to(whole.device)
 
         weights = whole.state_dict()
@@ -184,11 +185,9 @@ class SourceLoader:
         return model
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def _dtype(self) -> torch.dtype | None:
         """The backbones'; an endpoint has none of its own."""
-        of_backbones = [backbone.dtype for backbone in self.backbones if backbone.config.model_type != ENDPOINT]
-        given = self.model_kwargs.get("dtype")
-        return next(iter(of_backbones), given if isinstance(given, torch.dtype) else torch.float32)
+        return next((b.dtype for b in self.backbones if b.config.model_type != ENDPOINT), None)
 
     def _hub_options(self) -> dict[str, Any]:
         return self._options(*HUB_OPTIONS)

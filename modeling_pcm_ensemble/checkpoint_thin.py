@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .checkpoint_hub import fetch_file, hub_source
 from .checkpoint_trust import check_weight_names, read_object, weight_files
+from .configuration_pcm_ensemble import ENDPOINT
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_FILES = ["config.json", "generation_config.json", "model*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
@@ -44,6 +45,11 @@ def thin_checkpoint(
     owned: set[str] = set()  # names of the tensors that backbones bring
     embeddings: dict[str, torch.Tensor] = {}
     for index, backbone in enumerate(backbones):
+        if backbone.config.model_type == ENDPOINT:
+            raise ValueError(
+                "An ensemble with experts behind endpoints is saved whole, which holds none of their weights. Use "
+                "`thin=False`."
+            )
         source = getattr(backbone.config, "source", None) or hub_source(backbone.name_or_path, **hub_options)
         if source is None:
             raise ValueError(

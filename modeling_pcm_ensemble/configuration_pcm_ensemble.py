@@ -195,6 +195,12 @@ class PCMEnsembleConfig(PreTrainedConfig):
         return self.expert_names.index(self.reference)
 
     @property
+    def endpoint_facts(self) -> list[list]:
+        """What answers depend on where backbones are behind endpoints: who is asked for what."""
+        served = [backbone for backbone in self.backbones if backbone.model_type == ENDPOINT]
+        return [[part.address, part.served_model, part.api, part.top_logprobs] for part in served]
+
+    @property
     def weighted_names(self) -> list[str]:
         """The experts that a preference may give a weight: all but the reference."""
         return [name for index, name in enumerate(self.expert_names) if index != self.reference_index]

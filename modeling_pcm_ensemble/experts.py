@@ -99,7 +99,8 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
                 PEFT's `LoraConfig` with `tensors`), `prompt` (what this expert reads before the context, as system
                 turn where the chat template has one), `description` (what tells the PCM that this expert is wanted;
                 defaults to the prompt, else the name) and `dimension` (the axis of preference it stands on). Experts
-                that name the same model share it.
+                that name the same model share it. In place of `model` and `adapter`, `endpoint` and `served_model` say
+                who serves the expert elsewhere; what goes with them, see [`~endpoints.EndpointConfig`], and `key`.
             pcm (`str`, `os.PathLike`, `PreTrainedModel` or `PreTrainedConfig`):
                 The causal LM that the PCM's body is copied from, or a configuration for random weights.
             pcm_layers (`int`, *optional*): take the first layers only; None takes all.
@@ -157,7 +158,7 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         for name, tensors in parts.adapters.items():
             model.backbones.bank_of(name).load(name, tensors)
 
-        model.generation_config = copy.deepcopy(parts.backbones[0].generation_config)
+        model.generation_config = copy.deepcopy(parts.generation_config)
         set_end_tokens(model.generation_config, parts.config.eos_token_id)
         model._keep_own_generation_settings()
         model._tokenizer = parts.tokenizer

@@ -6,6 +6,8 @@ import torch
 
 from .merging import ExpertLogits, precise, spread
 
+NO_REFERENCE = "The endpoint of a product's `reference` has failed, which no row can go on without."
+
 
 def without_failed(
     expert_logits: list[ExpertLogits],
@@ -23,7 +25,7 @@ def without_failed(
         weights (`torch.FloatTensor` of shape `(batch, positions, experts)`): log α, or strengths.
         served (`Collection[int]`): the experts that are behind endpoints.
         adds_up (`bool`): whether `weights` are strengths.
-        reference (`int`, *optional*): the expert that a product cannot do without.
+        reference (`int`, *optional*): the expert that a product cannot do without; a bare backbone is another one.
 
     Returns:
         The entries that are left, the weights that go with them, and which experts have failed in which rows,
@@ -35,6 +37,8 @@ def without_failed(
     failed = torch.zeros(len(weights), weights.shape[-1], dtype=torch.bool, device=weights.device)
     left = []
     for entry in expert_logits:
+        if entry.expert is None and entry.logits[..., 0].isnan().any():
+            raise RuntimeError(NO_REFERENCE)
         if entry.expert in served:
             rows = torch.arange(len(weights), device=weights.device) if entry.rows is None else entry.rows
             is_failed = entry.logits[..., 0].isnan().any(dim=1)  # (active rows,)
@@ -47,7 +51,7 @@ def without_failed(
     if not failed.any():
         return expert_logits, weights, None
     if reference is not None and failed[:, reference].any():
-        raise RuntimeError("The endpoint of a product's `reference` has failed, which no row can go on without.")
+        raise RuntimeError(NO_REFERENCE)
     return left, _reweighted(weights, failed[:, None], adds_up), failed
 
 
@@ -57,7 +61,7 @@ def _reweighted(weights: torch.Tensor, failed: torch.Tensor, adds_up: bool) -> t
 
     weights = weights.masked_fill(failed, float("-inf"))
     if weights.isneginf().all(dim=-1).any():
-        raise RuntimeError("The endpoints of all experts of a row have failed.")
+        raise RuntimeError("The endpoints of all experts of a row have failed. The log says why.")
     return weights.log_softmax(dim=-1)
 
 
@@ -97,6 +101,8 @@ def truncation_bound(
     """
     bound = expert_weights.new_zeros(expert_weights.shape[:2])
     for entry in expert_logits:
+        if entry.expert is None:
+            raise ValueError("The bound is of mixtures, and a bare backbone is the reference of a product.")
         logits = precise(entry.logits)
         log_probs = logits if entry.expert in served else logits.log_softmax(dim=-1)
         kept = log_probs.topk(min(expert_top_k, logits.shape[-1]), dim=-1).values.exp().sum(dim=-1)

@@ -7,7 +7,7 @@ if not __package__:  # Python looks into the folder that it runs in first, and a
     )
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -246,8 +246,13 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             return list(chain.from_iterable(map(run, route.expert_rows)))
         with ThreadPoolExecutor(len(endpoints)) as threads:
             asked = {backbone: threads.submit(run, backbone) for backbone in endpoints}
-            found = {backbone: run(backbone) for backbone in route.expert_rows if backbone not in endpoints}
-            found |= {backbone: answer.result() for backbone, answer in asked.items()}
+            try:
+                found = {backbone: run(backbone) for backbone in route.expert_rows if backbone not in endpoints}
+                found |= {backbone: answer.result() for backbone, answer in asked.items()}
+            except BaseException:  # an interruption, or another one's failure, waits for no endpoint
+                while wait(asked.values(), timeout=0.02).not_done:
+                    self.backbones.cancel_requests()
+                raise
         return list(chain.from_iterable(found[backbone] for backbone in route.expert_rows))
 
     def _merged(

@@ -265,9 +265,10 @@ def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingP
             plan.row_sets, plan.firsts = row_sets, firsts
             readings = [readings[first] for first in firsts]
 
-    # Owners of shards must make the same calls, and each sees its own rows.
-    sharded = any(hasattr(weight, "to_local") for weight in model.parameters())
-    if torch.is_grad_enabled() or not memory.takes_prefixes or sharded:
+    # Owners of shards must make the same calls, and each sees its own rows. An endpoint reads nothing ahead.
+    weights = list(model.parameters())
+    sharded = any(hasattr(weight, "to_local") for weight in weights)
+    if torch.is_grad_enabled() or not memory.takes_prefixes or sharded or not weights:
         return plan
 
     shortened = _without_last_token(readings)

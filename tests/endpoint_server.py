@@ -85,6 +85,10 @@ class EndpointServer:
                 else:
                     self.answer(404, b"")
 
+            def do_GET(self):
+                models = [{"id": name, "max_model_len": 128} for name in server.models]
+                self.answer(200, json.dumps({"data": models}).encode())
+
             def complete(self, body: dict):
                 with server._lock:
                     fault = server.fault(len(server.asked))

@@ -4,9 +4,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration import EndpointConfig
 from .model import EndpointForCausalLM
-from .requests import EndpointError, Usage
+from .requests import EndpointError, Key, Usage
 
 AutoConfig.register(EndpointConfig.model_type, EndpointConfig, exist_ok=True)
 AutoModelForCausalLM.register(EndpointConfig, EndpointForCausalLM, exist_ok=True)
 
-__all__ = ["EndpointConfig", "EndpointError", "EndpointForCausalLM", "Usage"]
+__all__ = ["EndpointConfig", "EndpointError", "EndpointForCausalLM", "Key", "Usage"]

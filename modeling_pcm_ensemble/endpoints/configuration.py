@@ -9,6 +9,7 @@ from ..configuration_pcm_ensemble import ENDPOINT
 from .apis import APIS, REFUSED_APIS
 
 ON_FAILURE = ("error", "drop")
+MOST_ATTEMPTS, MOST_SECONDS = 10, 600
 
 
 @strict
@@ -27,7 +28,8 @@ class EndpointConfig(PreTrainedConfig):
         timeout (`float`, defaults to 30): seconds that a try may take.
         attempts (`int`, defaults to 4): tries of a request, with growing pauses between them.
         on_failure (`str`, defaults to `"error"`): what happens when they are used up: `"error"`, or `"drop"`, by which
-            rows go on with their other experts.
+            rows go on with their other experts. What no later try would mend is an error all the same.
+        max_position_embeddings (`int`, *optional*): most tokens that the server reads.
 
     Raises:
         ValueError: if a field has a wrong value.
@@ -43,6 +45,7 @@ class EndpointConfig(PreTrainedConfig):
     timeout: float | int = 30.0
     attempts: int = 4
     on_failure: str = "error"
+    max_position_embeddings: int | None = None
     num_hidden_layers: int = 1  # of a cache, which holds the tokens that were read
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -57,7 +60,11 @@ class EndpointConfig(PreTrainedConfig):
             ValueError: if the address is no URL of HTTP, or holds a key; if the API cannot tell tokens by number.
         """
         parts = urlsplit(self.endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port that is no number, or too large
+            is_address = False
+        if not is_address:
             raise ValueError(f"`endpoint` must be an address such as 'http://gpu-7:8000/v1', got {self.endpoint!r}.")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("`endpoint` must be an address without a user, a key or a query. Give the key as `key`.")
@@ -76,8 +83,11 @@ class EndpointConfig(PreTrainedConfig):
         for name in ("top_logprobs", "vocab_size", "attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
-        if not 0 < self.timeout <= 3600:
-            raise ValueError(f"`timeout` must be above 0 and at most 3600 seconds, got {self.timeout!r}.")
+        if self.attempts > MOST_ATTEMPTS or not 0 < self.timeout <= MOST_SECONDS:
+            raise ValueError(
+                f"`timeout` must be above 0 and at most {MOST_SECONDS} seconds, and `attempts` at most "
+                f"{MOST_ATTEMPTS}; got {self.timeout!r} and {self.attempts!r}."
+            )
         if self.on_failure not in ON_FAILURE:
             raise ValueError(f"`on_failure` must be 'error' or 'drop', got {self.on_failure!r}.")
 

@@ -1,8 +1,10 @@
 """A causal LM that asks an endpoint: a backbone like any, whose cache holds the tokens that were read."""
 
-import os
+import logging
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -12,16 +14,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .apis import APIS, TopTokens, top_tokens
 from .configuration import EndpointConfig
-from .requests import EndpointError, Usage, post
+from .requests import Call, EndpointError, Key, Usage, send
 
-Key = str | Callable[[], str] | None  # an environment variable's name, or what gives the key
-REST = 30.0  # seconds in which an endpoint that has failed is not asked, where rows go on without it
+PROMPTS_AT_ONCE = 64  # of a request
+REST, LONGEST_REST = 30.0, 600.0  # seconds in which an endpoint that has failed is not asked, where rows go on
+LEAST_MISSING = 1e-9  # of the probability, that tokens which are not told share
 PROBES = (
     "Hello, world!",
     "  two  spaces\n\n\ttab and 1234567890",
     "naïve façade – “quotes” … 日本語 русский עברית 🙂",
     "def f(x): return x**2  # {'a': [1, 2.5e-3]}",
 )
+
+logger = logging.getLogger(__name__)
+Context = tuple[int, ...]
 
 
 class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
@@ -31,8 +37,7 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
 
     Args:
         config (`EndpointConfig`): where it is served.
-        key (`str` or `Callable`, *optional*): the name of the environment variable that holds the server's key, or a
-            function that returns the key. It stands in no checkpoint, log or error.
+        key (`Key`, *optional*): the server's. It stands in no checkpoint, log or error.
         allowed (`bool`): whether it may connect. What a checkpoint names may not until a user allows it.
     """
 
@@ -44,62 +49,76 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: EndpointConfig, key: Key = None, allowed: bool = False):
+    def __init__(self, config: EndpointConfig, key: Key | None = None, allowed: bool = False):
         super().__init__(config)
         self.place: torch.Tensor  # which says where, and in which dtype
         self.register_buffer("place", torch.empty(0), persistent=False)
-        self.key = key
+        self.key = Key(None) if key is None else key
         self.allowed = allowed
         self.usage = Usage()
-        self.rests_until = 0.0
+        self._rest, self._rests_until = 0.0, 0.0
+        self._running: set[Future] = set()
         self.post_init()
 
     @classmethod
     def of_expert(cls, name: str, fields: dict[str, Any]) -> "EndpointForCausalLM":
         """
-        Make the model of an expert that a user describes, and may therefore be asked.
+        Make the model of an expert that a user describes, and that may therefore be asked.
 
         Raises:
             TypeError, ValueError: naming the expert, if a field has a wrong value.
         """
         fields = dict(fields)
-        key = fields.pop("key", None)
-        if not (key is None or isinstance(key, str) or callable(key)):
-            raise TypeError(f"`key` of expert {name!r} must name an environment variable, or return the key.")
-        if not isinstance(fields.get("served_model"), str) or not fields["served_model"]:
-            raise ValueError(f"Expert {name!r} needs `served_model`, the model's name at the endpoint.")
         try:
+            key = Key(fields.pop("key", None))
+            if not isinstance(fields.get("served_model"), str) or not fields["served_model"]:
+                raise ValueError("It needs `served_model`, the model's name at the endpoint.")
             return cls(EndpointConfig(**fields), key, allowed=True)
-        except StrictDataclassError as error:
+        except (StrictDataclassError, ValueError) as error:
             raise ValueError(f"Expert {name!r}: {error}") from error
+
+    def asks_like(self, other: "EndpointForCausalLM") -> bool:
+        """Whether both ask the same model in the same way, so that one is enough."""
+        fields = ("address", "served_model", "api", "top_logprobs", "timeout", "attempts", "on_failure")
+        return all(getattr(self.config, field) == getattr(other.config, field) for field in fields)
 
     def fit(self, pcm_body: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, label: str):
         """
-        Take on the vocabulary, the device and the dtype of an ensemble's PCM, and check by some texts that the server
-        reads them as its tokenizer does.
+        Take on the vocabulary, the device and the dtype of an ensemble's PCM; check by some texts that the server
+        reads them as its tokenizer does; and ask it for a token, as every step will.
 
         Raises:
-            ValueError: if it does not.
-            EndpointError: if it does not tell.
+            ValueError: if the server reads texts otherwise, or there is no tokenizer to compare with.
+            EndpointError: if it does not answer.
         """
-        self.config.vocab_size = pcm_body.config.get_text_config().vocab_size
-        self.place = self.place.to(pcm_body.device, pcm_body.dtype)
         if tokenizer is None:
             raise ValueError(
                 f"The model of {label} is behind an endpoint, and there is no tokenizer to compare with the server's. "
                 "Pass `tokenizer=`."
             )
+        config, api = self.config, APIS[self.config.api]
+        config.vocab_size = pcm_body.config.get_text_config().vocab_size
+        self.place = self.place.to(pcm_body.device, pcm_body.dtype)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(self.config, name, getattr(tokenizer, name))
+            setattr(config, name, getattr(tokenizer, name))
             setattr(self.generation_config, name, getattr(tokenizer, name))
 
-        for text in PROBES:
-            here, there = tokenizer(text, add_special_tokens=False)["input_ids"], self.tokens_of(text)
-            if here != there:
-                raise ValueError(
-                    f"All parts must share one vocabulary: {text!r} is {there} at {self.config.endpoint}, the model "
-                    f"of {label}, but {here} for the ensemble's tokenizer. Use models with the same tokenizer."
-                )
+        limit = self._send(api.limit(config.address), None, lambda found: api.read_limit(found, config.served_model))
+        most = limit.result()
+        config.max_position_embeddings = None if most is None else most - 1  # one is for the next token
+        for text in _probes(tokenizer):
+            self._check_tokens(text, tokenizer(text, add_special_tokens=False)["input_ids"], label)
+        self._answers([tuple(tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])])
+
+    def _check_tokens(self, text: str, here: list[int], label: str):
+        api = APIS[self.config.api]
+        url, body = api.tokenize(self.config.address, self.config.served_model, text)
+        there = self._send(url, body, api.read_tokens).result()
+        if here != there:
+            raise ValueError(
+                f"All parts must share one vocabulary: {text[:60]!r} is {there} at {self.config.endpoint}, the model "
+                f"of {label}, but {here} for the ensemble's tokenizer. Use models with the same tokenizer."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -130,95 +149,123 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(rows, tokens)`): tokens that are not in the cache.
             attention_mask (`torch.Tensor` of shape `(rows, cached + tokens)`, *optional*): 1 for tokens to send.
-            past_key_values (`Cache`, *optional*): holds the tokens as its only layer's keys.
+            past_key_values (`Cache`, *optional*): a dynamic one, which holds the tokens as its only layer's keys.
             logits_to_keep (`int` or `torch.LongTensor`): as for any model; or places `(rows, positions)` in each row.
-                A request is made of each, where a model that runs here would read the text once.
+                Each is a prompt of its own, where a model that runs here would read the text once.
             position_ids, use_cache, kwargs: not read: the server counts, and remembers, itself.
 
         Returns:
-            `logits` of shape `(rows, positions, vocab)`: log-probabilities, in float32, -inf for tokens that were not
-            told. With `on_failure="drop"`, NaN in all rows where the server has failed.
+            `logits` of shape `(rows, positions, vocab)`: log-probabilities, in float32. Tokens that were not told
+            share what is missing of the probability evenly. With `on_failure="drop"`, NaN in all rows where the
+            server has failed.
 
         Raises:
             PermissionError: if nobody has allowed the endpoint.
-            EndpointError: if it fails, with `on_failure="error"`.
+            EndpointError: if it refuses, or fails with `on_failure="error"`.
         """
         tokens = input_ids
         if past_key_values is not None:
-            past = past_key_values.get_seq_length()
             keys, _ = past_key_values.update(input_ids[:, None, :, None], input_ids[:, None, :, None], 0)
-            tokens = keys[:, 0, : past + input_ids.shape[1], 0]  # (rows, cached + tokens)
+            tokens = keys[:, 0, :, 0]  # (rows, cached + tokens)
 
         contexts = _contexts(tokens, attention_mask, input_ids.shape[1], logits_to_keep)
         told = self._told(list(dict.fromkeys(context for row in contexts for context in row if context)))
 
         shape = (len(contexts), len(contexts[0]), self.config.vocab_size)
-        logits = torch.full(shape, float("-inf") if told is not None else float("nan"), device=input_ids.device)
+        logits = torch.full(shape, float("nan"), device=input_ids.device)
         for row, of_row in enumerate(contexts):
             for position, context in enumerate(of_row):
                 if not context:
                     logits[row, position] = 0.0  # padding predicts nothing
                 elif told is not None:
-                    ids = torch.tensor(list(told[context]), device=logits.device)
-                    logits[row, position, ids] = torch.tensor(list(told[context].values()), device=logits.device)
+                    _put(logits[row, position], told[context])
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
-    def _told(self, contexts: list[tuple[int, ...]]) -> dict[tuple[int, ...], TopTokens] | None:
+    def _told(self, contexts: list[Context]) -> dict[Context, TopTokens] | None:
         """Ask for what follows each context; None where the server has failed, and rows go on without it."""
+        if time.time() < self._rests_until:
+            self.usage.dropped += len(contexts)
+            return None
+        try:
+            answers = self._answers(contexts)
+        except EndpointError as error:
+            if self.config.on_failure == "error" or not error.may_mend:
+                raise
+            self._rest = min(max(2 * self._rest, REST), LONGEST_REST)
+            self._rests_until = time.time() + self._rest
+            self.usage.dropped += len(contexts)
+            logger.warning("Rows go on without the expert for %g s: %s", self._rest, error)
+            return None
+        self._rest = 0.0
+        return dict(zip(contexts, answers))
+
+    def _answers(self, contexts: list[Context]) -> list[TopTokens]:
+        """Ask for what follows each context, in several requests at once where there are many."""
         config, api = self.config, APIS[self.config.api]
+
+        def read(number: int) -> Callable[[Any], list[TopTokens]]:
+            def read_answer(answer) -> list[TopTokens]:
+                found = [top_tokens(entry, config.top_logprobs, config.vocab_size) for entry in api.read(answer)]
+                if len(found) != number:
+                    raise ValueError(f"{len(found)} answers to {number} prompts")
+                return found
+
+            return read_answer
+
+        asked = []
+        for start in range(0, len(contexts), PROMPTS_AT_ONCE):
+            part = [list(context) for context in contexts[start : start + PROMPTS_AT_ONCE]]
+            self.usage.prompts += len(part)
+            self.usage.prompt_tokens += sum(map(len, part))
+            body = api.body(part, config.served_model, config.top_logprobs)
+            asked.append(self._send(config.address + api.path, body, read(len(part))))
+        try:
+            return [answer for request in asked for answer in request.result()]
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self):
+        """Give up what is on its way."""
+        for request in list(self._running):
+            request.cancel()
+
+    def _send(self, url: str, body: dict[str, Any] | None, read: Callable[[Any], Any]) -> Future:
+        config = self.config
         if not self.allowed:
             raise PermissionError(
                 f"The checkpoint names the endpoint {config.endpoint!r}, to which your texts would be sent. Allow it: "
                 "`from_pretrained(…, allow_endpoints=[…])`."
             )
+        self.key.headers()  # what is wrong with it is said here
+        attempts = 1 if self._rest else config.attempts  # after a rest, one try decides
+        request = send(Call(url, body, read, self.key, config.timeout, attempts, self.usage))
+        self._running.add(request)
+        request.add_done_callback(self._running.discard)
+        return request
 
-        def read(answer) -> list[TopTokens]:
-            found = [top_tokens(entry, config.top_logprobs, config.vocab_size) for entry in api.read(answer)]
-            if len(found) != len(contexts):
-                raise ValueError(f"{len(found)} answers to {len(contexts)} prompts")
-            return found
 
-        if not contexts:
-            return {}
-        if time.monotonic() < self.rests_until:
-            return None
-        self.usage.prompts += len(contexts)
-        self.usage.prompt_tokens += sum(map(len, contexts))
-        body = api.body([list(context) for context in contexts], config.served_model, config.top_logprobs)
-        try:
-            answers = self._post(config.address + api.path, body, read)
-        except EndpointError:
-            if config.on_failure == "error":
-                raise
-            self.rests_until = time.monotonic() + REST
-            return None
-        return dict(zip(contexts, answers))
+def _probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts by which vocabularies can be told apart: of all kinds, special tokens, and a chat."""
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda entry: entry[1])
+    probes = [*PROBES, "".join(token for token, _ in added)]
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": PROBES[0]}]
+        probes.append(str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)))
+    return [text for text in probes if text]
 
-    def tokens_of(self, text: str) -> list[int]:
-        """
-        Ask the server for a text's tokens, without special ones.
 
-        Raises:
-            EndpointError: if it does not tell.
-        """
-        api = APIS[self.config.api]
-        url, body = api.tokenize(self.config.address, self.config.served_model, text)
-        return self._post(url, body, api.read_tokens)
-
-    def _post(self, url: str, body: dict, read: Callable):
-        config, key = self.config, self.key
-        if isinstance(key, str):
-            if key not in os.environ:
-                raise ValueError(f"The environment variable {key!r}, which holds the endpoint's key, is not set.")
-            key = os.environ[key]
-        elif key is not None:
-            key = key()
-        return post(url, body, read, key, config.timeout, config.attempts, self.usage)
+def _put(logits: torch.Tensor, told: TopTokens):
+    """Write what is told, and what is left for each token that is not, to `(vocab,)`."""
+    missing = max(1 - sum(map(math.exp, told.values())), LEAST_MISSING)
+    others = max(len(logits) - len(told), 1)
+    logits.fill_(min(math.log(missing / others), *told.values()))
+    logits[list(told)] = torch.tensor(list(told.values()), device=logits.device)
 
 
 def _contexts(
     tokens: torch.Tensor, attention_mask: torch.Tensor | None, num_new: int, logits_to_keep: int | torch.Tensor
-) -> list[list[tuple[int, ...]]]:
+) -> list[list[Context]]:
     """What each row has read at each kept place; nothing where that is padding."""
     kept = torch.arange(num_new, device=tokens.device)
     kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep
@@ -227,13 +274,12 @@ def _contexts(
 
     contexts = []
     for ids, is_read, places in zip(tokens.tolist(), mask.bool().tolist(), kept.tolist()):
-        contexts.append(
-            [
-                tuple(token for token, read in zip(ids[: place + 1], is_read) if read) if is_read[place] else ()
-                for place in places
-            ]
-        )
+        of_row: list[Context] = []
+        for place in places:
+            seen = zip(ids[: place + 1], is_read)
+            of_row.append(tuple(token for token, read in seen if read) if is_read[place] else ())
+        contexts.append(of_row)
     return contexts
 
 
-__all__ = ["EndpointForCausalLM", "Key"]
+__all__ = ["EndpointForCausalLM"]

@@ -69,6 +69,8 @@ class EnsembleBaseline(Baseline):
             options |= {"adds_up": True, "reference": config.reference}
         elif self.uses_pcm and config.pcm_trained_for in ADDITIVE:  # α is of strengths
             options["strengths"] = True
+        if config.endpoint_facts:
+            options["endpoints"] = config.endpoint_facts
         options |= self._differences()
 
         read = [name for name in EXPERT_FACTS if self.uses_pcm or name != "description_ids"]

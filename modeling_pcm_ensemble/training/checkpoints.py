@@ -125,6 +125,7 @@ class CheckpointTrainer(PCMTrainer):
         pcm = config.sub_config_items()["pcm"].to_diff_dict()
 
         settings = {name: getattr(self.args, name) for name in sorted(self.settings_kept)} | {
+            "endpoints": config.endpoint_facts,
             "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts or []],
             "expert_top_k": config.expert_top_k,
             "merge": config.merge,

@@ -103,6 +103,11 @@ class ExpertRecorder:
         self.handle.remove()
 
     def _after_forward(self, module, args, kwargs, output):
+        if output.dropped_experts is not None:
+            raise RuntimeError(
+                "An endpoint has failed in a rollout, which would teach the PCM to do without its expert. Train with "
+                '`on_failure="error"`: a run goes on from its last checkpoint.'
+            )
         if self.logits:
             self._read(kwargs["input_ids"])
         self.logits = output.expert_logits

@@ -3,7 +3,7 @@
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from ..configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
+from ..configuration_pcm_ensemble import ADAPTERS, ENDPOINT, PCMEnsembleConfig
 
 
 def slots_of(vllm_config: VllmConfig) -> int | None:
@@ -34,6 +34,8 @@ def check_engine(vllm_config: VllmConfig):
 
 
 def _check_ensemble(config: PCMEnsembleConfig):
+    if any(backbone.model_type == ENDPOINT for backbone in config.backbones):
+        raise ValueError("vLLM serves ensembles whose experts run here; one of this one's is behind an endpoint.")
     if len(config.backbones) > 1:
         raise ValueError(
             f"vLLM serves ensembles whose experts are adapters or prompts on one backbone; this one has "
