@@ -72,6 +72,7 @@ def run(arguments):
         turns = [(rate, name) for rate in arguments.rates for _ in range(arguments.rounds) for name in clients]
         for rate, name in tqdm(turns, desc="load", leave=False):
             found.setdefault((rate, name), []).append(clients[name](rate))
+            tqdm.write(f"{rate:g} a second, {name}: {found[rate, name][-1]}")
 
     rows = [medians(rate, name, results) for (rate, name), results in found.items()]
     for row in rows:
