@@ -100,6 +100,7 @@ def test_a_reward_that_fails_in_one_of_two_processes_ends_both_with_a_checkpoint
     assert second.startswith("ValueError")
     (rows, weights, history), (other_rows, other_weights, _) = ended["whole"]
     assert not {row["prompt"] for row in rows} & {row["prompt"] for row in other_rows}
+    assert not isinstance(ended["resumed"][0], str), ended["resumed"]
     _, resumed_weights, resumed_history = ended["resumed"][0]
     for name, value in weights.items():
         assert torch.equal(value, other_weights[name]), name

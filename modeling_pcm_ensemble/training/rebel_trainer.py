@@ -136,7 +136,8 @@ class RebelTrainer(CheckpointTrainer):
         self.scorer.references = state["references"]
 
         path = folder / f"rollout_{self.args.process_index}.pt"
-        rollout = torch.load(path, map_location=self.args.device, weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        rollout = {name: tensor.to(self.args.device) for name, tensor in found.items()}
         self._rollout = Rollout(**rollout) if rollout else None
 
     def _run_settings(self) -> dict:

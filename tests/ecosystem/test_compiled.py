@@ -14,7 +14,7 @@ from conftest import left_pad, tiny_gpt2, tiny_llama
 from test_lora import lora_ensemble, peft_adapter
 from transformers import CompileConfig
 
-from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 ROWS = [[21, 22, 23, 24, 25], [31, 32, 33], [41, 42, 43, 44]]
@@ -178,7 +178,7 @@ def test_weights_that_change_are_packed_once(ensemble):
         gc.collect()
         return sum(issubclass(type(held), torch.Tensor) and held.layout == torch._mkldnn for held in gc.get_objects())
 
-    model, numbers = copy.deepcopy(ensemble).bfloat16(), [packed()]
+    model, numbers = copy.deepcopy(ensemble).to(demo.fast_dtype()), [packed()]
     for _ in range(3):
         assert greedy(model, ROWS[:1], "a", tokens=2, **COMPILED)
         numbers.append(packed())
