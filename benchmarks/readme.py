@@ -77,15 +77,6 @@ def greedy_table(results: dict) -> str:
     return table([*header, "time of compiled to eager"], lines)
 
 
-def load_table(results: dict) -> str:
-    """Under each load: tokens a second, and seconds until the first token and until all."""
-    measures = ("tokens a second", "first token", "whole answer", "slowest tenth")
-    rows = []
-    for row in results["rows"]:
-        rows.append([f"{row['rate']:g}", row["name"], *(f"{row[measure]:.1f}" for measure in measures)])
-    return table(["requests a second", "", *measures], rows)
-
-
 def continuous_table(results: dict) -> str:
     columns = [name for name in results["rows"][0] if name != "name"]
     lines = [[row["name"], *(f"{row[column]:.1f}" for column in columns)] for row in results["rows"]]
@@ -235,7 +226,6 @@ TABLES = {  # by marker: the results, and the table of them
     "scaling": ("benchmarks/results/scaling.json", scaling_table),
     "serve": ("benchmarks/results/serve.json", serve_table),
     "engine": ("benchmarks/results/engine.json", decode_table),
-    "load": ("benchmarks/results/load.json", load_table),
     "training": ("benchmarks/results/training-llama-2x1024.json", training_table),
     "experts": ("examples/smollm2/artifacts/report.json", experts_table),
     "pcm": ("examples/smollm2/artifacts/evaluation.json", pcm_table),
