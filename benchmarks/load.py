@@ -79,9 +79,8 @@ def run(arguments):
         plain = next(other for other in rows if other["name"] == PLAIN and other["rate"] == row["rate"])
         row["ratio"] = row["whole answer"] / plain["whole answer"]
     picture = partial(grouped_bars, rows=rows, group="rate", label="time of a whole answer of plain vLLM")
-    write_results(
-        "load-compiled" if arguments.compiled else "load", rows, ["rate", "name", *MEASURES], arguments, picture
-    )
+    name = "load-compiled" if arguments.compiled else "load"
+    write_results(name, rows, ["rate", "name", *MEASURES], arguments, picture, demo.fast_dtype())
 
 
 def medians(rate: float, name: str, results: list[dict]) -> dict:
@@ -147,7 +146,7 @@ def wait_for(url: str, server: subprocess.Popen, log: Path):
             urllib.request.urlopen(f"{url}/health", timeout=5).close()
             return
         time.sleep(0.5)
-    raise RuntimeError(f"The server does not answer:\n{log.read_text()}")
+    raise RuntimeError(f"The server does not answer:\n{log.read_text()[-2000:]}")
 
 
 # Ways to ask

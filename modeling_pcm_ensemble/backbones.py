@@ -1,7 +1,7 @@
 """Frozen causal LMs, each serving the rows of all experts that are built on it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -67,11 +67,11 @@ class ExpertBackbones(PreTrainedModel):
         """The backbones that somebody else serves, by index."""
         return {i: self[i] for i in range(len(self)) if self.config.backbones[i].model_type == ENDPOINT}
 
-    def cancel_requests(self):
-        """Give up what endpoints have been asked and have not answered."""
+    def cancel_requests(self, callers: Collection[int]):
+        """Give up what these threads, by their identity, have asked endpoints for."""
         served: list[Any] = list(self.endpoints.values())
         for endpoint in served:
-            endpoint.cancel()
+            endpoint.cancel(callers)
 
     @property
     def banks(self) -> dict[int, LoraBank]:

@@ -14,8 +14,9 @@ from .checkpoint_fit import check_fit
 from .checkpoint_io import PCMEnsemblePreTrainedModel
 from .checkpoint_sources import SourceLoader
 from .checkpoint_trust import check_trust
-from .configuration_pcm_ensemble import ENDPOINT, EXPERT_FIELDS, PCMEnsembleConfig, endpoints
+from .configuration_pcm_ensemble import ENDPOINT, EXPERT_FIELDS, PCMEnsembleConfig
 from .preference import encode_description
+from .requirements import endpoints
 
 logger = logging.get_logger(__name__)
 

@@ -26,9 +26,10 @@ from .checkpoint_structure import check_loading, check_not_injected, check_struc
 from .checkpoint_thin import thin_checkpoint, whole_state
 from .checkpoint_trust import check_weight_names
 from .compile_attention import GROUPED_SDPA  # noqa: F401, which registers it
-from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig, endpoints
+from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig
 from .pcm import PreferenceControlModel
 from .preference import check_config
+from .requirements import endpoints
 
 logger = logging.get_logger(__name__)
 

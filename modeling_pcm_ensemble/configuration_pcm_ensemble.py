@@ -5,7 +5,6 @@ from .requirements import OLDEST  # noqa: F401
 
 # isort: split
 import dataclasses
-import importlib
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
@@ -16,6 +15,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from .checkpoint_staging import finish_save
 from .lora_config import adapter_config
 from .merging import MIXTURES
+from .requirements import endpoints
 
 PRODUCT = "product"  # the value of `merge` that adds what experts change of a reference
 ADAPTERS = "adapters"  # the value of `merge` that adds weights, not predictions
@@ -451,22 +451,6 @@ def check_is_causal_lm(config: PreTrainedConfig, label: str):
         )
 
 
-def endpoints():
-    """
-    Import what asks endpoints. It is no part of the code that a checkpoint brings.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
-    try:
-        return importlib.import_module("modeling_pcm_ensemble.endpoints")
-    except ImportError as error:
-        raise ImportError(
-            "Experts behind an endpoint need the package with its extra: `pip install 'pcm-ensemble[endpoints]'` "
-            f"({error})."
-        ) from error
-
-
 def _max_positions(config: PreTrainedConfig) -> int | None:
     """Longest text that a part can read; None without a limit, which some configurations write as -1 or 0."""
     limit = getattr(config, "max_position_embeddings", None) or 0
@@ -511,4 +495,4 @@ def _is_integer(value) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-__all__ = ["PCMEnsembleConfig", "check_is_causal_lm", "endpoints"]
+__all__ = ["PCMEnsembleConfig", "check_is_causal_lm"]

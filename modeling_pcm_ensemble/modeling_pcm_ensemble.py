@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from threading import get_ident
 
 import torch
 from transformers import CompileConfig, PreTrainedTokenizerBase
@@ -244,14 +245,16 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         endpoints = self.backbones.endpoints.keys() & route.expert_rows.keys()
         if not endpoints:
             return list(chain.from_iterable(map(run, route.expert_rows)))
-        with ThreadPoolExecutor(len(endpoints)) as threads:
+
+        callers: list[int] = []  # threads that wait for endpoints
+        with ThreadPoolExecutor(len(endpoints), initializer=lambda: callers.append(get_ident())) as threads:
             asked = {backbone: threads.submit(run, backbone) for backbone in endpoints}
             try:
                 found = {backbone: run(backbone) for backbone in route.expert_rows if backbone not in endpoints}
                 found |= {backbone: answer.result() for backbone, answer in asked.items()}
             except BaseException:  # an interruption, or another one's failure, waits for no endpoint
                 while wait(asked.values(), timeout=0.02).not_done:
-                    self.backbones.cancel_requests()
+                    self.backbones.cancel_requests(callers)
                 raise
         return list(chain.from_iterable(found[backbone] for backbone in route.expert_rows))
 

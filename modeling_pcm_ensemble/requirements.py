@@ -1,4 +1,6 @@
-"""Refuse libraries that are too old by name: a checkpoint's code meets whatever its user has installed."""
+"""Refuse what is too old or missing by name: a checkpoint's code meets whatever its user has installed."""
+
+import importlib
 
 from transformers.utils.versions import require_version
 
@@ -38,4 +40,20 @@ def check_compiles():
     )
 
 
-__all__ = ["OLDEST", "OLDEST_TO_COMPILE", "OLDEST_TO_RUN", "check_compiles", "check_runs"]
+def endpoints():
+    """
+    Import what asks endpoints. It is no part of the code that a checkpoint brings.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        return importlib.import_module("modeling_pcm_ensemble.endpoints")
+    except ImportError as error:
+        raise ImportError(
+            "Experts behind an endpoint need the package with its extra: `pip install 'pcm-ensemble[endpoints]'` "
+            f"({error})."
+        ) from error
+
+
+__all__ = ["OLDEST", "OLDEST_TO_COMPILE", "OLDEST_TO_RUN", "check_compiles", "check_runs", "endpoints"]

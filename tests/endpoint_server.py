@@ -28,6 +28,7 @@ REFUSALS = {  # what no second try would mend
     "400": (400, b"no such model"),
     "401": (401, b"who are you?"),
     "redirect": (302, b""),
+    "refused at once": (403, b"not you"),  # whatever others wait for
 }
 
 
@@ -93,7 +94,8 @@ class EndpointServer:
                 with server._lock:
                     fault = server.fault(len(server.asked))
                     server.asked.append(body)
-                time.sleep(SLOW if fault == "slow" else server.delay)
+                if fault != "refused at once":
+                    time.sleep(SLOW if fault == "slow" else server.delay)
                 if fault == "dropped":
                     self.close_connection = True
                 elif isinstance(found := (FAULTS | REFUSALS).get(fault), tuple):

@@ -53,6 +53,7 @@ def test_the_tables_in_the_documents_are_those_of_the_results(name):
 def test_every_results_table_stands_in_a_document():
     texts = "".join((ROOT / name).read_text() for name in DOCUMENTS)
     assert all(f"<!-- {name} table -->" in texts for name in TABLES)
+    assert "<!-- experts table -->\n| | own dimension |" in texts
 
 
 @pytest.mark.parametrize("name", ["report.json", "ablations/report.json"])

@@ -14,7 +14,16 @@ from test_lora import lora_ensemble, peft_adapter
 
 import modeling_pcm_ensemble
 
-MODULES = ["cache", "experts", "failures", "generation", "merging", "modeling_pcm_ensemble", "preference"]
+MODULES = [
+    "cache",
+    "endpoints.configuration",
+    "experts",
+    "failures",
+    "generation",
+    "merging",
+    "modeling_pcm_ensemble",
+    "preference",
+]
 ROOT = Path(__file__).parents[1]
 PATHS = [*(ROOT / "modeling_pcm_ensemble").rglob("*.py"), *(ROOT / "hub_upload").rglob("*.py")]
 FILES = sorted(path.relative_to(ROOT) for path in PATHS)

@@ -268,6 +268,27 @@ def test_an_interruption_waits_for_no_endpoint(server, backbones, monkeypatch):
     assert time.perf_counter() - start < 2
 
 
+def test_what_fails_in_one_thread_ends_no_other_thread_s_call(server, backbones):
+    served, local = ensembles(server, backbones, own={"timeout": 10.0})
+    ids, preference = torch.tensor([[20, 21, 22]]), ["there", "elsewhere"]
+    with torch.no_grad():
+        wanted = local(ids, preference=preference, logits_to_keep=1).logits.exp()
+
+    def ask(_) -> torch.Tensor:
+        with torch.no_grad():
+            return served(ids, preference=preference, logits_to_keep=1).logits.exp()
+
+    # The first request is refused at once, while the other call waits for its two.
+    server.delay = 0.5
+    server.fault = lambda number: "refused at once" if number == 0 else None
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(ask, number) for number in range(2)]
+        ended = [call.exception() or call.result() for call in calls]
+    answers = [result for result in ended if isinstance(result, torch.Tensor)]
+    assert len(answers) == 1
+    assert_close(answers[0], wanted, atol=1e-5, rtol=0)
+
+
 def test_a_first_call_of_many_threads_makes_one_connection_pool(server, backbones):
     model = EndpointForCausalLM.of_expert("there", spec(server))
     model.fit(backbones["there"], tiny_tokenizer(), "'there'")

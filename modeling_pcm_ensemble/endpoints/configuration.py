@@ -33,6 +33,16 @@ class EndpointConfig(PreTrainedConfig):
 
     Raises:
         ValueError: if a field has a wrong value.
+
+    Example:
+
+    ```python
+    >>> from modeling_pcm_ensemble.endpoints import EndpointConfig
+
+    >>> EndpointConfig(endpoint="http://gpu-7:8000/v1/", served_model="friendly").address
+    'http://gpu-7:8000/v1'
+
+    ```
     """
 
     model_type = ENDPOINT

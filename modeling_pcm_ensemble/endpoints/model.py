@@ -2,8 +2,9 @@
 
 import logging
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any
 
@@ -57,7 +58,7 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         self.allowed = allowed
         self.usage = Usage()
         self._rest, self._rests_until = 0.0, 0.0
-        self._running: set[Future] = set()
+        self._running: dict[Future, int] = {}  # requests on their way, and the threads that wait for them
         self.post_init()
 
     @classmethod
@@ -80,7 +81,9 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
     def asks_like(self, other: "EndpointForCausalLM") -> bool:
         """Whether both ask the same model in the same way, so that one is enough."""
         fields = ("address", "served_model", "api", "top_logprobs", "timeout", "attempts", "on_failure")
-        return all(getattr(self.config, field) == getattr(other.config, field) for field in fields)
+        return self.key == other.key and all(
+            getattr(self.config, field) == getattr(other.config, field) for field in fields
+        )
 
     def fit(self, pcm_body: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, label: str):
         """
@@ -186,16 +189,19 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         if time.time() < self._rests_until:
             self.usage.dropped += len(contexts)
             return None
+
         try:
             answers = self._answers(contexts)
         except EndpointError as error:
             if self.config.on_failure == "error" or not error.may_mend:
                 raise
+
             self._rest = min(max(2 * self._rest, REST), LONGEST_REST)
             self._rests_until = time.time() + self._rest
             self.usage.dropped += len(contexts)
             logger.warning("Rows go on without the expert for %g s: %s", self._rest, error)
             return None
+
         self._rest = 0.0
         return dict(zip(contexts, answers))
 
@@ -222,13 +228,15 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         try:
             return [answer for request in asked for answer in request.result()]
         except BaseException:
-            self.cancel()
+            for request in asked:
+                request.cancel()
             raise
 
-    def cancel(self):
-        """Give up what is on its way."""
-        for request in list(self._running):
-            request.cancel()
+    def cancel(self, callers: Collection[int]):
+        """Give up what these threads, by their identity, have asked: others' requests go on."""
+        for request, caller in list(self._running.items()):
+            if caller in callers:
+                request.cancel()
 
     def _send(self, url: str, body: dict[str, Any] | None, read: Callable[[Any], Any]) -> Future:
         config = self.config
@@ -240,8 +248,8 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         self.key.headers()  # what is wrong with it is said here
         attempts = 1 if self._rest else config.attempts  # after a rest, one try decides
         request = send(Call(url, body, read, self.key, config.timeout, attempts, self.usage))
-        self._running.add(request)
-        request.add_done_callback(self._running.discard)
+        self._running[request] = threading.get_ident()
+        request.add_done_callback(lambda request: self._running.pop(request, None))
         return request
 
 

@@ -54,6 +54,12 @@ class Key:
             raise TypeError("A `key` must name an environment variable, or be a function that returns the key.")
         self._source = source
 
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Key) and self._source == other._source
+
+    def __hash__(self) -> int:
+        return hash(self._source)
+
     def headers(self) -> dict[str, str]:
         """
         Return what a request brings.
@@ -129,6 +135,7 @@ class Call:
         """
         start = time.perf_counter()
         self.usage.calls += 1
+
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_TryAgainError),
             stop=stop_after_attempt(self.attempts),
@@ -136,6 +143,7 @@ class Call:
             before_sleep=before_sleep_log(logger, logging.INFO),
             reraise=True,
         )
+
         try:
             async for attempt in retrying:
                 with attempt:

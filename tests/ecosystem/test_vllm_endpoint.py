@@ -6,15 +6,12 @@ tests/vllm_plugin/run has one.
 import itertools
 import os
 import re
-import socket
-import subprocess
-import time
 
-import httpx
 import pytest
 import torch
 from torch.testing import assert_close
 
+from benchmarks.load import served
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
@@ -42,47 +39,25 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
     """A server of two adapters on SmolLM2."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"model": demo.fetch_smollm2(), "host": "127.0.0.1", "port": port, "dtype": "float32"}
+    options = {"model": demo.fetch_smollm2(), "dtype": "float32"}
     options |= {"max-model-len": 512, "block-size": 32, "max-logprobs": -1, "max-lora-rank": 16, "max-loras": 2}
     command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     command += ["--lora-modules", *(f"{name}={demo.ARTIFACTS / name}" for name in SERVED)]
 
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server, log)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def wait_for(url: str, server: subprocess.Popen, log):
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            if httpx.get(url).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise AssertionError(log.read_text()[-2000:])
+    with served(command, tmp_path_factory.mktemp("server") / "log") as url:
+        yield f"{url}/v1"
 
 
 def ensembles(endpoint: str, top_k: int | None, **options) -> list[PCMEnsembleForCausalLM]:
-    """Two experts served, and the same here; both with the PCM that ships."""
+    """Two experts served, and the same here; both with one PCM, of random opinions."""
     smollm2, names = demo.fetch_smollm2(), ("elementary", *SERVED)
     local = {name: {"model": smollm2, "adapter": str(demo.ARTIFACTS / name)} for name in names}
     told = {"endpoint": endpoint, "timeout": 120.0, "top_logprobs": top_k or 49152}
-    served = local | {name: told | {"served_model": name} for name in SERVED}
+    elsewhere = local | {name: told | {"served_model": name} for name in SERVED}
 
     models = []
-    for experts in (served, local):
+    for experts in (elsewhere, local):
         model = PCMEnsembleForCausalLM.from_experts(
             experts, pcm=smollm2, pcm_layers=4, dtype=torch.float32, expert_top_k=top_k, **options
         )
