@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_llama, tiny_tokenizer
 from matplotlib.image import imread
 from scipy.stats import spearmanr
@@ -68,9 +69,20 @@ JUDGES = {"length": {"a": length(1), "b": length(-1), "c": length(1), SHARED: le
 @pytest.fixture
 def steering(model, tmp_path) -> SteeringTest:  # noqa: F811
     base = model.backbones[0]
-    references = collect_references(PlainModel("base", base, model.tokenizer, 16), PROMPTS, tmp_path / "base", 3)
+    references = collect_references(
+        PlainModel("base", base, model.tokenizer, 16), PROMPTS, tmp_path / "references.json", 3
+    )
     quality = TextQuality(base, model.tokenizer)
     return SteeringTest([PAIR, TRIPLE], PROMPTS, JUDGES, references, quality, answers=2, batch_size=8)
+
+
+def test_references_stay_whichever_dtype_the_base_model_has_now(model, tmp_path):  # noqa: F811
+    base, path = model.backbones[0], tmp_path / "references.json"
+    kept = collect_references(PlainModel("base", base, model.tokenizer, 16), PROMPTS, path, 2)
+    other = PlainModel("base", base.to(torch.bfloat16), model.tokenizer, 16)
+    assert collect_references(other, PROMPTS, path, 2) == kept
+    assert len(collect_references(other, PROMPTS[:1], path, 2)) == 1
+    assert len(collect_references(other, PROMPTS, path, 3)[0]) == 3
 
 
 def test_a_line_has_shares_of_the_number_of_experts():

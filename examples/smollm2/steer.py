@@ -121,7 +121,7 @@ def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argpa
     folder.mkdir(parents=True, exist_ok=True)
 
     with WeakFileLock(f"{folder}.lock"):  # the first process makes what all of them need
-        references = collect_references(base, prompts, folder / "references", arguments.references)
+        references = collect_references(base, prompts, arguments.output / "references.json", arguments.references)
         test = SteeringTest(
             lines,
             prompts,

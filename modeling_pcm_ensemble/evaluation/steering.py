@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checkpoint_staging import write_text
 from ..preference import Preference
 from ..rewards.quality import TextQuality
 from ..rewards.scoring import SHARED, Scorer, prompt_key
@@ -115,11 +116,30 @@ def make_lines(dimensions: Mapping[str, str]) -> list[Line]:
     return lines
 
 
-def collect_references(base: Baseline, prompts: list[Conversation], folder: Path, number: int = 4) -> list[list[str]]:
-    """Let the base model answer each prompt `number` times; answers are kept as [`collect_answers`] keeps them."""
-    cases = make_cases(prompts, [Preference({base.name: 1.0})])  # which it does not read
-    answers = [collect_answers(base, cases, folder, seed) for seed in range(number)]
-    return [list(texts) for texts in zip(*answers)]
+def collect_references(base: Baseline, prompts: list[Conversation], path: Path, number: int = 4) -> list[list[str]]:
+    r"""
+    Let the base model answer each prompt `number` times, or take the answers that are kept at `path`.
+
+    Kept ones are taken whatever the base model's dtype is: references must be the same for all ways, and ways may be
+    measured on machines of which one computes in bfloat16 and another one in float32.
+
+    Args:
+        base (`Baseline`): who answers; preferences are not read.
+        prompts (`list[Conversation]`): what is asked.
+        path (`Path`): a JSON file of `prompts` and `answers`. It is made anew if it holds other prompts or another
+            number of answers to each.
+        number (`int`): answers to each prompt.
+    """
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["prompts"] == prompts and {len(texts) for texts in kept["answers"]} == {number}:
+            return kept["answers"]
+
+    cases = make_cases(prompts, [Preference({base.name: 1.0})])
+    answers = [collect_answers(base, cases, path.with_suffix(""), seed) for seed in range(number)]
+    references = [list(texts) for texts in zip(*answers)]
+    write_text(path, json.dumps({"prompts": prompts, "answers": references}, indent=1) + "\n")
+    return references
 
 
 class SteeringTest:
@@ -184,9 +204,10 @@ class SteeringTest:
                 several processes run at once.
 
         Returns:
-            `way`, its name; `asked`, what results must have in common to be compared; for each of `lines`, `rewards`
-            by judge, `(points, experts, prompts)`, and `shared` by judge, `(points, prompts)`; `text`, by what
-            [`TextQuality`] reads, a mean for each prompt; and `cost`, see [`measure_cost`].
+            `way`, its name; `asked`, what results must have in common to be compared; `dtype`, which the machine
+            computed in; for each of `lines`, `rewards` by judge, `(points, experts, prompts)`, and `shared` by judge,
+            `(points, prompts)`; `text`, by what [`TextQuality`] reads, a mean for each prompt; and `cost`, see
+            [`measure_cost`].
 
         Raises:
             ValueError: if the way does not apply at every point.
@@ -201,6 +222,7 @@ class SteeringTest:
         return {
             "way": way.name,
             "asked": self.asked(),
+            "dtype": str(self.quality.model.dtype).removeprefix("torch."),
             "lines": self._by_line(rewards, shared),
             "text": self._text(answers),
             "cost": measure_cost([way], self.cases, self.quality.tokenizer)[way.name],

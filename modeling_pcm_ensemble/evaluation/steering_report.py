@@ -77,7 +77,7 @@ def summarise_steering(experts: dict, results: list[dict], against: str) -> dict
     Returns:
         `against`; `asked`; `judges`, each with `reference` (by line and expert), `hypervolume alone` (by line, what
         the experts alone and the base model dominate), `ways` and `differences` (by way and measure, estimate and
-        ends of the interval), `hypervolume` (by line and way, likewise); `text` and `cost` by way.
+        ends of the interval), `hypervolume` (by line and way, likewise); `text`, `cost` and `dtype` by way.
 
     Raises:
         ValueError: if `against` was not measured.
@@ -92,6 +92,7 @@ def summarise_steering(experts: dict, results: list[dict], against: str) -> dict
         "judges": {judge: _of_judge(judge, experts, results, against) for judge in experts["asked"]["judges"]},
         "text": {result["way"]: _text(result["text"]) for result in results},
         "cost": {result["way"]: result["cost"] for result in results},
+        "dtype": {result["way"]: result["dtype"] for result in results},
     }
 
 
@@ -238,8 +239,10 @@ def _text_and_cost(report: dict) -> str:
     for way, entry in report["text"].items():
         cost = report["cost"][way]
         numbers = [f"{1 / cost['seconds_per_token']:.1f}", f"{cost['working_mb']:.0f}", f"{cost['weights_mb']:.0f}"]
-        rows.append([way, *(number_interval(entry[name]) for name in names), *numbers])
-    return table(["", *names, "tokens per second, 8 answers at once", "working memory, MB", "weights, MB"], rows)
+        rows.append([way, *(number_interval(entry[name]) for name in names), *numbers, report["dtype"][way]])
+    return table(
+        ["", *names, "tokens per second, 8 answers at once", "working memory, MB", "weights, MB", "dtype"], rows
+    )
 
 
 def _file(kind: str, name: str) -> str:
