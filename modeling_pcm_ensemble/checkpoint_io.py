@@ -26,7 +26,7 @@ from .checkpoint_structure import check_loading, check_not_injected, check_struc
 from .checkpoint_thin import thin_checkpoint, whole_state
 from .checkpoint_trust import check_weight_names
 from .compile_attention import GROUPED_SDPA  # noqa: F401, which registers it
-from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig
+from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig, server_address
 from .pcm import PreferenceControlModel
 from .preference import check_config
 from .requirements import endpoints
@@ -389,14 +389,14 @@ def _finish_save(folder: str | None, config) -> tuple[int, int] | None:
 
 def _addresses(name: str, given: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """
-    Read endpoints' addresses, which may end in a slash.
+    Read endpoints' addresses, with or without `/v1` or a slash at their end.
 
     Raises:
         TypeError: if they are no list, or no mapping, of texts.
     """
     if isinstance(given, str) or not all(isinstance(address, str) for address in given):
         raise TypeError(f"`{name}` must hold addresses, such as ['http://gpu-7:8000/v1'], got {given!r}.")
-    return [address.rstrip("/") for address in given]
+    return [server_address(address) for address in given]
 
 
 def _check_endpoints(backbones: list[Any], allowed: list[str] | None, label: str):
@@ -405,7 +405,7 @@ def _check_endpoints(backbones: list[Any], allowed: list[str] | None, label: str
         fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
         if fields.get("model_type") != ENDPOINT or allowed is None:
             continue
-        if str(fields.get("endpoint")).rstrip("/") not in allowed:
+        if server_address(str(fields.get("endpoint"))) not in allowed:
             raise PermissionError(
                 f"{label!r} names the endpoint {fields.get('endpoint')!r}, to which your texts would be sent. If you "
                 f"know whose it is, load it with `allow_endpoints=[{fields.get('endpoint')!r}]`."

@@ -22,6 +22,13 @@ ADAPTERS = "adapters"  # the value of `merge` that adds weights, not predictions
 ADDITIVE = (PRODUCT, ADAPTERS)  # ways of merging in which weights are strengths, not shares
 TOP_K_MERGES = ("probabilities", PRODUCT)
 ENDPOINT = "pcm_endpoint"  # the `model_type` of a backbone that somebody else serves
+
+
+def server_address(endpoint: str) -> str:
+    """Return an endpoint without a slash, and without the `/v1` of OpenAI's protocol, at its end."""
+    return endpoint.rstrip("/").removesuffix("/v1")
+
+
 AUTO_MAP = {
     "AutoConfig": "configuration_pcm_ensemble.PCMEnsembleConfig",
     "AutoModel": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",

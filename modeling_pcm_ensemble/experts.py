@@ -66,8 +66,11 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
     @property
     def endpoint_usage(self) -> dict[str, Any]:
         """What endpoints were asked so far, by address and the model's name there: see `endpoints.Usage`."""
-        endpoints = self.backbones.endpoints.values()
-        return {f"{model.config.address} {model.config.served_model}": model.usage for model in endpoints}
+        found: dict[str, Any] = {}
+        for model in self.backbones.endpoints.values():
+            name = f"{model.config.address} {model.config.served_model}".rstrip()
+            found[name] = found[name] + model.usage if name in found else model.usage  # asked in two ways
+        return found
 
     @property
     def submodels(self) -> list[Submodel]:

@@ -49,13 +49,14 @@ class EndpointServer:
         self.fault: Callable[[int], str | None] = lambda number: None  # of each completion, from 0 on
         self.delay = 0.0
         self.asked: list[dict] = []
+        self.connections = 0
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}/v1"
+        return f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -71,6 +72,11 @@ class EndpointServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def setup(self):
+                super().setup()
+                with server._lock:
+                    server.connections += 1
+
             def log_message(self, *args):
                 pass
 
@@ -78,17 +84,13 @@ class EndpointServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if server.key is not None and self.headers["Authorization"] != f"Bearer {server.key}":
                     self.answer(401, b"a key is missing")
-                elif self.path == "/tokenize":
-                    ids = server.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]
-                    self.answer(200, json.dumps({"tokens": ids}).encode())
                 elif self.path == "/v1/completions":
                     self.complete(body)
                 else:
-                    self.answer(404, b"")
+                    self.answer(200, json.dumps(server.told(self.path, body)).encode())
 
             def do_GET(self):
-                models = [{"id": name, "max_model_len": 128} for name in server.models]
-                self.answer(200, json.dumps({"data": models}).encode())
+                self.answer(200, json.dumps(server.told(self.path, {})).encode())
 
             def complete(self, body: dict):
                 with server._lock:
@@ -114,6 +116,14 @@ class EndpointServer:
                 self.wfile.write(content)
 
         return Handler
+
+    def told(self, path: str, body: dict) -> dict:
+        """Answer without a fault."""
+        if path == "/v1/completions":
+            return self.completions(body, None)
+        if path == "/v1/models":
+            return {"data": [{"id": name, "max_model_len": 128} for name in self.models]}
+        return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]}
 
     @torch.no_grad()
     def completions(self, body: dict, fault: str | None) -> dict:

@@ -1,14 +1,22 @@
 """Experts behind an endpoint: as good as here where it answers, and an error or a drop within its time where not."""
 
+import asyncio
+import contextlib
 import copy
 import json
 import logging
 import random
+import socket
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import hypercorn.asyncio
 import pytest
 import torch
+import trustme
 from conftest import VOCAB, tiny_llama, tiny_tokenizer
 from endpoint_server import FAULTS, REFUSALS, EndpointServer
 from test_training import make_trainer
@@ -145,6 +153,64 @@ def test_a_step_asks_for_equal_contexts_once_and_counts_what_it_asked(server, ba
     assert usage.seconds > 0
 
 
+def test_connections_are_kept(server, backbones):
+    served, _ = ensembles(server, backbones)
+    served.generate(**batch(), preference=PREFERENCES, max_new_tokens=8, do_sample=False)
+    assert len(server.asked) == 16
+    assert server.connections <= 2
+
+
+@contextlib.contextmanager
+def over_tls(server: EndpointServer, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The same answers by HTTP/2, which hypercorn speaks: its address, and the version of each request."""
+    authority, versions = trustme.CA(), []
+    authority.cert_pem.write_to_path(folder / "authority.pem")
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
+
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            return
+        content = b""
+        while (message := await receive())["type"] == "http.request":
+            content += message["body"]
+            if not message["more_body"]:
+                break
+        versions.append(scope["http_version"])
+        answer = json.dumps(server.told(scope["path"], json.loads(content or b"{}"))).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": answer})
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    config = hypercorn.Config()
+    config.bind, config.errorlog = [address], None
+    config.certfile = config.keyfile = str(folder / "server.pem")
+
+    loop, ended = asyncio.new_event_loop(), asyncio.Event()
+    serving = hypercorn.asyncio.serve(app, config, shutdown_trigger=ended.wait)
+    thread = threading.Thread(target=loop.run_until_complete, args=[serving])
+    thread.start()
+    try:
+        yield f"https://{address}", versions
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join()
+
+
+def test_http_2_is_spoken_where_the_server_does(server, backbones, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    with over_tls(server, tmp_path) as (endpoint, versions):
+        requests._networks.clear()
+        model = EndpointForCausalLM.of_expert("there", spec(server, endpoint=endpoint))
+        model.fit(backbones["there"], tiny_tokenizer(), "'there'")
+        assert model(torch.tensor([[20, 21]])).logits.isfinite().all()
+    requests._networks.clear()
+    assert len(versions) > 3
+    assert set(versions) == {"2"}
+
+
 def test_endpoints_are_asked_at_the_same_time(server, backbones):
     served, _ = ensembles(server, backbones)
     server.delay = 0.4
@@ -191,7 +257,7 @@ def test_what_fails_always_is_an_error_within_its_time(server, backbones, fault)
     served, _ = ensembles(server, backbones, own={"timeout": 0.3, "attempts": 2})
     server.fault = lambda number: fault
     start = time.perf_counter()
-    with pytest.raises(EndpointError, match=f"{server.endpoint}/completions"):
+    with pytest.raises(EndpointError, match=f"{server.endpoint}/v1/completions"):
         served.generate(torch.tensor([[20, 21, 22]]), preference=["here", "there"], max_new_tokens=4)
     assert time.perf_counter() - start < 5
     assert len(server.asked) == (1 if fault in REFUSALS else 2)
@@ -338,7 +404,7 @@ def test_no_schedule_of_faults_hangs_or_gives_a_wrong_answer(server, backbones, 
 
 
 def spec(server, **fields) -> dict:
-    return {"endpoint": server.endpoint, "served_model": "there"} | fields
+    return {"endpoint": f"{server.endpoint}/v1", "served_model": "there"} | fields
 
 
 @pytest.mark.parametrize(
@@ -407,7 +473,7 @@ def test_a_checkpoint_names_its_endpoints_and_connects_when_it_is_allowed_to(ser
         AutoModelForCausalLM.from_config(served.config.backbones[1])(torch.tensor([[20]]))
     assert not server.asked
 
-    for allowed in ({"allow_endpoints": [server.endpoint + "/"]}, {"trust_endpoints": True}):
+    for allowed in ({"allow_endpoints": [server.endpoint + "/v1/"]}, {"trust_endpoints": True}):
         loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path, **allowed)
         assert torch.equal(loaded.generate(**inputs, **options), wanted)
 
@@ -431,7 +497,7 @@ def test_a_key_stands_in_no_checkpoint_log_or_error(backbones, tmp_path, monkeyp
         with pytest.raises(EndpointError, match="status 401"):
             loaded(torch.tensor([[20, 21]]), preference="there")
         server.fault = lambda number: None
-        keys = {server.endpoint + "/": given}
+        keys = {server.endpoint + "/v1/": given}
         loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path, trust_endpoints=True, endpoint_keys=keys)
         loaded(torch.tensor([[20, 21]]), preference="there", logits_to_keep=1)
     written = (tmp_path / "config.json").read_text()
@@ -475,7 +541,30 @@ def test_what_servers_tell_is_checked():
         with pytest.raises(ValueError, match=r"it told|the probabilities"):
             top_tokens(wrong, 3, 99)
     with pytest.raises(ValueError, match="does not know `return_tokens_as_token_ids`"):
-        APIS["vllm"].read({"choices": [{"index": 0, "logprobs": {"top_logprobs": [{" 3": -0.1}]}}]})
+        APIS["vllm"].read_next_tokens({"choices": [{"index": 0, "logprobs": {"top_logprobs": [{" 3": -0.1}]}}]})
+
+
+def test_sglang_is_asked_and_read_as_its_source_has_it():
+    path, body = APIS["sglang"].next_tokens([[5, 6], [7]], "friendly", 2)
+    assert (path, body["input_ids"], body["lora_path"]) == ("/generate", [[5, 6], [7]], "friendly")
+    assert "lora_path" not in APIS["sglang"].next_tokens([[5]], "", 2)[1]
+    top = [[[-0.1, 3, None], [-2.5, 4, None]]]  # of each token of the answer: log-probability, number, text
+    assert APIS["sglang"].read_next_tokens([{"meta_info": {"output_top_logprobs": top}}]) == [{3: -0.1, 4: -2.5}]
+
+
+@pytest.mark.parametrize("api", ["sglang", "llamacpp"])
+def test_a_server_of_one_model_needs_no_name_of_it(server, api):
+    model = EndpointForCausalLM.of_expert("there", {"endpoint": server.endpoint, "api": api})
+    assert model.config.served_model == ""
+
+
+def test_two_ways_to_ask_one_model_are_counted_together(server, backbones):
+    experts = {"here": backbones["here"], "a": spec(server), "b": spec(server, timeout=9.0, prompt="be brief")}
+    model = PCMEnsembleForCausalLM.from_experts(
+        experts, pcm=backbones["here"], tokenizer=tiny_tokenizer(), expert_top_k=20
+    )
+    assert len(model.backbones) == 3
+    assert {name: usage.prompts for name, usage in model.endpoint_usage.items()} == {f"{server.endpoint} there": 2}
 
 
 def test_it_is_a_causal_lm_by_itself(server, backbones):

@@ -1,34 +1,11 @@
 """What servers are asked, and how their answers are read: tokens go out and come back by number, never as text."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any
 
 TopTokens = dict[int, float]  # the most probable next tokens, with their log-probabilities
-
-
-class Api(NamedTuple):
-    r"""
-    How a kind of server is asked.
-
-    Args:
-        path (`str`): behind the endpoint's address.
-        body (`Callable`): `(prompts, served_model, top_logprobs)` → what is sent.
-        read (`Callable`): what has come → each prompt's tokens, in their order. It may raise anything where the answer
-            has another form.
-        tokenize (`Callable`): `(address, served_model, text)` → URL and body that ask for a text's tokens.
-        read_tokens (`Callable`): what has come → these tokens.
-        limit (`Callable`): `(address)` → URL that tells of models.
-        read_limit (`Callable`): `(what has come, served_model)` → tokens of prompt and answer together, or None.
-    """
-
-    path: str
-    body: Callable[[list[list[int]], str, int], dict[str, Any]]
-    read: Callable[[Any], list[TopTokens]]
-    tokenize: Callable[[str, str, str], tuple[str, dict[str, Any]]]
-    read_tokens: Callable[[Any], list[int]]
-    limit: Callable[[str], str]
-    read_limit: Callable[[Any, str], int | None]
+Asked = tuple[str, dict[str, Any]]  # a path behind the server's address, and JSON that is posted there
 
 
 def top_tokens(found: TopTokens, top_logprobs: int, vocab_size: int) -> TopTokens:
@@ -58,59 +35,136 @@ def top_tokens(found: TopTokens, top_logprobs: int, vocab_size: int) -> TopToken
     return dict(sorted(known, key=lambda entry: -entry[1])[:top_logprobs])  # vLLM adds the token that it sampled
 
 
-# vLLM
+class Api(ABC):
+    """
+    How a kind of server is asked. A read may raise anything where an answer has another form.
 
-TOKEN = "token_id:"
+    Args:
+        needs_name (`bool`): whether a request must say by `served_model` which model is meant.
+    """
 
+    needs_name = False
+    models = "/v1/models"
 
-def _vllm_body(prompts: list[list[int]], served_model: str, top_logprobs: int) -> dict[str, Any]:
-    # A server that tells processed log-probabilities leaves them alone at these, whatever its model's defaults are.
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-    return neutral | {
-        "model": served_model,
-        "prompt": prompts,
-        "max_tokens": 1,
-        "logprobs": top_logprobs,
-        "return_tokens_as_token_ids": True,
-    }
+    @abstractmethod
+    def next_tokens(self, prompts: list[list[int]], served_model: str, top_logprobs: int) -> Asked:
+        """Ask for the most probable tokens after each prompt."""
 
+    @abstractmethod
+    def read_next_tokens(self, answer: Any) -> list[TopTokens]:
+        """Read each prompt's, in their order."""
 
-def _read_vllm(answer: Any) -> list[TopTokens]:
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    if [choice["index"] for choice in choices] != list(range(len(choices))):
-        raise ValueError("its choices have other numbers than 0, 1, …")
-    return [_by_number(choice["logprobs"]["top_logprobs"][0]) for choice in choices]
+    def tokens(self, text: str, served_model: str) -> Asked:
+        """Ask for a text's tokens."""
+        return "/tokenize", {"model": served_model, "prompt": text, "add_special_tokens": False}
 
+    def read_tokens(self, answer: Any) -> list[int]:
+        """Read them."""
+        return answer["tokens"]
 
-def _by_number(told: dict[str, float]) -> TopTokens:
-    if not all(name.startswith(TOKEN) for name in told):
-        raise ValueError("it told tokens as texts, and does not know `return_tokens_as_token_ids`")
-    return {int(name.removeprefix(TOKEN)): log_prob for name, log_prob in told.items()}
+    def read_limit(self, answer: Any, served_model: str) -> int | None:
+        """Read in the list of models how many tokens one reads and writes at most, if that is said."""
+        limits = {entry["id"]: self._limit(entry) for entry in answer["data"]}
+        if limits.get(served_model) is not None:
+            return limits[served_model]
+        return min((limit for limit in limits.values() if limit is not None), default=None)  # adapters tell none
 
-
-def _vllm_tokenize(address: str, served_model: str, text: str) -> tuple[str, dict[str, Any]]:
-    body = {"model": served_model, "prompt": text, "add_special_tokens": False}
-    return f"{address.removesuffix('/v1')}/tokenize", body
-
-
-def _vllm_limit(answer: Any, served_model: str) -> int | None:
-    limits = {entry["id"]: entry.get("max_model_len") for entry in answer["data"]}
-    if limits.get(served_model) is not None:
-        return limits[served_model]
-    return min((limit for limit in limits.values() if limit is not None), default=None)  # adapters tell none
+    def _limit(self, entry: dict[str, Any]) -> int | None:
+        return entry.get("max_model_len")
 
 
-APIS = {
-    "vllm": Api(
-        path="/completions",
-        body=_vllm_body,
-        read=_read_vllm,
-        tokenize=_vllm_tokenize,
-        read_tokens=lambda answer: answer["tokens"],
-        limit=lambda address: f"{address}/models",
-        read_limit=_vllm_limit,
-    )
-}
+class Vllm(Api):
+    """
+    vLLM's `/v1/completions`.
+
+    Source: https://docs.vllm.ai/en/stable/serving/openai_compatible_server.html
+    """
+
+    needs_name = True
+    TOKEN = "token_id:"
+
+    def next_tokens(self, prompts: list[list[int]], served_model: str, top_logprobs: int) -> Asked:
+        # With these a server that tells processed log-probabilities leaves them alone, whatever its defaults are.
+        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        return "/v1/completions", neutral | {
+            "model": served_model,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "logprobs": top_logprobs,
+            "return_tokens_as_token_ids": True,
+        }
+
+    def read_next_tokens(self, answer: Any) -> list[TopTokens]:
+        return [self._by_number(choice["logprobs"]["top_logprobs"][0]) for choice in _in_order(answer["choices"])]
+
+    def _by_number(self, told: dict[str, float]) -> TopTokens:
+        if not all(name.startswith(self.TOKEN) for name in told):
+            raise ValueError("it told tokens as texts, and does not know `return_tokens_as_token_ids`")
+        return {int(name.removeprefix(self.TOKEN)): log_prob for name, log_prob in told.items()}
+
+
+class Sglang(Api):
+    """
+    SGLang's `/generate`. `served_model` names an adapter that it has loaded, or nothing, for the model itself.
+
+    Source: https://docs.sglang.io/basic_usage/sampling_params.html
+    """
+
+    def next_tokens(self, prompts: list[list[int]], served_model: str, top_logprobs: int) -> Asked:
+        body: dict[str, Any] = {
+            "input_ids": prompts,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},  # whose log-probabilities are the model's
+            "return_logprob": True,
+            "top_logprobs_num": top_logprobs,
+        }
+        return "/generate", body | ({"lora_path": served_model} if served_model else {})
+
+    def read_next_tokens(self, answer: Any) -> list[TopTokens]:
+        told = [entry["meta_info"]["output_top_logprobs"][0] for entry in answer]
+        return [{token: log_prob for log_prob, token, *_ in entry} for entry in told]
+
+
+class LlamaCpp(Api):
+    """
+    llama.cpp's `/completion`.
+
+    Source: https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
+    """
+
+    def next_tokens(self, prompts: list[list[int]], served_model: str, top_logprobs: int) -> Asked:
+        body: dict[str, Any] = {
+            "prompt": prompts,
+            "n_predict": 1,
+            "n_probs": top_logprobs,
+            "cache_prompt": True,
+            # It tells nothing after a token that ends within a character, so that it must sample another one.
+            "temperature": 0.0,
+            "logit_bias": [["a", 1e4]],
+            "response_fields": ["index", "completion_probabilities"],
+        }
+        return "/completion", body | ({"model": served_model} if served_model else {})
+
+    def read_next_tokens(self, answer: Any) -> list[TopTokens]:
+        answers = answer if isinstance(answer, list) else [answer]  # a list of one prompt is answered without one
+        told = [entry["completion_probabilities"][0]["top_logprobs"] for entry in _in_order(answers)]
+        return [{token["id"]: token["logprob"] for token in entry} for entry in told]
+
+    def tokens(self, text: str, served_model: str) -> Asked:
+        body = {"content": text, "add_special": False, "parse_special": True}
+        return "/tokenize", body | ({"model": served_model} if served_model else {})
+
+    def _limit(self, entry: dict[str, Any]) -> int | None:
+        return (entry.get("meta") or {}).get("n_ctx")  # of each slot
+
+
+def _in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    entries = sorted(entries, key=lambda entry: entry["index"])
+    if [entry["index"] for entry in entries] != list(range(len(entries))):
+        raise ValueError("its answers have other numbers than 0, 1, …")
+    return entries
+
+
+APIS: dict[str, Api] = {"vllm": Vllm(), "sglang": Sglang(), "llamacpp": LlamaCpp()}
 REFUSED_APIS = {
     "chat": "a chat's template is applied at the server, which cannot go on with an answer that has begun.",
     "openai": "it tells tokens as texts, of which different tokens may have the same.",

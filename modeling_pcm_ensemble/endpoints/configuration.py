@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..configuration_pcm_ensemble import ENDPOINT
+from ..configuration_pcm_ensemble import ENDPOINT, server_address
 from .apis import APIS, REFUSED_APIS
 
 ON_FAILURE = ("error", "drop")
@@ -19,8 +19,9 @@ class EndpointConfig(PreTrainedConfig):
     holds no key.
 
     Args:
-        endpoint (`str`): the server's address, `"http://gpu-7:8000/v1"`.
-        served_model (`str`): the model's name there.
+        endpoint (`str`): the server's address, `"http://gpu-7:8000/v1"`, with or without `/v1`.
+        served_model (`str`): the model's name there. llama.cpp needs none where it serves one model, nor does SGLang,
+            where it is an adapter's name.
         api (`str`, defaults to `"vllm"`): how the server is asked, one of `APIS`.
         top_logprobs (`int`, defaults to 20): most probable tokens that it is asked for. vLLM's limit is its
             `--max-logprobs`, 20 where that is not given.
@@ -40,7 +41,7 @@ class EndpointConfig(PreTrainedConfig):
     >>> from modeling_pcm_ensemble.endpoints import EndpointConfig
 
     >>> EndpointConfig(endpoint="http://gpu-7:8000/v1/", served_model="friendly").address
-    'http://gpu-7:8000/v1'
+    'http://gpu-7:8000'
 
     ```
     """
@@ -103,8 +104,8 @@ class EndpointConfig(PreTrainedConfig):
 
     @property
     def address(self) -> str:
-        """The endpoint without a slash at its end, by which it is allowed."""
-        return self.endpoint.rstrip("/")
+        """The server's, by which it is allowed, and behind which paths such as `/v1/models` stand."""
+        return server_address(self.endpoint)
 
 
 __all__ = ["EndpointConfig"]

@@ -72,9 +72,10 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         fields = dict(fields)
         try:
             key = Key(fields.pop("key", None))
-            if not isinstance(fields.get("served_model"), str) or not fields["served_model"]:
+            config = EndpointConfig(**fields)
+            if APIS[config.api].needs_name and not config.served_model:
                 raise ValueError("It needs `served_model`, the model's name at the endpoint.")
-            return cls(EndpointConfig(**fields), key, allowed=True)
+            return cls(config, key, allowed=True)
         except (StrictDataclassError, ValueError) as error:
             raise ValueError(f"Expert {name!r}: {error}") from error
 
@@ -106,7 +107,7 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
             setattr(config, name, getattr(tokenizer, name))
             setattr(self.generation_config, name, getattr(tokenizer, name))
 
-        limit = self._send(api.limit(config.address), None, lambda found: api.read_limit(found, config.served_model))
+        limit = self._send(api.models, None, lambda found: api.read_limit(found, config.served_model))
         most = limit.result()
         config.max_position_embeddings = None if most is None else most - 1  # one is for the next token
         for text in _probes(tokenizer):
@@ -115,8 +116,7 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _check_tokens(self, text: str, here: list[int], label: str):
         api = APIS[self.config.api]
-        url, body = api.tokenize(self.config.address, self.config.served_model, text)
-        there = self._send(url, body, api.read_tokens).result()
+        there = self._send(*api.tokens(text, self.config.served_model), api.read_tokens).result()
         if here != there:
             raise ValueError(
                 f"All parts must share one vocabulary: {text[:60]!r} is {there} at {self.config.endpoint}, the model "
@@ -211,10 +211,10 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
 
         def read(number: int) -> Callable[[Any], list[TopTokens]]:
             def read_answer(answer) -> list[TopTokens]:
-                found = [top_tokens(entry, config.top_logprobs, config.vocab_size) for entry in api.read(answer)]
-                if len(found) != number:
-                    raise ValueError(f"{len(found)} answers to {number} prompts")
-                return found
+                told = api.read_next_tokens(answer)
+                if len(told) != number:
+                    raise ValueError(f"{len(told)} answers to {number} prompts")
+                return [top_tokens(entry, config.top_logprobs, config.vocab_size) for entry in told]
 
             return read_answer
 
@@ -223,8 +223,8 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
             part = [list(context) for context in contexts[start : start + PROMPTS_AT_ONCE]]
             self.usage.prompts += len(part)
             self.usage.prompt_tokens += sum(map(len, part))
-            body = api.body(part, config.served_model, config.top_logprobs)
-            asked.append(self._send(config.address + api.path, body, read(len(part))))
+            path, body = api.next_tokens(part, config.served_model, config.top_logprobs)
+            asked.append(self._send(path, body, read(len(part))))
         try:
             return [answer for request in asked for answer in request.result()]
         except BaseException:
@@ -238,7 +238,7 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
             if caller in callers:
                 request.cancel()
 
-    def _send(self, url: str, body: dict[str, Any] | None, read: Callable[[Any], Any]) -> Future:
+    def _send(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Any]) -> Future:
         config = self.config
         if not self.allowed:
             raise PermissionError(
@@ -247,7 +247,7 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
             )
         self.key.headers()  # what is wrong with it is said here
         attempts = 1 if self._rest else config.attempts  # after a rest, one try decides
-        request = send(Call(url, body, read, self.key, config.timeout, attempts, self.usage))
+        request = send(Call(config.address + path, body, read, self.key, config.timeout, attempts, self.usage))
         self._running[request] = threading.get_ident()
         request.add_done_callback(lambda request: self._running.pop(request, None))
         return request

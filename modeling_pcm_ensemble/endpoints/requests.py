@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, before_sleep_log, retry_if_exception_type, stop_after_attempt
-from tenacity.wait import wait_exponential_jitter
+from tenacity.wait import wait_exponential, wait_random
 
 PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before the second try, and most before any
 CONNECTIONS = 256
@@ -101,6 +101,9 @@ class Usage:
     prompt_tokens: int = 0
     seconds: float = 0.0
     dropped: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass
@@ -216,7 +219,8 @@ def _pause(state: RetryCallState) -> float:
     """Seconds until the next try: what the server asks for, or more each time."""
     error = state.outcome.exception() if state.outcome is not None else None
     asked = error.pause if isinstance(error, _TryAgainError) else None
-    return wait_exponential_jitter(PAUSE, LONGEST_PAUSE, jitter=PAUSE)(state) if asked is None else asked
+    growing = wait_exponential(multiplier=PAUSE, max=LONGEST_PAUSE) + wait_random(0, PAUSE)
+    return growing(state) if asked is None else asked
 
 
 # One loop and one client for a process, in a thread of their own: connections are kept, and any thread may ask.
@@ -226,7 +230,8 @@ class _Network:
     def __init__(self):
         self.process = os.getpid()  # a forked one has none of its parent's threads
         self.loop = asyncio.new_event_loop()
-        self.client = httpx.AsyncClient(follow_redirects=False, limits=httpx.Limits(max_connections=CONNECTIONS))
+        limits = httpx.Limits(max_connections=CONNECTIONS)
+        self.client = httpx.AsyncClient(follow_redirects=False, http2=True, limits=limits)  # where TLS agrees on it
         threading.Thread(target=self.loop.run_forever, name="endpoints", daemon=True).start()
 
 
