@@ -1,12 +1,12 @@
-"""python -m benchmarks decode | greedy | drafts | serve | memory | scaling | training | profile | engine | load …"""
+"""`python -m benchmarks COMMAND`: decode, greedy, drafts, serve, memory, scaling, training, profile, engine, …"""
 
 import argparse
 
 from transformers.utils import logging
 
-from . import decode, drafts, engine, greedy, load, memory, profile, readme, scaling, serve, training
+from . import decode, drafts, endpoints, engine, greedy, load, memory, profile, readme, scaling, serve, training
 
-MODULES = (decode, greedy, drafts, serve, memory, scaling, training, profile, engine, load, readme)
+MODULES = (decode, greedy, drafts, serve, memory, scaling, training, profile, engine, load, endpoints, readme)
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 

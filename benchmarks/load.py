@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -122,12 +122,13 @@ def servers(folder: Path, arguments) -> Iterator[tuple[str, list[str], Path, dic
 
 
 @contextlib.contextmanager
-def served(command: list[str], log: Path) -> Iterator[str]:
+def served(command: list[str], log: Path, settings: Mapping[str, str] | None = None) -> Iterator[str]:
     """Run a server on a free port of this machine until it is no longer needed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment |= settings or {}
     with log.open("w") as output:
         address = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
         server = subprocess.Popen([*command, *address], stdout=output, stderr=output, env=environment)

@@ -6,10 +6,11 @@ if not __package__:  # Python looks into the folder that it runs in first, and a
         "as `python -P`. Without the package, load the folder by `AutoModelForCausalLM` with `trust_remote_code=True`."
     )
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from threading import get_ident
 
@@ -171,7 +172,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         if cache is not None and cache.room is None:
             cache.room = longest_context(self.config, route, cache)
 
-        with nullcontext() if cache is None else cache.started(route):
+        run = partial(self._run, route, input_ids, attention_mask, cache, logits_to_keep)
+        with nullcontext() if cache is None else cache.started(route), self._asked(route, run) as asked:
             weights, pcm_output = self._weighted(
                 route,
                 input_ids,
@@ -183,9 +185,9 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
                 output_attentions=_or_default(output_attentions, self.config.output_attentions),
             )
             strengths = weights if route.mixes_adapters else None
-            expert_logits = self._expert_logits(
-                route, input_ids, attention_mask, cache, logits_to_keep, strengths, compile_config
-            )
+            found = {here: run(here, strengths, compile_config) for here in route.expert_rows if here not in asked}
+            found |= {there: answer.result() for there, answer in asked.items()}
+            expert_logits = list(chain.from_iterable(found[backbone] for backbone in route.expert_rows))
 
         dropped = None
         if self.backbones.endpoints:
@@ -223,40 +225,44 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         )
         return joined_weights(self.config, expert_weight_logits, route.weights), output
 
-    def _expert_logits(
-        self, route, input_ids, attention_mask, cache, logits_to_keep, strengths, compile_config
-    ) -> list[ExpertLogits]:
-        """
-        Logits of every active expert: each backbone that the route needs runs once, on all its pairs. With
-        `strengths`, which change from token to token, logits of the one model that the adapters are added to.
-
-        Endpoints are asked all at once, and answer while the other backbones run.
-        """
-
-        def run(backbone: int) -> list[ExpertLogits]:
-            rows = route.pair_rows[backbone]
-            mask = None if attention_mask is None else attention_mask[rows]
-            memory = None if cache is None else cache.backbones[backbone]
-            config = None if backbone in endpoints else compile_config
-            return self.backbones(
-                backbone, route.expert_rows[backbone], input_ids[rows], mask, memory, logits_to_keep, strengths, config
-            )
-
+    @contextmanager
+    def _asked(self, route: Route, run: Callable[[int], list[ExpertLogits]]) -> Iterator[dict[int, Future]]:
+        """Ask all endpoints that the route needs, by backbone: they answer while the PCM and other backbones run."""
         endpoints = self.backbones.endpoints.keys() & route.expert_rows.keys()
         if not endpoints:
-            return list(chain.from_iterable(map(run, route.expert_rows)))
+            yield {}
+            return
 
         callers: list[int] = []  # threads that wait for endpoints
         with ThreadPoolExecutor(len(endpoints), initializer=lambda: callers.append(get_ident())) as threads:
             asked = {backbone: threads.submit(run, backbone) for backbone in endpoints}
             try:
-                found = {backbone: run(backbone) for backbone in route.expert_rows if backbone not in endpoints}
-                found |= {backbone: answer.result() for backbone, answer in asked.items()}
+                yield asked
             except BaseException:  # an interruption, or another one's failure, waits for no endpoint
                 while wait(asked.values(), timeout=0.02).not_done:
                     self.backbones.cancel_requests(callers)
                 raise
-        return list(chain.from_iterable(found[backbone] for backbone in route.expert_rows))
+
+    def _run(
+        self, route, input_ids, attention_mask, cache, logits_to_keep, backbone, strengths=None, compile_config=None
+    ) -> list[ExpertLogits]:
+        """
+        Logits of a backbone's active experts: it runs once, on all its pairs. With `strengths`, which change from
+        token to token, logits of the one model that the adapters are added to.
+        """
+        rows = route.pair_rows[backbone]
+        mask = None if attention_mask is None else attention_mask[rows]
+        memory = None if cache is None else cache.backbones[backbone]
+        return self.backbones(
+            backbone,
+            route.expert_rows[backbone],
+            input_ids[rows],
+            mask,
+            memory,
+            logits_to_keep,
+            strengths,
+            compile_config,
+        )
 
     def _merged(
         self,

@@ -153,6 +153,21 @@ def test_a_step_asks_for_equal_contexts_once_and_counts_what_it_asked(server, ba
     assert usage.seconds > 0
 
 
+def test_an_endpoint_answers_while_the_pcm_runs(server, backbones, monkeypatch):
+    served, _ = ensembles(server, backbones)
+    asked = []
+    weighted = served.pcm.forward
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        asked.append(len(server.asked))
+        return weighted(*args, **kwargs)
+
+    monkeypatch.setattr(served.pcm, "forward", slow)
+    served(torch.tensor([[20, 21]]), preference=["here", "there"], logits_to_keep=1)
+    assert asked == [1]
+
+
 def test_connections_are_kept(server, backbones):
     served, _ = ensembles(server, backbones)
     served.generate(**batch(), preference=PREFERENCES, max_new_tokens=8, do_sample=False)

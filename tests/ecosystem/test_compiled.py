@@ -25,12 +25,20 @@ COMPILED = {
 TRACED = COMPILED | {"compile_config": CompileConfig(dynamic=True, backend="eager", fullgraph=True)}  # a shorter wait
 
 
+def one_layer_llama(seed: int):
+    return tiny_llama(seed, num_hidden_layers=1)  # compiling takes time for each layer
+
+
+def one_layer_gpt2(seed: int):
+    return tiny_gpt2(seed, n_layer=1)
+
+
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory):
     """Adapters on a Llama and a GPT-2."""
-    folder, backbone = tmp_path_factory.mktemp("adapters"), tiny_llama(1)
+    folder, backbone = tmp_path_factory.mktemp("adapters"), one_layer_llama(1)
     adapters = {name: peft_adapter(folder / name, backbone, seed) for seed, name in enumerate("abc")}
-    return lora_ensemble(backbone, adapters, d=tiny_gpt2(2))
+    return lora_ensemble(backbone, adapters, d=one_layer_gpt2(2))
 
 
 def greedy(model, rows: list[list[int]], preference, tokens: int = 6, **options) -> list[list[int]]:
@@ -122,8 +130,8 @@ def test_threads_do_not_read_each_others_adapters_while_one_compiles(ensemble):
 
 def test_adapters_that_come_later_are_compiled_in(tmp_path):
     """To a backbone whose step is compiled already, in one ensemble and in another that shares it."""
-    backbone = tiny_llama(1)
-    model = PCMEnsembleForCausalLM.from_experts({"plain": backbone, "other": tiny_gpt2(2)}, pcm=tiny_llama(3))
+    backbone = one_layer_llama(1)
+    model = PCMEnsembleForCausalLM.from_experts({"plain": backbone, "other": one_layer_gpt2(2)}, pcm=one_layer_llama(3))
     model.generation_config.eos_token_id = None
     plain = greedy(model, ROWS[:2], "plain", **TRACED)
     adapter = peft_adapter(tmp_path / "a", backbone, 1)
@@ -203,11 +211,11 @@ def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_part_that_is_replaced_is_compiled_anew(backend):
     torch.compiler.reset()
-    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_gpt2(2)}, pcm=tiny_llama(3))
+    model = PCMEnsembleForCausalLM.from_experts({"a": one_layer_llama(1), "b": one_layer_gpt2(2)}, pcm=one_layer_llama(3))
     model.generation_config.eos_token_id = None
     options = COMPILED | {"compile_config": CompileConfig(backend=backend)}
     before = greedy(model, ROWS[:1], ["a", "b"], **options)
-    model.backbones.add_module("0", tiny_llama(7).eval())
+    model.backbones.add_module("0", one_layer_llama(7).eval())
     found = greedy(model, ROWS[:1], ["a", "b"], **options)
     assert found == greedy(model, ROWS[:1], ["a", "b"]) != before
 
@@ -215,7 +223,7 @@ def test_a_part_that_is_replaced_is_compiled_anew(backend):
 @torch.no_grad()
 def test_a_call_that_asks_for_compiled_steps_notices_changed_weights():
     torch.compiler.reset()
-    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_gpt2(2)}, pcm=tiny_llama(3))
+    model = PCMEnsembleForCausalLM.from_experts({"a": one_layer_llama(1), "b": one_layer_gpt2(2)}, pcm=one_layer_llama(3))
 
     def step(**options):
         cache = PCMEnsembleCache(model.config, "static", 8)
@@ -229,7 +237,7 @@ def test_a_call_that_asks_for_compiled_steps_notices_changed_weights():
 
 def test_adapters_of_another_ensemble_leave_compiled_weights_alone(tmp_path):
     torch.compiler.reset()
-    backbone = tiny_llama(1)
+    backbone = one_layer_llama(1)
     model = lora_ensemble(backbone, {"a": peft_adapter(tmp_path / "a", backbone, 1)})
     expected = greedy(model, ROWS[:1], "a", **COMPILED)
     lora_ensemble(backbone, {"b": peft_adapter(tmp_path / "b", backbone, 2)})

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from llama_server import convert
 from torch.testing import assert_close
 
+from benchmarks.llama_server import convert
 from benchmarks.load import served
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
-LLAMA_SERVER = Path(__file__).parents[1] / "llama_server.py"
 LLAMA_OPTIONS = ["--parallel", "20", "--ctx-size", str(20 * 512)]  # a slot for each of the twenty prompts
 LIMIT = 512  # tokens of a text
 pytestmark = pytest.mark.real_model
@@ -69,7 +68,16 @@ def start_llamacpp(folder: Path, servers: contextlib.ExitStack) -> dict[str, dic
     specs = {}
     for name in SERVED:
         adapter = convert("convert_lora_to_gguf.py", demo.ARTIFACTS / name, folder / f"{name}.gguf", "--base", smollm2)
-        command = [sys.executable, str(LLAMA_SERVER), "--model", str(model), "--lora", str(adapter), *LLAMA_OPTIONS]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.llama_server",
+            "--model",
+            str(model),
+            "--lora",
+            str(adapter),
+            *LLAMA_OPTIONS,
+        ]
         url = servers.enter_context(served(command, folder / f"{name}.log"))
         specs[name] = {"endpoint": url, "api": "llamacpp"}
     return specs

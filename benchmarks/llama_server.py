@@ -25,6 +25,7 @@ def main():
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--ctx-size", type=int, default=4096, help="of all slots together")
     parser.add_argument("--parallel", type=int, default=8, help="slots")
+    parser.add_argument("--threads", type=int, help="by default all cores")
     arguments = parser.parse_args()
 
     import xllamacpp
@@ -39,6 +40,8 @@ def main():
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 
+    if arguments.threads:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
     if arguments.lora:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(arguments.lora, 1.0)]
 
