@@ -2,7 +2,7 @@
 Check an ensemble's folder, write its model card, upload both, and check what can then be pulled.
 
     python -m hub_upload FOLDER owner/name [--private] [--thin] [--revision BRANCH] [--results report.json]
-        [--datasets owner/data] [--dry-run]
+        [--datasets owner/data] [--endpoints ADDRESS[=VARIABLE] …] [--dry-run]
 
 A failed check uploads nothing. An interrupted upload can be run again: what has arrived is not sent twice.
 """
@@ -13,6 +13,12 @@ import sys
 from huggingface_hub.errors import HfHubHTTPError
 
 from .upload import hub_upload
+
+
+def endpoint(text: str) -> tuple[str, str | None]:
+    """Read an address, and the variable behind it, if any."""
+    address, _, variable = text.partition("=")
+    return address, variable or None
 
 
 def main():
@@ -27,10 +33,19 @@ def main():
     parser.add_argument("--revision", help="the branch to push to; made if it is not there")
     parser.add_argument("--results", help="report.json of an evaluation, for the card")
     parser.add_argument("--datasets", nargs="+", help="what the PCM was trained on, for the card")
+    parser.add_argument(
+        "--endpoints",
+        nargs="+",
+        type=endpoint,
+        metavar="ADDRESS[=VARIABLE]",
+        help="that experts are behind, which the checks may ask, with the environment variable that holds a key",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, write the card and show, but upload nothing")
 
+    arguments = vars(parser.parse_args())
+    arguments["endpoints"] = dict(arguments["endpoints"] or ())
     try:
-        hub_upload(**vars(parser.parse_args()))
+        hub_upload(**arguments)
     except (ImportError, OSError, ValueError, HfHubHTTPError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
+from modeling_pcm_ensemble.configuration_pcm_ensemble import ENDPOINT
 
 logger = logging.get_logger(__name__)
 
@@ -19,8 +20,8 @@ GENERATED = "<!-- Written by hub_upload, which replaces it each time as long as 
 CHAT_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{revision})
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{revision})
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{options})
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{options})
 chat = [{{"role": "user", "content": "What is gravity?"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs, preference={preference}, max_new_tokens=40, do_sample=False)
@@ -28,8 +29,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 TEXT_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{revision})
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{revision})
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{options})
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{options})
 inputs = tokenizer("What is gravity?", return_tensors="pt")
 output = model.generate(inputs["input_ids"], preference={preference}, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
@@ -37,7 +38,7 @@ TOKEN_CODE = """\
 import torch
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{revision})
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{options})
 print(model.generate(torch.tensor([[3, 4, 5]]), preference={preference}, max_new_tokens=8, do_sample=False))"""
 
 
@@ -72,6 +73,7 @@ def model_card(
     report: dict | None = None,
     training: dict | None = None,
     datasets: list[str] | None = None,
+    loading: dict[str, Any] | None = None,
     api: HfApi | None = None,
 ) -> ModelCard:
     r"""
@@ -84,6 +86,7 @@ def model_card(
         report (`dict`, *optional*): an evaluation's, see [`read_report`]: win rates for the metadata and the text.
         training (`dict`, *optional*): what a trainer wrote into `pcm_training.json`.
         datasets (`list[str]`, *optional*): what the PCM was trained on, for the metadata.
+        loading (`dict`, *optional*): what `from_pretrained` is given to ask endpoints.
         api (`HfApi`, *optional*): asks the experts' repositories for their licences.
 
     Returns:
@@ -116,7 +119,8 @@ def model_card(
         name=name,
         repo_id=repo_id,
         experts=[_row(config, expert) for expert in config.experts],
-        code=_code(model, repo_id, revision),
+        code=_code(model, repo_id, revision, loading or {}),
+        endpoints=sorted({backbone.endpoint for backbone in config.backbones if backbone.model_type == ENDPOINT}),
         merging=MERGING[config.merge].format(reference=config.reference or "the backbone without an expert"),
         weights=WEIGHTS[config.adds_up],
         cost=COST.get(config.merge, ROWS.format("")),
@@ -138,7 +142,7 @@ def code_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None) -> str:
+def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None, loading: dict[str, Any]) -> str:
     """How to use the model, as its tokenizer allows."""
     names, tokenizer = model.config.weighted_names, model.tokenizer
     preference = {names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0]
@@ -146,10 +150,11 @@ def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None) -> 
     if tokenizer is not None:
         code = CHAT_CODE if tokenizer.chat_template else TEXT_CODE
 
+    options = ({"revision": revision} if revision else {}) | loading
     return code.format(
         repo_id=repo_id,
         preference=json.dumps(preference, ensure_ascii=False),
-        revision=f', revision="{revision}"' if revision else "",
+        options="".join(f", {name}={json.dumps(value)}" for name, value in options.items()),
     )
 
 
@@ -166,8 +171,10 @@ def _sources(config: PCMEnsembleConfig) -> list[str]:
 
 def _row(config: PCMEnsembleConfig, expert: dict[str, Any]) -> dict[str, str]:
     """The cells of an expert's line in the table."""
-    source = _backbone_sources(config)[expert["backbone"]]
+    source, backbone = _backbone_sources(config)[expert["backbone"]], config.backbones[expert["backbone"]]
     parts = [source["repository"] if source else f"backbone {expert['backbone']}"]
+    if backbone.model_type == ENDPOINT:
+        parts = [f"{backbone.served_model or 'a model'} behind {backbone.endpoint}"]
     if expert["adapter"]:
         parts.append(f"a LoRA adapter of rank {expert['adapter']['r']}")
     if expert["prompt"]:

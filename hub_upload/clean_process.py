@@ -1,23 +1,29 @@
 """
 What somebody does who has not got this package. Run as a script:
 
-    python clean_process.py logits SOURCE REVISION INPUT OUTPUT   # safetensors: input_ids in, logits and tokens out
+    python clean_process.py logits SOURCE REVISION INPUT OUTPUT OPTIONS   # input_ids in, logits and tokens out
     python clean_process.py code FILE                             # the code blocks of a model card, one after another
+
+INPUT and OUTPUT are safetensors, OPTIONS what `from_pretrained` is given, as JSON. After --with-package it is somebody
+who has got it.
 """
 
+import json
 import sys
 from collections.abc import Callable
 
 MODULE = "modeling_pcm_ensemble"
 
 
-def logits(source: str, revision: str, inputs: str, outputs: str):
+def logits(source: str, revision: str, inputs: str, outputs: str, options: str):
     """Write what [`run`] gives of the model of a folder or repository."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, revision=revision or None, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, revision=revision or None, trust_remote_code=True, **json.loads(options)
+    )
     save_file(run(model, load_file(inputs)["input_ids"], torch), outputs)
 
 
@@ -40,6 +46,10 @@ def code(path: str):
 
 if __name__ == "__main__":
     sys.path[0] = ""  # this folder's files are not what the card's code may import
-    sys.modules[MODULE] = None  # type: ignore[assignment]  # by which Python hides the package
+    arguments = sys.argv[1:]
+    if arguments[0] == "--with-package":
+        del arguments[0]
+    else:
+        sys.modules[MODULE] = None  # type: ignore[assignment]  # by which Python hides the package
     commands: dict[str, Callable[..., None]] = {"logits": logits, "code": code}
-    commands[sys.argv[1]](*sys.argv[2:])
+    commands[arguments[0]](*arguments[1:])

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
@@ -42,6 +44,7 @@ def hub_upload(
     revision: str | None = None,
     results: str | os.PathLike | None = None,
     datasets: list[str] | None = None,
+    endpoints: Mapping[str, str | None] | None = None,
     dry_run: bool = False,
     token: str | None = None,
 ) -> CommitInfo | None:
@@ -61,6 +64,8 @@ def hub_upload(
         revision (`str`, *optional*): the branch; made if it is not there.
         results (`str`, *optional*): an evaluation's report.json, for the card.
         datasets (`list[str]`, *optional*): what the PCM was trained on, for the card.
+        endpoints (`Mapping[str, str | None]`, *optional*): addresses that its experts are behind, which the checks may
+            ask, each with the name of the environment variable that holds its key, or None. The card names them.
         dry_run (`bool`): do 1 to 3, but upload nothing.
         token (`str`, *optional*): defaults to the one of `hf auth login`.
 
@@ -84,15 +89,16 @@ def hub_upload(
     if not dry_run:
         check_owner(api.whoami(), repo_id)
     check_repository(api, repo_id, private)
-    model = load(folder, token)
+    loading = loading_options(endpoints)
+    model = load(folder, token, loading)
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         staged = stage_thin(model, folder, work / "thin", token) if thin else folder
-        check_same(model, os.path.abspath(staged), work, "The folder", environment=environment)
+        check_same(model, os.path.abspath(staged), work, "The folder", loading, environment=environment)
         console.print("The folder loads, generates and gives this model's logits in a clean process.")
 
-        facts = {"revision": revision, "report": report, "datasets": datasets, "api": api}
+        facts = {"revision": revision, "report": report, "datasets": datasets, "api": api, "loading": loading}
         write_card(model, staged, repo_id, work, environment, **facts)
         kept = show_files(staged, console)
         if dry_run:
@@ -108,6 +114,7 @@ def hub_upload(
             repo_id,
             work,
             f"What was uploaded (commit {commit.oid} of {repo_id}, which stays there)",
+            loading,
             revision=commit.oid,
             environment=environment | empty_cache(work),
         )
@@ -169,15 +176,25 @@ def check_owner(user: dict, repo_id: str):
         )
 
 
-def load(folder: Path, token: str | None) -> PCMEnsembleForCausalLM:
+def loading_options(endpoints: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """Return what `from_pretrained` is given, here and by the card's readers, to ask endpoints."""
+    if not endpoints:
+        return {}
+    keys = {address: variable for address, variable in endpoints.items() if variable}
+    return {"allow_endpoints": list(endpoints)} | ({"endpoint_keys": keys} if keys else {})
+
+
+def load(folder: Path, token: str | None, loading: dict[str, Any]) -> PCMEnsembleForCausalLM:
     """
     Load a folder's ensemble.
 
     Raises:
-        ValueError: if its files are not those of one.
+        ValueError: if its files are not those of one, or it names an endpoint that may not be asked.
     """
     try:
-        return PCMEnsembleForCausalLM.from_pretrained(folder, token=token)
+        return PCMEnsembleForCausalLM.from_pretrained(folder, token=token, **loading)
+    except PermissionError as error:
+        raise ValueError(f"{error} To upload it, name that address as one of the `endpoints`.") from error
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} cannot be loaded: {error}") from error
 
@@ -225,6 +242,7 @@ def check_same(
     source: str,
     work: Path,
     label: str,
+    loading: dict[str, Any],
     revision: str = "",
     environment: dict[str, str] | None = None,
 ):
@@ -236,6 +254,7 @@ def check_same(
         source (`str`), revision (`str`): what the clean process loads.
         work (`Path`): a folder for what the two tell each other.
         label (`str`): names the source in errors.
+        loading (`dict`): from [`loading_options`].
         environment (`dict[str, str]`, *optional*): of the clean process, on top of this one's.
 
     Raises:
@@ -244,10 +263,12 @@ def check_same(
     input_ids = torch.arange(3, 11)[None] % model.config.vocab_size
     save_file({"input_ids": input_ids}, work / "inputs.safetensors")
     files = (str(work / "inputs.safetensors"), str(work / "outputs.safetensors"))
-    clean_process("logits", source, revision, *files, cwd=work, label=label, environment=environment)
+    asked = ("logits", source, revision, *files, json.dumps(loading))
+    clean_process(*asked, cwd=work, label=label, with_package=bool(loading), environment=environment)
 
     found, expected = load_file(files[1]), run(model, input_ids, torch)
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    is_exact = model.dtype in (torch.float32, torch.float64) and not loading  # what servers compute in is not known
+    tolerance = 1e-3 if is_exact else 0.1
     try:
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)  # NaN equals nothing
     except AssertionError as error:
@@ -292,7 +313,12 @@ def write_card(
     stand_in.symlink_to(folder.resolve(), target_is_directory=True)
     (work / "card.py").write_text("\n".join(code_blocks(card.content)), encoding="utf-8")
     printed = clean_process(
-        "code", str(work / "card.py"), cwd=work / "code", label="The card's code", environment=environment
+        "code",
+        str(work / "card.py"),
+        cwd=work / "code",
+        label="The card's code",
+        with_package=bool(facts["loading"]),
+        environment=environment,
     )
 
     card.content = card.content.replace(PRINTED, PRINTED.replace("PRINTED", printed.strip()), 1)
@@ -302,14 +328,17 @@ def write_card(
     Console().print("Wrote README.md, the model card; its code runs.")
 
 
-def clean_process(*arguments: str, cwd: Path, label: str, environment: dict[str, str] | None = None) -> str:
+def clean_process(
+    *arguments: str, cwd: Path, label: str, with_package: bool, environment: dict[str, str] | None = None
+) -> str:
     """
-    Run `clean_process.py`, and return what it printed.
+    Run `clean_process.py`, and return what it printed. `with_package`, it finds this package: no checkpoint brings
+    the code that asks endpoints.
 
     Raises:
         ValueError: if it fails, with its last error.
     """
-    command = [sys.executable, str(SCRIPT), *arguments]
+    command = [sys.executable, str(SCRIPT), *(["--with-package"] if with_package else []), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | (environment or {}))
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]

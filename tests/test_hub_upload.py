@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
+from endpoint_server import EndpointServer
 from huggingface_hub import ModelCard
 from local_hub import Fault, client_environment
 from safetensors.torch import load
@@ -261,3 +262,33 @@ def test_weights_of_an_earlier_checkpoint_are_deleted_and_other_files_stay(hub, 
     assert "link.txt" not in stored
     assert stored["README.md"] == b"# By hand"
     assert "README.md was written by a person, and stays" in result.stdout
+
+
+def test_experts_behind_an_endpoint_are_uploaded_with_their_address_and_without_their_key(hub, tmp_path, monkeypatch):
+    secret = "".join(map(chr, range(97, 117)))
+    monkeypatch.setenv("PCM_TEST_KEY", secret)
+    backbones = {"here": tiny_llama(1, max_position_embeddings=128), "there": tiny_gpt2(2, n_positions=128)}
+    with EndpointServer(backbones, tiny_tokenizer(), key=secret) as server:
+        there = {"endpoint": server.endpoint, "served_model": "there", "key": "PCM_TEST_KEY"}
+        model = PCMEnsembleForCausalLM.from_experts(
+            {"here": backbones["here"], "there": there},
+            pcm=backbones["here"],
+            tokenizer=tiny_tokenizer(),
+            expert_top_k=20,
+        )
+        model.save_pretrained(tmp_path / "ensemble")
+
+        result = upload(hub, tmp_path / "ensemble")
+        assert f"names the endpoint {server.endpoint!r}" in result.stderr
+        assert "name that address as one of the `endpoints`" in result.stderr
+        assert commits(hub) == 0
+
+        result = upload(hub, tmp_path / "ensemble", "--endpoints", f"{server.endpoint}=PCM_TEST_KEY")
+        assert result.returncode == 0, result.stderr
+
+    stored = hub.files("owner/ensemble")
+    card = stored["README.md"].decode()
+    assert f'allow_endpoints=["{server.endpoint}"], endpoint_keys={{"{server.endpoint}": "PCM_TEST_KEY"}}' in card
+    assert f"| there |  | there | there behind {server.endpoint} |" in card
+    assert f"Experts are behind {server.endpoint}: prompts and answers are sent there." in card
+    assert not any(secret.encode() in content for content in stored.values())

@@ -24,6 +24,7 @@ from modeling_pcm_ensemble.evaluation import (
 )
 from modeling_pcm_ensemble.evaluation.pictures import draw_expert_weights
 from modeling_pcm_ensemble.evaluation.report import worse_by
+from modeling_pcm_ensemble.evaluation.run import mean_truncation_bound
 from modeling_pcm_ensemble.rewards.quality import TextQuality
 
 pytestmark = pytest.mark.filterwarnings(
@@ -51,8 +52,22 @@ def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, t
     assert report["rewards"]["parrot"]["mean"] > 0.9
     assert set(report["quality"]["ours"]) == {"nll", "gain", "repetition", "words"}
     assert len(report["expert_weights"]["tokens"]) == len(report["expert_weights"]["values"])
+    assert report["truncation"] is None
     write_report({"title": "t", "command": "c"} | report, tmp_path / "report")
     assert "a alone" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_how_far_a_top_k_may_be_from_the_whole_is_told_over_answers(model):  # noqa: F811
+    cases = make_cases(PROMPTS, [Preference({"a": 1.0, "b": 1.0})])
+    answers = ["hello", None, *["world"] * (len(cases) - 2)]
+    bounds = []
+    for top_k in (5, 20, 99):
+        model.config.expert_top_k = top_k
+        found = mean_truncation_bound(model, cases, answers)
+        assert found["tokens"] == 5 * min(len(cases) - 1, 8)
+        bounds.append(found["bound"])
+    assert 1 > bounds[0] > bounds[1] > bounds[2]
+    assert bounds[2] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_how_much_worse_a_text_is_counts_against_whatever_should_be_low_or_high():
@@ -111,6 +126,7 @@ def example_report() -> dict:
             "other": {"nll": 2.0, "gain": 0.5, "repetition": 0.01},
         },
         "cost": {n: {"seconds_per_token": 0.1, "working_mb": 3.0, "weights_mb": 4.0} for n in ("ours", "other")},
+        "truncation": {"bound": 0.0421, "tokens": 512},
         "expert_weights": {"title": "What? [$x$]", "names": ["a", "b"], "tokens": ["A", "\n"], "values": [[1, 0]] * 2},
     }
 
@@ -122,6 +138,7 @@ def test_a_report_says_what_was_counted(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| other | 100.0 % [29.2, 100.0] | 0.250 | +0.0 % |" in text
     assert "| length, people | 75% | 0.50 |" in text
+    assert "Over 512 tokens of answers, the mixture is at most 0.042 of the probability" in text
     assert "worse than other the ours is: nll +25.0 %, gain +5.0 %, repetition +2.0 %" in text
     for name in ("win_rates.png", "rewards.png", "cost.png", "expert_weights.png"):
         assert (tmp_path / name).stat().st_size > 5000

@@ -14,6 +14,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 from conftest import tiny_llama, tiny_tokenizer
+from endpoint_server import EndpointServer
 from huggingface_hub import RepoCard
 from playwright.sync_api import expect, sync_playwright
 from test_lora import lora_ensemble, peft_adapter
@@ -232,3 +233,29 @@ def test_a_products_reference_has_no_slider_to_move(app, tmp_path):
     assert not sliders["base"].interactive
     assert sliders["a"].interactive
     assert app.preferences_of(model, [0, 0, "kind", 0, 1, ""])[0] == [{"a": 1.0}, {"a": 1.0}]
+
+
+def test_a_space_asks_the_endpoints_that_it_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SPACE))
+    app = importlib.import_module("app")
+    monkeypatch.setenv("PCM_TEST_KEY", "abc")
+    backbones = {name: tiny_llama(seed, max_position_embeddings=128) for seed, name in enumerate(("here", "there"))}
+    with EndpointServer(backbones, tiny_tokenizer(), key="abc") as server:
+        there = {"endpoint": server.endpoint, "served_model": "there", "key": "PCM_TEST_KEY"}
+        model = PCMEnsembleForCausalLM.from_experts(
+            {"here": backbones["here"], "there": there},
+            pcm=backbones["here"],
+            tokenizer=tiny_tokenizer(),
+            expert_top_k=20,
+        )
+        model.save_pretrained(tmp_path / "ensemble")
+        with pytest.raises(PermissionError, match="names the endpoint"):
+            app.load_ensemble(str(tmp_path / "ensemble"))
+
+        loaded = app.load_ensemble(str(tmp_path / "ensemble"), endpoints=f"{server.endpoint}=PCM_TEST_KEY")
+        ids = app.encode(loaded, "hello")
+        weights = [{"here": 1.0, "there": 1.0}, {"there": 1.0}]
+        *_, tokens = app.stream_tokens(loaded, ids, weights, [None, None], 4, 0.0)
+        coloured, expert_weights = app.explain(loaded, ids, tokens[1].tolist(), weights[1], None)
+    assert {name for _, name in coloured} == {"there"}
+    assert expert_weights.tolist() == [[0.0, 1.0]] * 4

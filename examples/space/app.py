@@ -57,11 +57,21 @@ class Stopped(StoppingCriteria):
         return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)
 
 
-def load_ensemble(source: str | None, revision: str | None = None):
-    """Load an ensemble and run its code: from a folder or a repository, on a GPU if there is one."""
+def load_ensemble(source: str | None, revision: str | None = None, endpoints: str = ""):
+    """
+    Load an ensemble and run its code: from a folder or a repository, on a GPU if there is one. It may ask the
+    `endpoints`: addresses, each with `=VARIABLE` behind it where that environment variable holds its key.
+    """
     if not source:
         raise ValueError("Name an ensemble: as argument, or, in a Space, by the variable ENSEMBLE.")
-    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, trust_remote_code=True)
+    options = {"revision": revision, "trust_remote_code": True}
+    if endpoints:
+        named = dict(entry.partition("=")[::2] for entry in endpoints.split())
+        options |= {
+            "allow_endpoints": list(named),
+            "endpoint_keys": {where: key for where, key in named.items() if key},
+        }
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
     if model.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer. Save the ensemble with one.")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -314,7 +324,8 @@ def build_app(model, votes: str) -> gr.Blocks:
 
 def main():
     source = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("ENSEMBLE")
-    build_app(load_ensemble(source, os.environ.get("REVISION")), os.environ.get("VOTES", "votes.csv")).launch()
+    model = load_ensemble(source, os.environ.get("REVISION"), os.environ.get("ENDPOINTS", ""))
+    build_app(model, os.environ.get("VOTES", "votes.csv")).launch()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ def write_report(report: dict, folder: Path):
         report (`dict`):
             `title`, `command`, and what [`evaluate`] gives: `ours`, `base`, `judges` (by name what [`summarise`]
             gives), `agreement` (by pair of judges), `rewards` (by baseline, dimension and `mean` → mean normalised
-            reward), `quality` (by baseline, measure → mean), `cost` (what [`measure_cost`] gives), and
-            `expert_weights` (`tokens`, `names`, `values`, `title`).
+            reward), `quality` (by baseline, measure → mean), `cost` (what [`measure_cost`] gives),
+            `expert_weights` (`tokens`, `names`, `values`, `title`), and `truncation` (`bound`, `tokens`; or None).
         folder (`Path`): made if it is not there.
     """
     with staged_folder(folder) as name:  # pictures and tables of one report
@@ -57,6 +57,12 @@ def markdown(report: dict) -> str:
         }
     parts += ["## Cost, 8 answers at once (the PCM runs in every mixture)", "![cost and reward](cost.png)"]
     parts += [_numbers(cost, digits=1)]
+    if (truncation := report.get("truncation")) is not None:
+        parts += [
+            "Experts keep their most probable tokens alone. Over "
+            f"{truncation['tokens']} tokens of answers, the mixture is at most {truncation['bound']:.3f} of the "
+            "probability, on average, from that of whole distributions."
+        ]
     parts += ["## α over an answer", "![α](expert_weights.png)"]
     return "\n\n".join(parts) + "\n"
 

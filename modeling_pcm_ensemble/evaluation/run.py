@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..failures import truncation_bound
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..rewards.quality import TextQuality
 from .answers import Case, collect_answers, collect_text_features, distributed_state
@@ -17,6 +18,8 @@ from .comparison import Outcome, agreement, judge_answers, summarise
 from .cost import measure_cost
 from .ensemble_baselines import tokenizer_of
 from .judges import Judge
+
+BOUNDED = 8  # answers over which the truncation is bounded
 
 
 def evaluate(
@@ -86,6 +89,7 @@ def evaluate(
         "quality": as_text,
         "cost": measure_cost(baselines, cases, tokenizer_of(model)),
         "expert_weights": expert_weights_example(model, cases, answers[ours.name]),
+        "truncation": mean_truncation_bound(model, cases, answers[ours.name]),
     }
 
 
@@ -144,13 +148,45 @@ def expert_weights_over(
     Returns:
         The answer's tokens, and the α that each is drawn under, `(tokens, experts)`.
     """
+    ids, start = _prompt_and_answer(model, prompt, answer)
+    expert_weights = model.compute_expert_weights(ids, **preference)[0]  # (tokens of prompt and answer, experts)
+    return ids[0, start:].tolist(), expert_weights[start - 1 : -1]
+
+
+def _prompt_and_answer(model: PCMEnsembleForCausalLM, prompt: Conversation, answer: str) -> tuple[torch.Tensor, int]:
+    """Tokens of both, `(1, tokens)`, and where the answer's begin."""
     tokenizer = tokenizer_of(model)
     text = cast(str, tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
     start = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = tokenizer(text + answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+    ids = tokenizer(text + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return ids.to(model.device), start
 
-    expert_weights = model.compute_expert_weights(ids, **preference)[0]  # (tokens of prompt and answer, experts)
-    return ids[0, start:].tolist(), expert_weights[start - 1 : -1]
+
+@torch.no_grad()
+def mean_truncation_bound(
+    model: PCMEnsembleForCausalLM, cases: list[Case], answers: list[str | None]
+) -> dict[str, float] | None:
+    """
+    Compute how far, at most, the mixture of top k is from that of whole distributions, see [`truncation_bound`].
+
+    Returns:
+        `bound`, the mean over the tokens of some answers, and `tokens`, their number; None if the experts are merged
+        in another way, or without a top k.
+    """
+    if model.config.merge != "probabilities" or model.config.expert_top_k is None:
+        return None
+
+    given = [(case, answer) for case, answer in zip(cases, answers) if answer]
+    bounds = []
+    for case, answer in tqdm(given[:: max(1, len(given) // BOUNDED)][:BOUNDED], desc="top k", leave=False):
+        ids, start = _prompt_and_answer(model, case.prompt, answer)
+        places = torch.arange(start - 1, ids.shape[1] - 1, device=ids.device)  # which the answer's tokens come after
+        output = model(ids, preference=case.preference, logits_to_keep=places, output_expert_logits=True)
+        of_answer = truncation_bound(
+            output.expert_logits, output.expert_weights, model.config.expert_top_k, model.served_experts
+        )
+        bounds += of_answer[0].tolist()
+    return {"bound": fmean(bounds), "tokens": len(bounds)} if bounds else None
 
 
 def expert_weights_example(model: PCMEnsembleForCausalLM, cases: list[Case], answers: list[str | None]) -> dict:
@@ -175,4 +211,4 @@ def expert_weights_example(model: PCMEnsembleForCausalLM, cases: list[Case], ans
     }
 
 
-__all__ = ["evaluate", "expert_weights_over"]
+__all__ = ["evaluate", "expert_weights_over", "mean_truncation_bound"]

@@ -131,7 +131,9 @@ def test_threads_do_not_read_each_others_adapters_while_one_compiles(ensemble):
 def test_adapters_that_come_later_are_compiled_in(tmp_path):
     """To a backbone whose step is compiled already, in one ensemble and in another that shares it."""
     backbone = one_layer_llama(1)
-    model = PCMEnsembleForCausalLM.from_experts({"plain": backbone, "other": one_layer_gpt2(2)}, pcm=one_layer_llama(3))
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"plain": backbone, "other": one_layer_gpt2(2)}, pcm=one_layer_llama(3)
+    )
     model.generation_config.eos_token_id = None
     plain = greedy(model, ROWS[:2], "plain", **TRACED)
     adapter = peft_adapter(tmp_path / "a", backbone, 1)
@@ -211,7 +213,9 @@ def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_part_that_is_replaced_is_compiled_anew(backend):
     torch.compiler.reset()
-    model = PCMEnsembleForCausalLM.from_experts({"a": one_layer_llama(1), "b": one_layer_gpt2(2)}, pcm=one_layer_llama(3))
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"a": one_layer_llama(1), "b": one_layer_gpt2(2)}, pcm=one_layer_llama(3)
+    )
     model.generation_config.eos_token_id = None
     options = COMPILED | {"compile_config": CompileConfig(backend=backend)}
     before = greedy(model, ROWS[:1], ["a", "b"], **options)
@@ -223,7 +227,9 @@ def test_a_part_that_is_replaced_is_compiled_anew(backend):
 @torch.no_grad()
 def test_a_call_that_asks_for_compiled_steps_notices_changed_weights():
     torch.compiler.reset()
-    model = PCMEnsembleForCausalLM.from_experts({"a": one_layer_llama(1), "b": one_layer_gpt2(2)}, pcm=one_layer_llama(3))
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"a": one_layer_llama(1), "b": one_layer_gpt2(2)}, pcm=one_layer_llama(3)
+    )
 
     def step(**options):
         cache = PCMEnsembleCache(model.config, "static", 8)
