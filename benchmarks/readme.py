@@ -9,7 +9,15 @@ from statistics import fmean
 from modeling_pcm_ensemble.tables import percent_interval, signed_interval, table
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "examples/smollm2/artifacts/README.md", "examples/serving/README.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/results.md",
+    "docs/guides/speed.md",
+    "docs/guides/training.md",
+    "examples/smollm2/artifacts/README.md",
+    "examples/serving/README.md",
+)
+REPORT, STEERING = "docs/results/report.json", "examples/smollm2/artifacts/steering/report.json"
 
 
 def add_arguments(parser):
@@ -26,12 +34,18 @@ def run(arguments):
 
 def with_tables(text: str) -> str:
     """`text` with the table behind each marker made anew from its results."""
-    for name, (path, make_table) in TABLES.items():
+    for name, (paths, make_table) in TABLES.items():
         before, marker, after = text.partition(f"<!-- {name} table -->\n")
         if marker:
-            made = make_table(json.loads((ROOT / path).read_text())) + "\n"
+            results = [json.loads((ROOT / path).read_text()) for path in paths.split()]
+            made = make_table(*results) + "\n"
             text = before + marker + made + re.sub(r"\A(\|.*\n)*", "", after)
     return text
+
+
+def decode_in_short_table(results: dict) -> str:
+    names = ("prompted experts", "LoRA experts", 'LoRA, merge="adapters"', "separate models", "PEFT mixed batch")
+    return decode_table({"rows": [row for row in results["rows"] if row["name"] in names]})
 
 
 def decode_table(results: dict) -> str:
@@ -161,6 +175,39 @@ def win_rates_table(report: dict) -> str:
     return table(["against", *judges, "its mean reward"], lines)
 
 
+def in_short_table(report: dict, steering: dict) -> str:
+    """Of some ways to answer the win rate against it, and how far rewards move with the weights, by each judge."""
+    steers = {"prompting": "prompting in words", "uniform mixture": "static mixture"}
+    lines = []
+    for name in ("vanilla", "prompting", "Personalized Soup", "uniform mixture", "weight average (PEFT)"):
+        rates = [percent_interval(baselines[name]["win_rate"]) for baselines in report["judges"].values()]
+        lines.append([name, *rates, _moved(steering, steers.get(name))])
+    lines.append(["adapters added", "–", "–", _moved(steering, "static added adapters")])
+    columns = [f"win rate against it: {judge}" for judge in report["judges"]]
+    return table(["", *columns, "a reward moves by"], lines)
+
+
+def _moved(steering: dict, way: str | None) -> str:
+    found = [judge["ways"].get(way) for judge in steering["judges"].values()]
+    return " / ".join("–" if ways is None else f"{ways['moved'][0]:.2f}" for ways in found)
+
+
+def steering_table(report: dict) -> str:
+    """Of every way how well answers follow the weights, by each judge."""
+    names = {
+        "moved": "moved",
+        "rank correlation": "rank correlation",
+        "worst rank correlation": "the worst",
+        "hypervolume": "hypervolume",
+        "inner product": "inner product",
+    }
+    lines = []
+    for way in report["text"]:
+        found = [judge["ways"][way] for judge in report["judges"].values()]
+        lines.append([way, *(" / ".join(f"{ways[name][0]:.2f}" for ways in found) for name in names)])
+    return table([" / ".join(report["judges"]), *names.values()], lines)
+
+
 def average_table(report: dict) -> str:
     """The mean of the win rates against the baselines of the paper's average."""
     paper = ("vanilla", "prompting", "Personalized Soup")
@@ -217,6 +264,9 @@ def strengths_in_words_table(report: dict) -> str:
 
 
 TABLES = {  # by marker: the results, and the table of them
+    "in short": (f"{REPORT} {STEERING}", in_short_table),
+    "steering": (STEERING, steering_table),
+    "decode in short": ("benchmarks/results/decode.json", decode_in_short_table),
     "decode": ("benchmarks/results/decode.json", decode_table),
     "decode-fast": ("benchmarks/results/decode-fast.json", fast_table),
     "greedy": ("benchmarks/results/greedy.json", greedy_table),
@@ -234,7 +284,7 @@ TABLES = {  # by marker: the results, and the table of them
     "strengths in words": ("examples/smollm2/artifacts/strengths/words.json", strengths_in_words_table),
     "drafts": ("benchmarks/results/drafts.json", drafts_table),
     "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
-    "win rates": ("docs/results/report.json", win_rates_table),
-    "average": ("docs/results/report.json", average_table),
+    "win rates": (REPORT, win_rates_table),
+    "average": (REPORT, average_table),
     "ablations": ("docs/results/ablations/report.json", win_rates_table),
 }

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's call
 ]
 ROOT = Path(__file__).parent.parent
+PAGES = ["docs/concepts.md", "docs/guides/evaluation.md", "docs/guides/speed.md", "docs/guides/training.md"]
 QUESTIONS = ["What is gravity?", "Why should I brush my teeth before I go to bed?", "Who are you?"]
 
 
@@ -195,12 +196,32 @@ def test_the_quickstart_refuses_an_unknown_preference_before_it_loads_a_model(tm
     assert "Loading" not in result.stderr
 
 
-def test_the_readmes_code_runs_as_it_stands(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert blocks
-    (tmp_path / "readme.py").write_text("\n".join(blocks))
-    printed = run("readme.py", cwd=tmp_path)
-    assert len(printed.strip().splitlines()) >= 2
+def code_of(page: str) -> str:
+    """A page's Python, on the model that is here, in the dtype that is fast here; blocks marked `py` are fragments."""
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE))
+    code = code.replace("pcm_layers=4,", f'pcm_layers=4, dtype="{str(demo.fast_dtype()).removeprefix("torch.")}",')
+    return code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(demo.fetch_smollm2()))
+
+
+def test_the_readmes_code_prints_what_stands_there(tmp_path):
+    (tmp_path / "readme.py").write_text(code_of("README.md"))
+    printed = run("readme.py", cwd=tmp_path).strip().splitlines()
+    shown = re.findall(r"^# (.*)$", code_of("README.md"), flags=re.MULTILINE)
+    assert len(shown) == 2
+    # The first words alone: which ones follow depends on how a machine rounds.
+    assert [line[:60] for line in printed[-2:]] == [line[:60] for line in shown]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_pages_code_runs_after_the_readmes(page, tmp_path):
+    before = code_of("README.md").partition("for preference in")[0]
+    (tmp_path / "page.py").write_text(before + code_of(page))
+    run("page.py", cwd=tmp_path)
+
+
+def test_every_page_with_code_is_run():
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(page for page in pages if "```python" in (ROOT / page).read_text()) == sorted(PAGES)
 
 
 def test_ci_runs_the_readmes_test_command():
