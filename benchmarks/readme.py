@@ -189,7 +189,7 @@ def in_short_table(report: dict, steering: dict) -> str:
 
 def _moved(steering: dict, way: str | None) -> str:
     found = [judge["ways"].get(way) for judge in steering["judges"].values()]
-    return " / ".join("–" if ways is None else f"{ways['moved'][0]:.2f}" for ways in found)
+    return "–" if None in found else " / ".join(f"{ways['moved'][0]:.2f}" for ways in found)
 
 
 def steering_table(report: dict) -> str:
