@@ -21,7 +21,7 @@ CHAT_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{options})
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{options})
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{revision})
 chat = [{{"role": "user", "content": "What is gravity?"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs, preference={preference}, max_new_tokens=40, do_sample=False)
@@ -30,7 +30,7 @@ TEXT_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True{options})
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{options})
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{revision})
 inputs = tokenizer("What is gravity?", return_tensors="pt")
 output = model.generate(inputs["input_ids"], preference={preference}, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
@@ -150,11 +150,12 @@ def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None, loa
     if tokenizer is not None:
         code = CHAT_CODE if tokenizer.chat_template else TEXT_CODE
 
-    options = ({"revision": revision} if revision else {}) | loading
+    at = f', revision="{revision}"' if revision else ""
     return code.format(
         repo_id=repo_id,
         preference=json.dumps(preference, ensure_ascii=False),
-        options="".join(f", {name}={json.dumps(value)}" for name, value in options.items()),
+        revision=at,
+        options=at + "".join(f", {name}={json.dumps(value)}" for name, value in loading.items()),
     )
 
 

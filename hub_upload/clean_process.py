@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 MODULE = "modeling_pcm_ensemble"
+LOGITS = ("default", "preferred")  # under two preferences
 
 
 def logits(source: str, revision: str, inputs: str, outputs: str, options: str):
@@ -29,7 +30,7 @@ def logits(source: str, revision: str, inputs: str, outputs: str, options: str):
 
 def run(model, input_ids, torch) -> dict:
     """Log-probabilities of a text, under two preferences, and the tokens that greedy decoding adds to it."""
-    preferences = {"default": None, "preferred": dict(zip(model.config.weighted_names, (1.0, 0.5)))}
+    preferences = dict(zip(LOGITS, (None, dict(zip(model.config.weighted_names, (1.0, 0.5))))))
     with torch.no_grad():
         found = {
             name: model(input_ids, preference=preference).logits.float().contiguous()

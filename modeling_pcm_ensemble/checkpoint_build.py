@@ -214,10 +214,11 @@ def _served_spec(name: str, spec: dict[str, Any], served: list[Any]) -> dict[str
 
     fields = {field: spec[field] for field in ENDPOINT_FIELDS if field in spec}
     new = endpoints().EndpointForCausalLM.of_expert(name, fields)
-    if not any(new.asks_like(other) for other in served):
+    same = next((other for other in served if other.allowed and new.asks_like(other)), new)
+    if same is new:
         served.append(new)
     others = {field: value for field, value in spec.items() if field not in ENDPOINT_FIELDS}
-    return others | {"model": next(other for other in served if new.asks_like(other))}
+    return others | {"model": same}
 
 
 def _fit_endpoints(

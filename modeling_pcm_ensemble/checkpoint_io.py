@@ -394,16 +394,18 @@ def _addresses(name: str, given: Sequence[str] | Mapping[str, Any]) -> list[str]
     Raises:
         TypeError: if they are no list, or no mapping, of texts.
     """
-    if isinstance(given, str) or not all(isinstance(address, str) for address in given):
-        raise TypeError(f"`{name}` must hold addresses, such as ['http://gpu-7:8000/v1'], got {given!r}.")
+    wanted = Mapping if name == "endpoint_keys" else Sequence
+    if isinstance(given, str) or not isinstance(given, wanted) or not all(isinstance(entry, str) for entry in given):
+        example = "{'http://gpu-7:8000': 'GPU_7_KEY'}" if wanted is Mapping else "['http://gpu-7:8000']"
+        raise TypeError(f"`{name}` must hold addresses, such as {example}.")  # what was given may be a key
     return [server_address(address) for address in given]
 
 
 def _check_endpoints(backbones: list[Any], allowed: list[str] | None, label: str):
     """Refuse endpoints, of a checkpoint's configuration, that the user has not named too; None allows all."""
     for backbone in backbones:
-        fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
-        if fields.get("model_type") != ENDPOINT or allowed is None:
+        fields = backbone.to_dict() if isinstance(backbone, PreTrainedConfig) else backbone
+        if allowed is None or not isinstance(fields, dict) or fields.get("model_type") != ENDPOINT:
             continue
         if server_address(str(fields.get("endpoint"))) not in allowed:
             raise PermissionError(

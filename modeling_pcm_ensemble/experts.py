@@ -69,7 +69,7 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         found: dict[str, Any] = {}
         for model in self.backbones.endpoints.values():
             name = f"{model.config.address} {model.config.served_model}".rstrip()
-            found[name] = found[name] + model.usage if name in found else model.usage  # asked in two ways
+            found[name] = found[name] + model.usage if name in found else copy.copy(model.usage)  # asked in two ways
         return found
 
     @property

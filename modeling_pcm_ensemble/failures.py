@@ -1,12 +1,21 @@
 """What endpoints leave open: rows whose expert has failed, and the probability of tokens that are not told."""
 
 from collections.abc import Collection
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import Any
 
 import torch
 
 from .merging import ExpertLogits, precise, spread
 
 NO_REFERENCE = "The endpoint of a product's `reference` has failed, which no row can go on without."
+
+
+def results(futures: Collection[Future]) -> list[Any]:
+    """Return all results, in their order, or raise the first failure without waiting for the others."""
+    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+        future.result()
+    return [future.result() for future in futures]
 
 
 def without_failed(
@@ -111,4 +120,4 @@ def truncation_bound(
     return bound
 
 
-__all__ = ["truncation_bound", "without_failed"]
+__all__ = ["results", "truncation_bound", "without_failed"]

@@ -33,7 +33,7 @@ from .call_checks import (
     longest_context,
 )
 from .configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig
-from .failures import without_failed
+from .failures import results, without_failed
 from .generation import PCMEnsembleGeneration
 from .merging import ExpertLogits, mixture_log_probs, precise, token_log_probs
 from .preference import Preference
@@ -186,7 +186,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             )
             strengths = weights if route.mixes_adapters else None
             found = {here: run(here, strengths, compile_config) for here in route.expert_rows if here not in asked}
-            found |= {there: answer.result() for there, answer in asked.items()}
+            found |= dict(zip(asked, results(asked.values())))
             expert_logits = list(chain.from_iterable(found[backbone] for backbone in route.expert_rows))
 
         dropped = None

@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SLOW = 1.0  # seconds of a delay
+RETRY_AFTER = 0.3
 FAULTS = {  # by name: what the server answers in place of what it should; True is for its own
     "dropped": None,
     "slow": True,
     "500": (500, b"out of memory"),
-    "429": (429, b"slow down"),
+    "429": (429, b"slow down"),  # for RETRY_AFTER seconds
     "garbage": (200, b"<html>"),
     "cut": (200, b'{"choices": [{"index": 0, "logp'),
     "empty": (200, b"{}"),
@@ -26,8 +27,8 @@ FAULTS = {  # by name: what the server answers in place of what it should; True 
 }
 REFUSALS = {  # what no second try would mend
     "400": (400, b"no such model"),
-    "401": (401, b"who are you?"),
-    "redirect": (302, b""),
+    "401": True,  # it repeats what it was sent
+    "redirect": True,
     "refused at once": (403, b"not you"),  # whatever others wait for
 }
 
@@ -48,8 +49,11 @@ class EndpointServer:
         self.models, self.tokenizer, self.key = models, tokenizer, key
         self.fault: Callable[[int], str | None] = lambda number: None  # of each completion, from 0 on
         self.delay = 0.0
-        self.asked: list[dict] = []
-        self.connections = 0
+        self.asked: list[dict] = []  # completions
+        self.requests: list[str] = []  # the paths of all requests
+        self.cookies: list[str] = []
+        self.connections = self.at_once = self.most_at_once = 0
+        self.retry_after = RETRY_AFTER
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -81,6 +85,7 @@ class EndpointServer:
                 pass
 
             def do_POST(self):
+                server.requests.append(self.path)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if server.key is not None and self.headers["Authorization"] != f"Bearer {server.key}":
                     self.answer(401, b"a key is missing")
@@ -90,28 +95,40 @@ class EndpointServer:
                     self.answer(200, json.dumps(server.told(self.path, body)).encode())
 
             def do_GET(self):
+                server.requests.append(self.path)
                 self.answer(200, json.dumps(server.told(self.path, {})).encode())
 
             def complete(self, body: dict):
                 with server._lock:
                     fault = server.fault(len(server.asked))
                     server.asked.append(body)
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
                 if fault != "refused at once":
                     time.sleep(SLOW if fault == "slow" else server.delay)
+                with server._lock:
+                    server.at_once -= 1
                 if fault == "dropped":
                     self.close_connection = True
+                elif fault == "401":
+                    self.answer(401, b"." * 190 + str(self.headers["Authorization"]).encode())
+                elif fault == "redirect":
+                    self.answer(302, b"", f"http://127.0.0.1:9/?key={self.headers['Authorization']}")
                 elif isinstance(found := (FAULTS | REFUSALS).get(fault), tuple):
                     self.answer(*found)
                 else:
                     self.answer(200, json.dumps(server.completions(body, fault)).encode())
 
-            def answer(self, status: int, content: bytes):
+            def answer(self, status: int, content: bytes, location: str | None = None):
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
+                self.send_header("Set-Cookie", "session=1")
+                if self.headers["Cookie"] is not None:
+                    server.cookies.append(self.headers["Cookie"])
                 if status == 429:
-                    self.send_header("Retry-After", "0.01")
-                if status == 302:
-                    self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+                    self.send_header("Retry-After", str(server.retry_after))
+                if location is not None:
+                    self.send_header("Location", location)
                 self.end_headers()
                 self.wfile.write(content)
 

@@ -280,7 +280,7 @@ def test_experts_behind_an_endpoint_are_uploaded_with_their_address_and_without_
 
         result = upload(hub, tmp_path / "ensemble")
         assert f"names the endpoint {server.endpoint!r}" in result.stderr
-        assert "name that address as one of the `endpoints`" in result.stderr
+        assert f"--endpoints {server.endpoint}" in result.stderr
         assert commits(hub) == 0
 
         result = upload(hub, tmp_path / "ensemble", "--endpoints", f"{server.endpoint}=PCM_TEST_KEY")
@@ -289,6 +289,8 @@ def test_experts_behind_an_endpoint_are_uploaded_with_their_address_and_without_
     stored = hub.files("owner/ensemble")
     card = stored["README.md"].decode()
     assert f'allow_endpoints=["{server.endpoint}"], endpoint_keys={{"{server.endpoint}": "PCM_TEST_KEY"}}' in card
+    assert card.count("allow_endpoints=[") == 1  # a tokenizer would keep it
+    assert "pipeline(" not in card
     assert f"| there |  | there | there behind {server.endpoint} |" in card
     assert f"Experts are behind {server.endpoint}: prompts and answers are sent there." in card
     assert not any(secret.encode() in content for content in stored.values())

@@ -5,17 +5,18 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 TopTokens = dict[int, float]  # the most probable next tokens, with their log-probabilities
+MOST_BEYOND = 1e-3  # of the probability, for tokens that only padding has
 Asked = tuple[str, dict[str, Any]]  # a path behind the server's address, and JSON that is posted there
 
 
 def top_tokens(found: TopTokens, top_logprobs: int, vocab_size: int) -> TopTokens:
     """
     Check what a server says of one next token, and return its `top_logprobs` most probable. Tokens beyond the
-    vocabulary, which a padded model has, are left out.
+    vocabulary, which a padded model has and next to never means, are left out.
 
     Raises:
         ValueError: if these are not log-probabilities of tokens, or fewer tokens than asked for although others have
-            a part of the probability.
+            a part of the probability, or if tokens beyond the vocabulary have one.
     """
     for token, log_prob in found.items():
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
@@ -29,10 +30,12 @@ def top_tokens(found: TopTokens, top_logprobs: int, vocab_size: int) -> TopToken
     if len(found) < min(top_logprobs, vocab_size) and told < 1 - 1e-4:
         raise ValueError(f"it told {len(found)} tokens of {top_logprobs}, with {told:.3f} of the probability")
 
-    known = [(token, log_prob) for token, log_prob in found.items() if token < vocab_size]
-    if not known:
-        raise ValueError(f"it told of tokens {sorted(found)[:3]}, and there are {vocab_size}")
-    return dict(sorted(known, key=lambda entry: -entry[1])[:top_logprobs])  # vLLM adds the token that it sampled
+    known = {token: log_prob for token, log_prob in found.items() if token < vocab_size}
+    beyond = told - sum(map(math.exp, known.values()))
+    if not known or beyond > MOST_BEYOND:
+        raise ValueError(f"it gives {beyond:.3f} of the probability to tokens beyond the {vocab_size} that there are")
+    # vLLM adds the token that it sampled.
+    return dict(sorted(known.items(), key=lambda entry: -entry[1])[:top_logprobs])
 
 
 class Api(ABC):

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..failures import results
 from .apis import APIS, TopTokens, top_tokens
 from .configuration import EndpointConfig
 from .requests import Call, EndpointError, Key, Usage, send
@@ -26,6 +27,8 @@ PROBES = (
     "naïve façade – “quotes” … 日本語 русский עברית 🙂",
     "def f(x): return x**2  # {'a': [1, 2.5e-3]}",
 )
+
+_resting = threading.Lock()
 
 logger = logging.getLogger(__name__)
 Context = tuple[int, ...]
@@ -76,6 +79,8 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
             if APIS[config.api].needs_name and not config.served_model:
                 raise ValueError("It needs `served_model`, the model's name at the endpoint.")
             return cls(config, key, allowed=True)
+        except TypeError as error:
+            raise TypeError(f"Expert {name!r}: {error}") from error
         except (StrictDataclassError, ValueError) as error:
             raise ValueError(f"Expert {name!r}: {error}") from error
 
@@ -186,8 +191,9 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _told(self, contexts: list[Context]) -> dict[Context, TopTokens] | None:
         """Ask for what follows each context; None where the server has failed, and rows go on without it."""
-        if time.time() < self._rests_until:
-            self.usage.dropped += len(contexts)
+        if time.monotonic() < self._rests_until:
+            with _resting:
+                self.usage.dropped += len(contexts)
             return None
 
         try:
@@ -195,15 +201,21 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         except EndpointError as error:
             if self.config.on_failure == "error" or not error.may_mend:
                 raise
-
-            self._rest = min(max(2 * self._rest, REST), LONGEST_REST)
-            self._rests_until = time.time() + self._rest
-            self.usage.dropped += len(contexts)
-            logger.warning("Rows go on without the expert for %g s: %s", self._rest, error)
+            with _resting:
+                self.usage.dropped += len(contexts)
+                self._begin_rest(error)
             return None
 
         self._rest = 0.0
         return dict(zip(contexts, answers))
+
+    def _begin_rest(self, error: EndpointError):
+        now = time.monotonic()
+        if now < self._rests_until:  # another call has met the same failure
+            return
+        self._rest = max(min(max(2 * self._rest, REST), LONGEST_REST), error.pause)
+        self._rests_until = now + self._rest
+        logger.warning("Rows go on without the expert for %g s: %s", self._rest, error)
 
     def _answers(self, contexts: list[Context]) -> list[TopTokens]:
         """Ask for what follows each context, in several requests at once where there are many."""
@@ -221,12 +233,10 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         asked = []
         for start in range(0, len(contexts), PROMPTS_AT_ONCE):
             part = [list(context) for context in contexts[start : start + PROMPTS_AT_ONCE]]
-            self.usage.prompts += len(part)
-            self.usage.prompt_tokens += sum(map(len, part))
             path, body = api.next_tokens(part, config.served_model, config.top_logprobs)
-            asked.append(self._send(path, body, read(len(part))))
+            asked.append(self._send(path, body, read(len(part)), len(part), sum(map(len, part))))
         try:
-            return [answer for request in asked for answer in request.result()]
+            return [answer for answers in results(asked) for answer in answers]
         except BaseException:
             for request in asked:
                 request.cancel()
@@ -238,16 +248,23 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
             if caller in callers:
                 request.cancel()
 
-    def _send(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Any]) -> Future:
+    def _send(
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        read: Callable[[Any], Any],
+        prompts: int = 0,
+        prompt_tokens: int = 0,
+    ) -> Future:
         config = self.config
         if not self.allowed:
             raise PermissionError(
                 f"The checkpoint names the endpoint {config.endpoint!r}, to which your texts would be sent. Allow it: "
                 "`from_pretrained(…, allow_endpoints=[…])`."
             )
-        self.key.headers()  # what is wrong with it is said here
         attempts = 1 if self._rest else config.attempts  # after a rest, one try decides
-        request = send(Call(config.address + path, body, read, self.key, config.timeout, attempts, self.usage))
+        url, timeout = config.address + path, config.timeout
+        request = send(Call(url, body, read, self.key, timeout, attempts, self.usage, prompts, prompt_tokens))
         self._running[request] = threading.get_ident()
         request.add_done_callback(lambda request: self._running.pop(request, None))
         return request
@@ -267,7 +284,9 @@ def _put(logits: torch.Tensor, told: TopTokens):
     """Write what is told, and what is left for each token that is not, to `(vocab,)`."""
     missing = max(1 - sum(map(math.exp, told.values())), LEAST_MISSING)
     others = max(len(logits) - len(told), 1)
-    logits.fill_(min(math.log(missing / others), *told.values()))
+    least = torch.tensor(min(told.values()), dtype=logits.dtype)  # which no token ties with that is not told
+    below = torch.nextafter(least, torch.tensor(float("-inf"))).item()
+    logits.fill_(min(math.log(missing / others), below))
     logits[list(told)] = torch.tensor(list(told.values()), device=logits.device)
 
 

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, before_sleep_log, retry_if_exception_type, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_exponential, wait_random
 
 PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before the second try, and most before any
@@ -22,14 +23,18 @@ MOST_BYTES = 2**28  # of an answer: 64 prompts' whole vocabularies are about a h
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
+logging.getLogger("hpack").setLevel(logging.INFO)  # below, it logs encoded headers, and so the key
 
 
 class EndpointError(RuntimeError):
-    """An endpoint did not answer, or not as it should. `may_mend` says whether it might, later."""
+    """
+    An endpoint did not answer, or not as it should. `may_mend` says whether it might, later; `pause`, in seconds, when
+    it wants to be asked again.
+    """
 
-    def __init__(self, message: str, may_mend: bool = False):
+    def __init__(self, message: str, may_mend: bool = False, pause: float = 0.0):
         super().__init__(message)
-        self.may_mend = may_mend
+        self.may_mend, self.pause = may_mend, pause
 
 
 class _TryAgainError(Exception):
@@ -60,29 +65,21 @@ class Key:
     def __hash__(self) -> int:
         return hash(self._source)
 
-    def headers(self) -> dict[str, str]:
+    def value(self) -> str | None:
         """
-        Return what a request brings.
+        Read the key.
 
         Raises:
             ValueError: if the variable is not set, or the key is no line of printable characters.
         """
-        value = self._value()
-        return {} if value is None else {"Authorization": f"Bearer {value}"}
-
-    def hidden_in(self, text: str) -> str:
-        """Return `text`, which a server may have written, without the key."""
-        value = self._value()
-        return text.replace(value, "[key]") if value else text
-
-    def _value(self) -> str | None:
         source = self._source
         if source is None:
             return None
-        value = os.environ.get(source) if isinstance(source, str) else source()
-        if value is None:
-            raise ValueError("The environment variable that an endpoint's `key` names is not set.")
-        value = value.strip()
+        value = ((os.environ.get(source) if isinstance(source, str) else source()) or "").strip()
+        if not value:
+            raise ValueError(
+                "The environment variable that an endpoint's `key` names is not set, or the key is empty."
+            )
         if not value.isascii() or not value.isprintable():
             raise ValueError("An endpoint's key must be one line of printable ASCII characters.")
         return value
@@ -91,8 +88,8 @@ class Key:
 @dataclass
 class Usage:
     """
-    What an endpoint was asked: calls, tries that failed, prompts and their tokens, and seconds waited; and how many
-    contexts rows went on from without it.
+    What an endpoint was asked: calls, tries that failed, prompts and their tokens in all tries, and seconds waited;
+    and how many contexts rows went on from without it.
     """
 
     calls: int = 0
@@ -119,6 +116,7 @@ class Call:
         timeout (`float`): seconds of a try.
         attempts (`int`): tries.
         usage (`Usage`): where it is counted.
+        prompts (`int`), prompt_tokens (`int`): what the body holds.
     """
 
     url: str
@@ -128,6 +126,8 @@ class Call:
     timeout: float
     attempts: int
     usage: Usage
+    prompts: int = 0
+    prompt_tokens: int = 0
 
     async def answer(self) -> Any:
         """
@@ -143,7 +143,7 @@ class Call:
             retry=retry_if_exception_type(_TryAgainError),
             stop=stop_after_attempt(self.attempts),
             wait=_pause,
-            before_sleep=before_sleep_log(logger, logging.INFO),
+            before_sleep=self._log,
             reraise=True,
         )
 
@@ -157,25 +157,31 @@ class Call:
         finally:
             self.usage.seconds += time.perf_counter() - start
 
+    def _log(self, state: RetryCallState):
+        error = state.outcome.exception() if state.outcome is not None else None
+        logger.info("%s failed at try %d (%s) and is asked again.", self.url, state.attempt_number, error)
+
     async def _try(self) -> Any:
+        self.usage.prompts += self.prompts
+        self.usage.prompt_tokens += self.prompt_tokens
         try:
             async with asyncio.timeout(self.timeout):  # of all; httpx's own is of each read
-                status, headers, content = await self._send()
-                return await asyncio.to_thread(self._made, status, headers, content)
+                key = await asyncio.to_thread(self.key.value)  # a function may take its time
+                status, headers, content = await self._send(key)
+                return await asyncio.to_thread(self._made, status, headers, content, key)
         except (httpx.HTTPError, TimeoutError) as error:
             self.usage.failed_tries += 1
             late = isinstance(error, (TimeoutError, httpx.TimeoutException))
             reason = f"nothing within {self.timeout:g} s" if late else str(error) or type(error).__name__
             raise _TryAgainError(reason) from None
-        except _TryAgainError:
+        except (_TryAgainError, EndpointError):
             self.usage.failed_tries += 1
             raise
 
-    async def _send(self) -> tuple[int, httpx.Headers, bytes]:
+    async def _send(self, key: str | None) -> tuple[int, httpx.Headers, bytes]:
         client, method = _network().client, "GET" if self.body is None else "POST"
-        request = client.build_request(
-            method, self.url, json=self.body, headers=self.key.headers(), timeout=self.timeout
-        )
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        request = client.build_request(method, self.url, json=self.body, headers=headers, timeout=self.timeout)
         got = await client.send(request, stream=True)
         try:
             content = bytearray()
@@ -187,23 +193,28 @@ class Call:
         finally:
             await got.aclose()
 
-    def _made(self, status: int, headers: httpx.Headers, content: bytes) -> Any:
+    def _made(self, status: int, headers: httpx.Headers, content: bytes, key: str | None) -> Any:
         """Read an answer; tell what another try may mend from what it may not."""
         if status in (408, 425, 429) or status >= 500:
             pause = _seconds(headers.get("Retry-After"))
             if pause is not None and pause > LONGEST_PAUSE:
-                raise EndpointError(f"{self.url} asks to wait for {pause:g} s (status {status}).", may_mend=True)
+                raise EndpointError(f"{self.url} asks to wait for {pause:g} s (status {status}).", True, pause)
             raise _TryAgainError(f"status {status}", pause)
         if status != 200:
-            text = self.key.hidden_in(content[:200].decode(errors="replace"))
             where = f" to {headers.get('Location')!r}, which is not followed" if 300 <= status < 400 else ""
-            raise EndpointError(f"{self.url} answered with status {status}{where}: {text}")
+            text = _without(key, f"{where}: {content.decode(errors='replace')}")[:300]
+            raise EndpointError(f"{self.url} answered with status {status}{text}")
 
         try:
             return self.read(json.loads(content))
         except Exception as error:
-            text = self.key.hidden_in(f"{type(error).__name__}: {error}")[:200]
+            text = _without(key, f"{type(error).__name__}: {error}")[:200]
             raise _TryAgainError(f"an answer that cannot be read ({text})") from None
+
+
+def _without(key: str | None, text: str) -> str:
+    """What a server has written, which may repeat the key."""
+    return text.replace(key, "[key]") if key else text
 
 
 def _seconds(text: str | None) -> float | None:
@@ -230,8 +241,12 @@ class _Network:
     def __init__(self):
         self.process = os.getpid()  # a forked one has none of its parent's threads
         self.loop = asyncio.new_event_loop()
-        limits = httpx.Limits(max_connections=CONNECTIONS)
-        self.client = httpx.AsyncClient(follow_redirects=False, http2=True, limits=limits)  # where TLS agrees on it
+        self.client = httpx.AsyncClient(
+            follow_redirects=False,
+            http2=True,  # where TLS agrees on it
+            limits=httpx.Limits(max_connections=CONNECTIONS),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # what one key was given is no other key's
+        )
         threading.Thread(target=self.loop.run_forever, name="endpoints", daemon=True).start()
 
 
