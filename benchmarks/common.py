@@ -21,8 +21,8 @@ from modeling_pcm_ensemble.checkpoint_staging import write_text
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-DTYPE = torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = demo.fast_dtype(DEVICE)
 RANK = 16
 PCM_LAYERS = 4
 EXPERTS, CONTEXT = 3, 64

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from modeling_pcm_ensemble import demo
 
 from .common import (
+    DTYPE,
     EXPERTS,
     cached_step,
     grouped_bars,
@@ -88,7 +89,7 @@ def run(arguments):
     """Measure all batches of all engines in turns."""
     with tempfile.TemporaryDirectory() as folder:
         folders = save_checkpoints(arguments, Path(folder))
-        options = {"enforce_eager": not arguments.compiled}
+        options = {"enforce_eager": not arguments.compiled, "dtype": str(DTYPE).removeprefix("torch.")}
         engines = {name: Engine(arguments.python, path, options) for name, path in folders.items()}
         own = random_lora_ensemble(load_backbone(arguments), EXPERTS)
 

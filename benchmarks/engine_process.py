@@ -18,7 +18,7 @@ FEW = 8  # tokens of a generation that is subtracted, with its prefill
 def main():
     from vllm import LLM, SamplingParams
 
-    defaults = {"dtype": "bfloat16", "max_model_len": 512, "distributed_executor_backend": "uni"}
+    defaults = {"max_model_len": 512, "distributed_executor_backend": "uni"}
     llm = LLM(sys.argv[1], enable_prefix_caching=False, **defaults | json.loads(sys.argv[2]))
 
     def seconds(batch: int, tokens: int) -> float:

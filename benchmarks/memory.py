@@ -10,7 +10,7 @@ from transformers import CompileConfig
 
 from .common import DEVICE, ENSEMBLES, load_backbone, write_results
 
-BATCH, TOKENS = 8, 96
+BATCH = 8
 VARIANTS = {  # name: (kind, experts)
     "nothing but imports": (None, 0),
     "one plain model": ("plain", 1),
@@ -22,6 +22,7 @@ VARIANTS = {  # name: (kind, experts)
 
 
 def add_arguments(parser):
+    parser.add_argument("--tokens", type=int, default=96, help="that each request decodes")
     parser.add_argument("--variant", choices=list(VARIANTS), help="measure one variant in this process, and print it")
 
 
@@ -34,6 +35,7 @@ def run(arguments):
     rows = []
     for variant in VARIANTS:
         command = [sys.executable, "-m", "benchmarks", "memory", "--variant", variant]
+        command += ["--tokens", str(arguments.tokens)]
         if arguments.layers is not None:
             command += ["--layers", str(arguments.layers), "--hidden", str(arguments.hidden)]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -58,7 +60,12 @@ def measure(arguments) -> dict:
             expected += sum(p.nbytes for p in model.backbones.adapters.parameters())
 
         ids = torch.randint(100, 40000, (BATCH, 32), device=DEVICE)
-        options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": arguments.tokens,
+            "min_new_tokens": arguments.tokens,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         if arguments.variant.endswith("compiled"):
             options |= {"cache_implementation": "static", "compile_config": CompileConfig()}
         model.generate(ids, **options)

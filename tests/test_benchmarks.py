@@ -18,11 +18,14 @@ ROOT = Path(__file__).parent.parent
     ("command", "names"),
     [
         (["decode", "--batches", "1", "2", "--rounds", "2"], {"LoRA experts", "separate models", "PEFT mixed batch"}),
-        (["decode", "--fast", "--batches", "2", "--rounds", "2"], {"plain model, compiled", "LoRA experts, compiled"}),
+        (
+            ["decode", "--fast", "--kinds", "LoRA", "--batches", "2", "--rounds", "2"],
+            {"plain model, compiled", "LoRA experts, compiled"},
+        ),
         (["serve", "--requests", "3", "--tokens", "4", "--rounds", "1"], {"this library", "one plain model"}),
         (["scaling", "--experts", "1", "2", "--batches", "2", "--contexts", "16", "--rounds", "2"], {"LoRA experts"}),
         (["training", "--rounds", "2"], {"the same, 6 experts", "the same, experts 4 times as large"}),
-        (["memory"], {"one plain model", "six LoRA experts and the PCM"}),
+        (["memory", "--tokens", "4"], {"one plain model", "six LoRA experts and the PCM"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

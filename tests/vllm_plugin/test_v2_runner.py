@@ -26,7 +26,15 @@ with engine(sys.argv[2], max_num_batched_tokens=100, block_size=32) as llm:
 """
 
 
-@pytest.mark.parametrize("name", ["probabilities", "product", "adapters", "prompted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "probabilities",
+        "adapters",
+        pytest.param("product", marks=pytest.mark.slow),
+        pytest.param("prompted", marks=pytest.mark.slow),
+    ],
+)
 def test_the_v2_runner_answers_as_generate_does(name):
     environment = os.environ | {"PYTHONPATH": str(FOLDER / "interpreter"), "VLLM_USE_V2_MODEL_RUNNER": "1"}
     client = [sys.executable, "-c", CLIENT, str(FOLDER), name]
