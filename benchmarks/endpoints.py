@@ -17,13 +17,13 @@ from .llama_server import convert
 from .load import served
 
 EXPERTS = ("elementary", "friendly", "concise")
-BATCHES = (1, 8)
 TOP_K = 20
 HERE = "3 experts here"
 LONGEST = 512  # tokens of a text at a server
 
 
 def add_arguments(parser):
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--python", help="of an environment with vLLM, which then serves, too")
     parser.add_argument("--threads", type=int, default=1, help="of this process, and of each server")
     parser.add_argument("--tokens", type=int, default=16, help="that a measurement decodes")
@@ -48,18 +48,20 @@ def run(arguments):
         for server, number in product(specs, range(1, len(EXPERTS) + 1)):
             there = EXPERTS[-number:]
             models[f"{number} behind {server}"] = build({name: specs[server][name] for name in there})
-        rows = [row for batch in BATCHES for row in measure(models, batch, arguments)]
 
-    picture = partial(grouped_bars, rows=rows, group="batch", label=f"time of a token of {HERE}")
-    columns = ["batch", "name", "tokens a second", "ratio", "request ms", "overlap"]
-    write_results("endpoints", rows, columns, arguments, picture, torch.float32)
+        rows: list[dict] = []
+        for batch in arguments.batches:
+            rows += measure(models, batch, arguments)
+            picture = partial(grouped_bars, rows=rows, group="batch", label=f"time of a token of {HERE}")
+            columns = ["batch", "name", "tokens a second", "ratio", "request ms", "overlap"]
+            write_results("endpoints", rows, columns, arguments, picture, torch.float32)
 
 
 def serve_by_llamacpp(folder: Path, arguments, running: contextlib.ExitStack) -> dict[str, dict]:
     """Start a server for each adapter, with a slot for each row of the largest batch."""
     smollm2 = demo.fetch_smollm2()
     model = convert("convert_hf_to_gguf.py", smollm2, folder / "smollm2.gguf")
-    slots = max(BATCHES)
+    slots = max(arguments.batches)
 
     specs = {}
     for name in EXPERTS:
