@@ -34,11 +34,10 @@ def run(arguments):
 
 def with_tables(text: str) -> str:
     """`text` with the table behind each marker made anew from its results."""
-    for name, (paths, make_table) in TABLES.items():
+    for name, (path, make_table) in TABLES.items():
         before, marker, after = text.partition(f"<!-- {name} table -->\n")
         if marker:
-            results = [json.loads((ROOT / path).read_text()) for path in paths.split()]
-            made = make_table(*results) + "\n"
+            made = make_table(json.loads((ROOT / path).read_text())) + "\n"
             text = before + marker + made + re.sub(r"\A(\|.*\n)*", "", after)
     return text
 
@@ -172,24 +171,24 @@ def win_rates_table(report: dict) -> str:
     for name in next(iter(judges.values())):
         rates = [percent_interval(baselines[name]["win_rate"]) for baselines in judges.values()]
         lines.append([name, *rates, f"{report['rewards'][name]['mean']:.3f}"])
-    return table(["against", *judges, "its mean reward"], lines)
+    lines.append([report["ours"], *("–" for _ in judges), f"{report['rewards'][report['ours']]['mean']:.3f}"])
+    return table(["against", *judges, "mean reward of the row"], lines)
 
 
-def in_short_table(report: dict, steering: dict) -> str:
-    """Of some ways to answer the win rate against it, and how far rewards move with the weights, by each judge."""
-    steers = {"prompting": "prompting in words", "uniform mixture": "static mixture"}
+def win_rates_in_short_table(report: dict) -> str:
+    """The win rate against what users do most, by each judge."""
+    names = ("vanilla", "prompting", "Personalized Soup", "uniform mixture", "weight average (PEFT)")
     lines = []
-    for name in ("vanilla", "prompting", "Personalized Soup", "uniform mixture", "weight average (PEFT)"):
-        rates = [percent_interval(baselines[name]["win_rate"]) for baselines in report["judges"].values()]
-        lines.append([name, *rates, _moved(steering, steers.get(name))])
-    lines.append(["adapters added", "–", "–", _moved(steering, "static added adapters")])
-    columns = [f"win rate against it: {judge}" for judge in report["judges"]]
-    return table(["", *columns, "a reward moves by"], lines)
+    for name in names:
+        lines.append([name, *(percent_interval(entry[name]["win_rate"]) for entry in report["judges"].values())])
+    return table(["against", *report["judges"]], lines)
 
 
-def _moved(steering: dict, way: str | None) -> str:
-    found = [judge["ways"].get(way) for judge in steering["judges"].values()]
-    return "–" if None in found else " / ".join(f"{ways['moved'][0]:.2f}" for ways in found)
+def steering_in_short_table(report: dict) -> str:
+    """How far rewards move with the weights."""
+    lines = [[way, " / ".join(f"{judge['ways'][way]['moved'][0]:.2f}" for judge in report["judges"].values())]
+             for way in report["text"]]  # fmt: skip
+    return table(["", "rises by"], lines)
 
 
 def steering_table(report: dict) -> str:
@@ -264,7 +263,8 @@ def strengths_in_words_table(report: dict) -> str:
 
 
 TABLES = {  # by marker: the results, and the table of them
-    "in short": (f"{REPORT} {STEERING}", in_short_table),
+    "win rates in short": (REPORT, win_rates_in_short_table),
+    "steering in short": (STEERING, steering_in_short_table),
     "steering": (STEERING, steering_table),
     "decode in short": ("benchmarks/results/decode.json", decode_in_short_table),
     "decode": ("benchmarks/results/decode.json", decode_table),
