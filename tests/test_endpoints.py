@@ -225,7 +225,8 @@ def test_http_2_is_spoken_where_the_server_does_and_logs_no_key(server, backbone
         model = EndpointForCausalLM.of_expert("there", spec(server, endpoint=endpoint, key=lambda: "sk-secret"))
         model.fit(backbones["there"], tiny_tokenizer(), "'there'")
         assert model(torch.tensor([[20, 21]])).logits.isfinite().all()
-    requests._networks.clear()
+        network = requests._networks.pop()  # whose connection the server would wait for
+        asyncio.run_coroutine_threadsafe(network.client.aclose(), network.loop).result()
     assert len(versions) > 3
     assert set(versions) == {"2"}
     assert "sk-secret" not in caplog.text
