@@ -209,7 +209,7 @@ def test_the_readmes_code_prints_what_stands_there(tmp_path):
     shown = re.findall(r"^# (.*)$", code_of("README.md"), flags=re.MULTILINE)
     assert len(shown) == 2
     # The first words alone: which ones follow depends on how a machine rounds.
-    assert [line[:60] for line in printed[-2:]] == [line[:60] for line in shown]
+    assert [line[:45] for line in printed[-2:]] == [line[:45] for line in shown]
 
 
 @pytest.mark.parametrize("page", PAGES)
