@@ -46,7 +46,7 @@ def main():
     arguments["endpoints"] = dict(arguments["endpoints"] or ())
     try:
         hub_upload(**arguments)
-    except (ImportError, OSError, RuntimeError, ValueError, HfHubHTTPError) as error:
+    except (ImportError, OSError, ValueError, HfHubHTTPError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
