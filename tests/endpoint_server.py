@@ -5,9 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 SLOW = 1.0  # seconds of a delay
 RETRY_AFTER = 0.3
@@ -156,6 +159,18 @@ class EndpointServer:
             told = {f"token_id:{token}": log_probs[token].item() for token in [*top, sampled]}
             choices.insert(0, {"index": index, "text": "?", "logprobs": {"top_logprobs": [_spoilt(told, fault)]}})
         return {"choices": choices[1:] if fault == "fewer answers" else choices}
+
+
+def save_one_here_one_there(server: EndpointServer, folder: Path):
+    """Save an ensemble of the server's two models, of which `there` is asked with the key in PCM_TEST_KEY."""
+    there = {"endpoint": server.endpoint, "served_model": "there", "key": "PCM_TEST_KEY"}
+    model = PCMEnsembleForCausalLM.from_experts(
+        {"here": server.models["here"], "there": there},
+        pcm=server.models["here"],
+        tokenizer=server.tokenizer,
+        expert_top_k=20,
+    )
+    model.save_pretrained(folder)
 
 
 def _spoilt(told: dict[str, float], fault: str | None) -> dict[str, float]:

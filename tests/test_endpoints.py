@@ -556,15 +556,14 @@ def test_a_key_stands_in_no_checkpoint_log_or_error(backbones, tmp_path, monkeyp
         model, _ = ensembles(server, backbones, own={"key": given, "attempts": 1})
         model.generate(torch.tensor([[20, 21]]), preference="there", max_new_tokens=2)
         model.save_pretrained(tmp_path)
-        for fault in ("500", "401", "redirect"):  # some of which repeat it
+        for fault in ("500", "401", "redirect"):  # of which two repeat it
             server.fault = lambda number, fault=fault: fault
             with pytest.raises(EndpointError) as error:
                 model(torch.tensor([[20, 21]]), preference="there")
             assert ("[key]" in str(error.value)) == (fault != "500")
             assert secret[:9] not in f"{error.value!r} {error.getrepr(style='long')}"
-        assert secret not in "".join(
-            record.getMessage() for record in caplog.records if record.name != "httpcore.http11"
-        )
+            if fault != "redirect":  # httpcore logs the headers that a server answers with
+                assert secret not in caplog.text
 
         server.fault = lambda number: None
         loaded = PCMEnsembleForCausalLM.from_pretrained(tmp_path, trust_endpoints=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
-from endpoint_server import EndpointServer
+from endpoint_server import EndpointServer, save_one_here_one_there
 from huggingface_hub import ModelCard
 from local_hub import Fault, client_environment
 from safetensors.torch import load
@@ -269,14 +269,7 @@ def test_experts_behind_an_endpoint_are_uploaded_with_their_address_and_without_
     monkeypatch.setenv("PCM_TEST_KEY", secret)
     backbones = {"here": tiny_llama(1, max_position_embeddings=128), "there": tiny_gpt2(2, n_positions=128)}
     with EndpointServer(backbones, tiny_tokenizer(), key=secret) as server:
-        there = {"endpoint": server.endpoint, "served_model": "there", "key": "PCM_TEST_KEY"}
-        model = PCMEnsembleForCausalLM.from_experts(
-            {"here": backbones["here"], "there": there},
-            pcm=backbones["here"],
-            tokenizer=tiny_tokenizer(),
-            expert_top_k=20,
-        )
-        model.save_pretrained(tmp_path / "ensemble")
+        save_one_here_one_there(server, tmp_path / "ensemble")
 
         result = upload(hub, tmp_path / "ensemble")
         assert f"names the endpoint {server.endpoint!r}" in result.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 from conftest import tiny_llama, tiny_tokenizer
-from endpoint_server import EndpointServer
+from endpoint_server import EndpointServer, save_one_here_one_there
 from huggingface_hub import RepoCard
 from playwright.sync_api import expect, sync_playwright
 from test_lora import lora_ensemble, peft_adapter
@@ -241,14 +241,7 @@ def test_a_space_asks_the_endpoints_that_it_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setenv("PCM_TEST_KEY", "abc")
     backbones = {name: tiny_llama(seed, max_position_embeddings=128) for seed, name in enumerate(("here", "there"))}
     with EndpointServer(backbones, tiny_tokenizer(), key="abc") as server:
-        there = {"endpoint": server.endpoint, "served_model": "there", "key": "PCM_TEST_KEY"}
-        model = PCMEnsembleForCausalLM.from_experts(
-            {"here": backbones["here"], "there": there},
-            pcm=backbones["here"],
-            tokenizer=tiny_tokenizer(),
-            expert_top_k=20,
-        )
-        model.save_pretrained(tmp_path / "ensemble")
+        save_one_here_one_there(server, tmp_path / "ensemble")
         with pytest.raises(PermissionError, match="names the endpoint"):
             app.load_ensemble(str(tmp_path / "ensemble"))
 

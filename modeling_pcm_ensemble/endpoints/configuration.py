@@ -74,6 +74,7 @@ class EndpointConfig(PreTrainedConfig):
             "@" in self.endpoint or "?" in self.endpoint or "#" in self.endpoint
         ):  # which may hold a key: it is not shown
             raise ValueError("`endpoint` must be an address without a user, a key or a query. Give the key as `key`.")
+
         parts = urlsplit(self.endpoint)
         try:
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -81,6 +82,7 @@ class EndpointConfig(PreTrainedConfig):
             is_address = False
         if not is_address:
             raise ValueError(f"`endpoint` must be an address such as 'http://gpu-7:8000/v1', got {self.endpoint!r}.")
+
         if self.api in REFUSED_APIS:
             raise ValueError(f"`api` {self.api!r} cannot serve an expert: {REFUSED_APIS[self.api]}")
         if self.api not in APIS:

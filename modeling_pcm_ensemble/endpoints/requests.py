@@ -164,16 +164,19 @@ class Call:
     async def _try(self) -> Any:
         self.usage.prompts += self.prompts
         self.usage.prompt_tokens += self.prompt_tokens
+
         try:
             async with asyncio.timeout(self.timeout):  # of all; httpx's own is of each read
                 key = await asyncio.to_thread(self.key.value)  # a function may take its time
                 status, headers, content = await self._send(key)
                 return await asyncio.to_thread(self._made, status, headers, content, key)
+
         except (httpx.HTTPError, TimeoutError) as error:
             self.usage.failed_tries += 1
             late = isinstance(error, (TimeoutError, httpx.TimeoutException))
             reason = f"nothing within {self.timeout:g} s" if late else str(error) or type(error).__name__
             raise _TryAgainError(reason) from None
+
         except (_TryAgainError, EndpointError):
             self.usage.failed_tries += 1
             raise
