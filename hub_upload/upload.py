@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder
-from modeling_pcm_ensemble.configuration_pcm_ensemble import server_address
+from modeling_pcm_ensemble.checkpoint_trust import server_address
 
 from .card import GENERATED, code_blocks, model_card, read_report
 from .clean_process import LOGITS, run

@@ -24,9 +24,9 @@ from .checkpoint_sources import load_tokenizer
 from .checkpoint_staging import check_no_adapter, finish_save, last_saved, staged_folder
 from .checkpoint_structure import check_loading, check_not_injected, check_structure, load_with_info
 from .checkpoint_thin import thin_checkpoint, whole_state
-from .checkpoint_trust import check_weight_names
+from .checkpoint_trust import check_endpoints, check_weight_names, endpoint_addresses
 from .compile_attention import GROUPED_SDPA  # noqa: F401, which registers it
-from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig, server_address
+from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .pcm import PreferenceControlModel
 from .preference import check_config
 from .requirements import endpoints
@@ -99,9 +99,9 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 "`PCMEnsembleForCausalLM.from_experts`."
             )
 
-        allowed = None if trust_endpoints else _addresses("allow_endpoints", allow_endpoints)
-        keys = dict(zip(_addresses("endpoint_keys", endpoint_keys or {}), (endpoint_keys or {}).values()))
-        _check_endpoints(found.get("backbones") or [], allowed, str(source))
+        allowed = None if trust_endpoints else endpoint_addresses("allow_endpoints", allow_endpoints)
+        keys = dict(zip(endpoint_addresses("endpoint_keys", endpoint_keys or {}), (endpoint_keys or {}).values()))
+        check_endpoints(found.get("backbones") or [], allowed, str(source))
         code_options = {name: value for name, value in options.items() if name != "trust_remote_code"}
         if source is not None:
             check_weight_names(source, found, kwargs.get("variant"), **code_options)
@@ -121,7 +121,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             )
         check_loading(loading, model.state_dict(), f"the checkpoint {model.name_or_path!r}")
         model._tokenizer_options = options
-        _check_endpoints(model.config.backbones, allowed, str(source))  # what was read may have changed since
+        check_endpoints(model.config.backbones, allowed, str(source))  # what was read may have changed since
         for endpoint in model.backbones.endpoints.values():
             endpoint.allowed, endpoint.key = True, endpoints().Key(keys.get(endpoint.config.address))
         return (model, loading) if output_loading_info else model
@@ -385,33 +385,6 @@ def _finish_save(folder: str | None, config) -> tuple[int, int] | None:
             )
         saved = last_saved(folder)
     return saved
-
-
-def _addresses(name: str, given: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """
-    Read endpoints' addresses, with or without `/v1` or a slash at their end.
-
-    Raises:
-        TypeError: if they are no list, or no mapping, of texts.
-    """
-    wanted = Mapping if name == "endpoint_keys" else Sequence
-    if isinstance(given, str) or not isinstance(given, wanted) or not all(isinstance(entry, str) for entry in given):
-        example = "{'http://gpu-7:8000': 'GPU_7_KEY'}" if wanted is Mapping else "['http://gpu-7:8000']"
-        raise TypeError(f"`{name}` must hold addresses, such as {example}.")  # what was given may be a key
-    return [server_address(address) for address in given]
-
-
-def _check_endpoints(backbones: list[Any], allowed: list[str] | None, label: str):
-    """Refuse endpoints, of a checkpoint's configuration, that the user has not named too; None allows all."""
-    for backbone in backbones:
-        fields = backbone.to_dict() if isinstance(backbone, PreTrainedConfig) else backbone
-        if allowed is None or not isinstance(fields, dict) or fields.get("model_type") != ENDPOINT:
-            continue
-        if server_address(str(fields.get("endpoint"))) not in allowed:
-            raise PermissionError(
-                f"{label!r} names the endpoint {fields.get('endpoint')!r}, to which your texts would be sent. If you "
-                f"know whose it is, load it with `allow_endpoints=[{fields.get('endpoint')!r}]`."
-            )
 
 
 def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:

@@ -2,11 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint_hub import find_file
+from .configuration_pcm_ensemble import ENDPOINT
 
 
 def check_weight_names(source: str | os.PathLike, config: dict[str, Any], variant: str | None = None, **hub_options):
@@ -41,6 +44,48 @@ def check_weight_names(source: str | os.PathLike, config: dict[str, Any], varian
     for name in weight_files(index):
         if os.path.basename(name) != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names the weights {name!r}. They must be safetensors beside it.")
+
+
+def server_address(endpoint: str) -> str:
+    """Return an endpoint without a slash, and without the `/v1` of OpenAI's protocol, at its end."""
+    return endpoint.rstrip("/").removesuffix("/v1")
+
+
+def endpoint_addresses(name: str, given: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """
+    Read endpoints' addresses, with or without `/v1` or a slash at their end.
+
+    Raises:
+        TypeError: if they are no list, or no mapping, of texts.
+    """
+    wanted = Mapping if name == "endpoint_keys" else Sequence
+    if isinstance(given, str) or not isinstance(given, wanted) or not all(isinstance(entry, str) for entry in given):
+        example = "{'http://gpu-7:8000': 'GPU_7_KEY'}" if wanted is Mapping else "['http://gpu-7:8000']"
+        raise TypeError(f"`{name}` must hold addresses, such as {example}.")  # what was given may be a key
+    return [server_address(address) for address in given]
+
+
+def check_endpoints(backbones: list[Any], allowed: list[str] | None, label: str):
+    """
+    Refuse endpoints, of a checkpoint's configuration, that the user has not named too.
+
+    Args:
+        backbones (`list`): the configuration's, as objects or as they stand in config.json.
+        allowed (`list[str]`, *optional*): from [`endpoint_addresses`]; None allows all.
+        label (`str`): names the checkpoint in errors.
+
+    Raises:
+        PermissionError: naming the endpoint.
+    """
+    for backbone in backbones:
+        fields = backbone.to_dict() if isinstance(backbone, PreTrainedConfig) else backbone
+        if allowed is None or not isinstance(fields, dict) or fields.get("model_type") != ENDPOINT:
+            continue
+        if server_address(str(fields.get("endpoint"))) not in allowed:
+            raise PermissionError(
+                f"{label!r} names the endpoint {fields.get('endpoint')!r}, to which your texts would be sent. If you "
+                f"know whose it is, load it with `allow_endpoints=[{fields.get('endpoint')!r}]`."
+            )
 
 
 def weight_files(index: str) -> list[str]:
@@ -89,4 +134,12 @@ def check_trust(model_kwargs: dict[str, Any]):
         )
 
 
-__all__ = ["check_trust", "check_weight_names", "read_object", "weight_files"]
+__all__ = [
+    "check_endpoints",
+    "check_trust",
+    "check_weight_names",
+    "endpoint_addresses",
+    "read_object",
+    "server_address",
+    "weight_files",
+]

@@ -23,12 +23,6 @@ ADDITIVE = (PRODUCT, ADAPTERS)  # ways of merging in which weights are strengths
 TOP_K_MERGES = ("probabilities", PRODUCT)
 ENDPOINT = "pcm_endpoint"  # the `model_type` of a backbone that somebody else serves
 
-
-def server_address(endpoint: str) -> str:
-    """Return an endpoint without a slash, and without the `/v1` of OpenAI's protocol, at its end."""
-    return endpoint.rstrip("/").removesuffix("/v1")
-
-
 AUTO_MAP = {
     "AutoConfig": "configuration_pcm_ensemble.PCMEnsembleConfig",
     "AutoModel": "modeling_pcm_ensemble.PCMEnsembleForCausalLM",

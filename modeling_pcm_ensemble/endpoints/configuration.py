@@ -5,7 +5,8 @@ from urllib.parse import urlsplit
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..configuration_pcm_ensemble import ENDPOINT, server_address
+from ..checkpoint_trust import server_address
+from ..configuration_pcm_ensemble import ENDPOINT
 from .apis import APIS, REFUSED_APIS
 
 ON_FAILURE = ("error", "drop")
