@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,9 +41,10 @@ def run(arguments):
     torch.set_num_threads(arguments.threads)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        specs = {"llama.cpp": serve_by_llamacpp(Path(folder), arguments, running)}
+        where, threads = Path(folder), arguments.threads
+        specs = {"llama.cpp": serve_by_llamacpp(EXPERTS, where, running, max(arguments.batches), threads)}
         if arguments.python is not None:
-            specs["vLLM"] = serve_by_vllm(Path(folder), arguments, running)
+            specs["vLLM"] = serve_by_vllm(arguments.python, EXPERTS, where, running, TOP_K, threads)
 
         models = {HERE: build({})}
         for server, number in product(specs, range(1, len(EXPERTS) + 1)):
@@ -57,33 +59,42 @@ def run(arguments):
             write_results("endpoints", rows, columns, arguments, picture, torch.float32)
 
 
-def serve_by_llamacpp(folder: Path, arguments, running: contextlib.ExitStack) -> dict[str, dict]:
-    """Start a server for each adapter, with a slot for each row of the largest batch."""
+def serve_by_llamacpp(
+    experts: Sequence[str], folder: Path, running: contextlib.ExitStack, slots: int, threads: int | None = None
+) -> dict[str, dict]:
+    """Start a server for each expert, with slots for so many rows, and say how `from_experts` names them."""
     smollm2 = demo.fetch_smollm2()
     model = convert("convert_hf_to_gguf.py", smollm2, folder / "smollm2.gguf")
-    slots = max(arguments.batches)
 
     specs = {}
-    for name in EXPERTS:
+    for name in experts:
         adapter = convert("convert_lora_to_gguf.py", demo.ARTIFACTS / name, folder / f"{name}.gguf", "--base", smollm2)
         command = [sys.executable, "-m", "benchmarks.llama_server", "--model", str(model), "--lora", str(adapter)]
-        command += ["--parallel", str(slots), "--ctx-size", str(slots * LONGEST), "--threads", str(arguments.threads)]
+        command += ["--parallel", str(slots), "--ctx-size", str(slots * LONGEST)]
+        command += [] if threads is None else ["--threads", str(threads)]
         url = running.enter_context(served(command, folder / f"{name}.log"))
         specs[name] = {"endpoint": url, "api": "llamacpp"}
     return specs
 
 
-def serve_by_vllm(folder: Path, arguments, running: contextlib.ExitStack) -> dict[str, dict]:
-    """Start one server for all adapters, with the smallest blocks that it takes on CPUs."""
+def serve_by_vllm(
+    python: str,
+    experts: Sequence[str],
+    folder: Path,
+    running: contextlib.ExitStack,
+    max_logprobs: int,
+    threads: int | None = None,
+) -> dict[str, dict]:
+    """Start one server for all experts, with the smallest blocks that it takes on CPUs; `max_logprobs` -1 is all."""
     options = {"model": demo.fetch_smollm2(), "dtype": "float32", "max-model-len": LONGEST, "block-size": 32}
-    options |= {"max-logprobs": TOP_K, "max-lora-rank": 16, "max-loras": len(EXPERTS)}
-    command = [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
+    options |= {"max-logprobs": max_logprobs, "max-lora-rank": 16, "max-loras": len(experts)}
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    command += ["--lora-modules", *(f"{name}={demo.ARTIFACTS / name}" for name in EXPERTS)]
+    command += ["--lora-modules", *(f"{name}={demo.ARTIFACTS / name}" for name in experts)]
 
-    threads = {"OMP_NUM_THREADS": str(arguments.threads)}
-    url = running.enter_context(served(command, folder / "vllm.log", threads))
-    return {name: {"endpoint": f"{url}/v1", "served_model": name} for name in EXPERTS}
+    settings = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    url = running.enter_context(served(command, folder / "vllm.log", settings))
+    return {name: {"endpoint": f"{url}/v1", "served_model": name} for name in experts}
 
 
 def build(there: dict[str, dict]) -> PCMEnsembleForCausalLM:

@@ -186,8 +186,10 @@ def win_rates_in_short_table(report: dict) -> str:
 
 def steering_in_short_table(report: dict) -> str:
     """How far rewards move with the weights."""
-    lines = [[way, " / ".join(f"{judge['ways'][way]['moved'][0]:.2f}" for judge in report["judges"].values())]
-             for way in report["text"]]  # fmt: skip
+    lines = []
+    for way in report["text"]:
+        moved = [judge["ways"][way]["moved"][0] for judge in report["judges"].values()]
+        lines.append([way, " / ".join(f"{value:.2f}" for value in moved)])
     return table(["", "rises by"], lines)
 
 

@@ -150,12 +150,12 @@ def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None, loa
     if tokenizer is not None:
         code = CHAT_CODE if tokenizer.chat_template else TEXT_CODE
 
-    at = f', revision="{revision}"' if revision else ""
+    pinned = f', revision="{revision}"' if revision else ""
     return code.format(
         repo_id=repo_id,
         preference=json.dumps(preference, ensure_ascii=False),
-        revision=at,
-        options=at + "".join(f", {name}={json.dumps(value)}" for name, value in loading.items()),
+        revision=pinned,
+        options=pinned + "".join(f", {name}={json.dumps(value)}" for name, value in loading.items()),
     )
 
 

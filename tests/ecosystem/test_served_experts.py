@@ -7,20 +7,15 @@ import contextlib
 import itertools
 import os
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks.llama_server import convert
-from benchmarks.load import served
+from benchmarks.endpoints import LONGEST, serve_by_llamacpp, serve_by_vllm
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
-LLAMA_OPTIONS = ["--parallel", "20", "--ctx-size", str(20 * 512)]  # a slot for each of the twenty prompts
-LIMIT = 512  # tokens of a text
 pytestmark = pytest.mark.real_model
 
 SERVED = ("friendly", "concise")
@@ -42,45 +37,15 @@ QUESTIONS = [
 @pytest.fixture(scope="module", params=["vllm", "llamacpp"])
 def served_specs(request, tmp_path_factory):
     """Who serves two adapters on SmolLM2, by expert."""
-    start = {"vllm": start_vllm, "llamacpp": start_llamacpp}[request.param]
-    with contextlib.ExitStack() as servers:
-        yield start(tmp_path_factory.mktemp(request.param), servers)
-
-
-def start_vllm(folder: Path, servers: contextlib.ExitStack) -> dict[str, dict]:
-    if VLLM_PYTHON is None:
-        pytest.skip("VLLM_PYTHON names no Python with vLLM")
-    options = {"model": demo.fetch_smollm2(), "dtype": "float32"}
-    options |= {"max-model-len": 512, "block-size": 32, "max-logprobs": -1, "max-lora-rank": 16, "max-loras": 2}
-    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
-    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    command += ["--lora-modules", *(f"{name}={demo.ARTIFACTS / name}" for name in SERVED)]
-
-    url = servers.enter_context(served(command, folder / "log"))
-    return {name: {"endpoint": f"{url}/v1", "served_model": name} for name in SERVED}
-
-
-def start_llamacpp(folder: Path, servers: contextlib.ExitStack) -> dict[str, dict]:
-    pytest.importorskip("xllamacpp")
-    smollm2 = demo.fetch_smollm2()
-    model = convert("convert_hf_to_gguf.py", smollm2, folder / "smollm2.gguf")
-
-    specs = {}
-    for name in SERVED:
-        adapter = convert("convert_lora_to_gguf.py", demo.ARTIFACTS / name, folder / f"{name}.gguf", "--base", smollm2)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.llama_server",
-            "--model",
-            str(model),
-            "--lora",
-            str(adapter),
-            *LLAMA_OPTIONS,
-        ]
-        url = servers.enter_context(served(command, folder / f"{name}.log"))
-        specs[name] = {"endpoint": url, "api": "llamacpp"}
-    return specs
+    folder = tmp_path_factory.mktemp(request.param)
+    with contextlib.ExitStack() as running:
+        if request.param == "llamacpp":
+            pytest.importorskip("xllamacpp")
+            yield serve_by_llamacpp(SERVED, folder, running, slots=20)  # one for each of the twenty prompts
+        elif VLLM_PYTHON is None:
+            pytest.skip("VLLM_PYTHON names no Python with vLLM")
+        else:
+            yield serve_by_vllm(VLLM_PYTHON, SERVED, folder, running, max_logprobs=-1)
 
 
 def ensembles(specs: dict[str, dict], top_k: int | None, **options) -> list[PCMEnsembleForCausalLM]:
@@ -151,8 +116,8 @@ def test_a_model_or_a_context_that_the_server_does_not_have_is_an_error_that_say
     spec = dict(served_specs["friendly"])
     options = {"pcm": demo.fetch_smollm2(), "pcm_layers": 1, "tokenizer": demo.fetch_smollm2(), "expert_top_k": 20}
     model = PCMEnsembleForCausalLM.from_experts({"friendly": spec}, **options)
-    with pytest.raises(ValueError, match=str(LIMIT - 1)):
-        model.generate(torch.full((1, LIMIT), 40), max_new_tokens=1)
+    with pytest.raises(ValueError, match=str(LONGEST - 1)):
+        model.generate(torch.full((1, LONGEST), 40), max_new_tokens=1)
 
     if "served_model" in spec:
         with pytest.raises(Exception, match=re.compile("does not exist|not found|404", re.IGNORECASE)):
