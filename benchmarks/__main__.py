@@ -4,9 +4,9 @@ import argparse
 
 from transformers.utils import logging
 
-from . import decode, drafts, endpoints, engine, greedy, load, memory, profile, readme, scaling, serve, training
+from . import decode, drafts, endpoints, engine, gpu, greedy, load, memory, profile, readme, scaling, serve, training
 
-MODULES = (decode, greedy, drafts, serve, memory, scaling, training, profile, engine, load, endpoints, readme)
+MODULES = (decode, greedy, drafts, serve, memory, scaling, training, profile, engine, load, endpoints, gpu, readme)
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 

@@ -16,6 +16,7 @@ DOCUMENTS = (
     "docs/guides/training.md",
     "examples/smollm2/artifacts/README.md",
     "examples/serving/README.md",
+    "examples/endpoints/README.md",
 )
 REPORT, STEERING = "docs/results/report.json", "examples/smollm2/artifacts/steering/report.json"
 
@@ -112,6 +113,36 @@ def scaling_table(results: dict) -> str:
 def serve_table(results: dict) -> str:
     lines = [[row["name"], f"{row['seconds']:.3f}", f"{row['throughput']:.2f}×"] for row in results["rows"]]
     return table(["", "seconds a request", "throughput"], lines)
+
+
+def endpoints_table(results: dict) -> str:
+    """By batch size, tokens a second, milliseconds of a request, and how much of waiting and work overlaps."""
+    rows = results["rows"]
+    batches = _distinct(rows, "batch")
+    found = {(row["name"], row["batch"]): row for row in rows}
+
+    lines = []
+    for name in _distinct(rows, "name"):
+        of_name = [found[name, batch] for batch in batches]
+        speeds = [f"{row['tokens a second']:.1f}" for row in of_name]
+        requests = " / ".join(f"{row['request ms']:.0f}" if "request ms" in row else "–" for row in of_name)
+        overlaps = " / ".join(f"{100 * row['overlap']:.0f} %" if "overlap" in row else "–" for row in of_name)
+        lines.append([name, *speeds, requests, overlaps])
+
+    all_batches = " / ".join(map(str, batches))
+    header = ["", *(f"tokens a second, batch {batch}" for batch in batches)]
+    return table([*header, f"a request, ms, batch {all_batches}", f"overlap, batch {all_batches}"], lines)
+
+
+def load_table(results: dict) -> str:
+    """By rate of arrivals, tokens a second, and seconds until the first token and the last one."""
+    lines = []
+    for row in results["rows"]:
+        speeds = [f"{row['tokens a second']:.1f}"]
+        speeds += [f"{row[name]:.2f}" for name in ("first token", "whole answer", "slowest tenth")]
+        lines.append([f"{row['rate']:g}", row["name"], *speeds])
+    header = ["requests a second", "", "tokens a second", "first token, s", "whole answer, s", "slowest tenth, s"]
+    return table(header, lines)
 
 
 def training_table(results: dict) -> str:
@@ -277,6 +308,7 @@ TABLES = {  # by marker: the results, and the table of them
     "decode-llama-16x1280": ("benchmarks/results/decode-llama-16x1280.json", decode_table),
     "scaling": ("benchmarks/results/scaling.json", scaling_table),
     "serve": ("benchmarks/results/serve.json", serve_table),
+    "endpoints": ("benchmarks/results/endpoints.json", endpoints_table),
     "engine": ("benchmarks/results/engine.json", decode_table),
     "training": ("benchmarks/results/training-llama-2x1024.json", training_table),
     "experts": ("examples/smollm2/artifacts/report.json", experts_table),

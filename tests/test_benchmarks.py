@@ -44,6 +44,33 @@ def test_a_benchmark_measures_every_variant(command, names, tmp_path):
         assert command[0] == "training" or list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.real_model
+def test_experts_behind_a_server_are_measured_beside_those_here(tmp_path):
+    size = ["--batches", "2", "--tokens", "2", "--rounds", "1", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "benchmarks", "endpoints", *size], check=True, cwd=ROOT, capture_output=True)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "endpoints.json").read_text())["rows"]}
+    assert list(rows) == ["3 experts here", *(f"{number} behind llama.cpp" for number in (1, 2, 3))]
+    assert all(row["tokens a second"] > 0 for row in rows.values())
+    assert [name for name, row in rows.items() if "request ms" in row] == list(rows)[1:]
+    assert [name for name, row in rows.items() if "overlap" in row] == list(rows)[1:3]
+
+
+def test_the_script_for_a_gpu_measures_every_part_of_a_tiny_model(tmp_path):
+    size = ["--shapes", "tiny", "--experts", "1", "2", "--batches", "1", "2", "--rounds", "2", "--prompt", "16"]
+    command = [sys.executable, "-m", "benchmarks", "gpu", *size, "--output", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    rows = json.loads(next(tmp_path.glob("gpu*.json")).read_text())["rows"]
+
+    eager, compiled = (
+        [row for row in rows if row["mode"] in modes and row["what"] == "decode"]
+        for modes in (["eager"], ["compiled", "CUDA graphs"])
+    )
+    assert len(eager) == 2 * 2 * 5  # numbers of experts, batch sizes, models
+    assert len(compiled) == 2 * 2
+    assert all(row["tokens a second"] > 0 and row["bandwidth"] > 0 for row in eager + compiled)
+    assert {row["batch"] for row in rows if row["what"] == "prompt"} == {1, 8}
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_tables_in_the_documents_are_those_of_the_results(name):
     text = (ROOT / name).read_text()
