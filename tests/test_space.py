@@ -113,6 +113,23 @@ def test_two_preferences_answer_side_by_side_and_are_voted_on(space, page, tmp_p
 
 
 @pytest.mark.real_model
+def test_answers_go_from_one_expert_to_another(page, tmp_path):
+    page.get_by_role("tab", name="From one to another").click()
+    page.locator("#path").click()
+    expect(page.locator("#path-5-answer .textfield span[style*=background]").first).to_be_visible(timeout=120_000)
+    boxes = [page.locator(f"#path-{number}-answer") for number in range(1, 6)]
+    assert "elementary=1.8 + unfriendly=0.2" in boxes[0].inner_text()
+    assert "elementary=0.2 + unfriendly=1.8" in boxes[4].inner_text()
+    answers = [box.locator(".textfield").inner_text() for box in boxes]
+    assert all(len(answer) > 50 for answer in answers)
+    assert answers[0] != answers[4]
+    page.screenshot(
+        path=PICTURE.with_name("path.png") if os.environ.get("WRITE_PICTURES") else tmp_path / "path.png",
+        full_page=True,
+    )
+
+
+@pytest.mark.real_model
 def test_what_cannot_be_answered_is_said(page):
     page.locator("#question textarea").fill(" ")
     page.locator("#answer").click()
@@ -192,6 +209,19 @@ def test_what_is_no_number_is_refused_with_the_sliders_name(app, tmp_path):
         with pytest.raises(gr.Error, match="greater than maximum"):
             slider.preprocess(10**9)
         assert slider.preprocess(slider.maximum) == slider.maximum
+
+
+def test_a_path_goes_from_one_expert_to_another(app):
+    experts = {"a": tiny_llama(1), "b": tiny_llama(3)}
+    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(2), tokenizer=tiny_tokenizer())
+    steps = list(app.answer_path(model, "what", 4, 0, "a", "b"))
+    assert len(steps) > 1
+    first, *_, last = steps[-1]
+    assert (first["label"], last["label"]) == ("a=1.8 + b=0.2", "a=0.2 + b=1.8")
+    assert {carrier for _, carrier in first["value"]} == {"a"}
+    assert {carrier for _, carrier in last["value"]} == {"b"}
+    with pytest.raises(gr.Error, match="Choose two experts"):
+        next(app.answer_path(model, "what", 4, 0, "a", "a"))
 
 
 def test_no_words_are_no_words(app):

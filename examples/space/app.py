@@ -1,11 +1,12 @@
 """
 One question under two preferences, side by side: which expert carries each token, and how the experts' weights move
-over the answer.
+over the answer. Or along a path: as the weight goes from one expert to another.
 
     pip install -r requirements.txt && python app.py FOLDER_OR_REPOSITORY
 
 As a Space of the Hugging Face Hub, the ensemble is what the variable ENSEMBLE names. Votes go into votes.csv (VOTES
-names another file), in the form that `HumanVotes` of the evaluation reads.
+names another file), in the form that `HumanVotes` of the evaluation reads. On ZeroGPU, answers have a GPU; elsewhere
+`spaces.GPU` does nothing.
 """
 
 import csv
@@ -19,6 +20,7 @@ from functools import partial
 
 import gradio as gr
 import matplotlib
+import spaces  # before torch, whose CUDA calls it holds back on ZeroGPU
 import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, StoppingCriteria
@@ -27,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 COLUMNS = ("prompt", "preference", "first", "second", "choice")
 CHOICES = {"Left": "first", "Neither": "tie", "Right": "second"}
 SIDES = ("left", "right")
+PATH = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the weight, what the second expert has
 FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # what makes a spreadsheet run a cell
 WRITING = threading.Lock()
 
@@ -102,7 +105,7 @@ def preferences_of(model, values: list) -> tuple[list[dict[str, float]], list[st
 
 
 def stream_tokens(model, input_ids, weights, words, max_new_tokens: int, temperature: float):
-    """Yield the tokens of both answers so far, `(2, tokens)`, as generation goes on beside."""
+    """Yield the tokens of all answers so far, `(answers, tokens)`, as generation goes on beside."""
     streamer = TokenQueue()
     gone = threading.Event()
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -110,7 +113,7 @@ def stream_tokens(model, input_ids, weights, words, max_new_tokens: int, tempera
     def generate():
         try:
             model.generate(
-                input_ids.repeat(2, 1),
+                input_ids.repeat(len(weights), 1),
                 preference=weights,
                 preference_text=words if any(words) else None,
                 max_new_tokens=max_new_tokens,
@@ -222,31 +225,70 @@ def add_vote(path: str, row: tuple[str, ...]):
         writer.writerow([as_cell(text) for text in row])
 
 
-def answer_both(model, colors: dict[str, str], question, max_new_tokens, temperature, *values):
-    """Yield both answers' text as it comes; at the end tokens by expert, α, and what a vote is about."""
-    weights, words = preferences_of(model, list(values))
-    if not (question or "").strip():
-        raise gr.Error("Ask something.")
-    if not all(weights) and not model.config.adds_up:
-        raise gr.Error("Give each side an expert with a weight above 0, or words.")
-
-    input_ids = encode(model, question)
-    answers = [[], []]
+def stream_answers(model, question, weights, words, max_new_tokens, temperature):
+    """Yield the tokens of each answer so far, without its end: lists, one for each preference."""
     try:
+        input_ids = encode(model, question)
         for tokens in stream_tokens(model, input_ids, weights, words, int(max_new_tokens), temperature):
-            answers = [cut_at_end(model, row) for row in tokens]
-            texts = [model.tokenizer.decode(ids) for ids in answers]
-            yield *([(text, None)] for text in texts), None, None, None
+            yield [cut_at_end(model, row) for row in tokens]
     except ValueError as error:  # such as a question that is too long
         raise gr.Error(str(error)) from error
 
-    pieces_of_sides, charts = [], []
-    for side in zip(answers, weights, words):
-        coloured, expert_weights = explain(model, input_ids, *side) if side[0] else ([], ())
-        pieces_of_sides.append(coloured)
-        drawn = (expert_weights, model.config.expert_names, colors, model.config.adds_up)
-        charts.append(draw(*drawn) if len(expert_weights) else None)
-    yield *pieces_of_sides, *charts, (question, label(weights[0], words[0]), *texts)
+
+def explain_all(model, question, answers, weights, words):
+    """Give [`explain`]'s pieces of each answer, and its expert weights; nothing of an answer without tokens."""
+    input_ids = encode(model, question)
+    explained = [explain(model, input_ids, *row) if row[0] else ([], ()) for row in zip(answers, weights, words)]
+    return zip(*explained)
+
+
+def as_shown(model, answers: list[list[int]]) -> list[list[tuple[str, None]]]:
+    """Show each answer's text before it is known who carried which token."""
+    return [[(model.tokenizer.decode(ids), None)] for ids in answers]
+
+
+def check_question(question: str | None):
+    if not (question or "").strip():
+        raise gr.Error("Ask something.")
+
+
+def answer_both(model, colors: dict[str, str], question, max_new_tokens, temperature, *values):
+    """Yield both answers' text as it comes; at the end tokens by expert, α, and what a vote is about."""
+    weights, words = preferences_of(model, list(values))
+    check_question(question)
+    if not all(weights) and not model.config.adds_up:
+        raise gr.Error("Give each side an expert with a weight above 0, or words.")
+
+    for answers in stream_answers(model, question, weights, words, max_new_tokens, temperature):
+        yield *as_shown(model, answers), None, None, None
+
+    coloured, expert_weights = explain_all(model, question, answers, weights, words)
+    charts = []
+    for of_tokens in expert_weights:
+        drawn = (of_tokens, model.config.expert_names, colors, model.config.adds_up)
+        charts.append(draw(*drawn) if len(of_tokens) else None)
+    texts = [model.tokenizer.decode(ids) for ids in answers]
+    yield *coloured, *charts, (question, label(weights[0], words[0]), *texts)
+
+
+def path_weights(first: str, second: str) -> list[dict[str, float]]:
+    """Weights of the answers along a path, which sum to 2: a weight of 1 is an equal share."""
+    return [{first: round(2 - 2 * share, 1), second: round(2 * share, 1)} for share in PATH]
+
+
+def answer_path(model, question, max_new_tokens, temperature, first, second):
+    """Yield the answers along a path between two experts, rows of one batch; at the end tokens by expert."""
+    check_question(question)
+    if first == second:
+        raise gr.Error("Choose two experts.")
+
+    weights, words = path_weights(first, second), [None] * len(PATH)
+    titles = [label(wanted, None) for wanted in weights]
+    for answers in stream_answers(model, question, weights, words, max_new_tokens, temperature):
+        yield [gr.update(value=text, label=title) for text, title in zip(as_shown(model, answers), titles)]
+
+    coloured, _ = explain_all(model, question, answers, weights, words)
+    yield [gr.update(value=pieces, label=title) for pieces, title in zip(coloured, titles)]
 
 
 def vote(votes: str, shown, button):
@@ -272,15 +314,65 @@ def side_controls(model, side: str, wanted: int) -> list:
     return [*controls, gr.Textbox(label=words, elem_id=f"{side}-words")]
 
 
-def answer_box(side: str, colors: dict[str, str]) -> gr.HighlightedText:
+def answer_box(title: str, name: str, colors: dict[str, str], show_legend: bool = True) -> gr.HighlightedText:
     return gr.HighlightedText(
-        label=f"Answer, {side}",
+        label=title,
         color_map=colors,
         combine_adjacent=True,
-        show_legend=True,
+        show_legend=show_legend,
         show_inline_category=False,
-        elem_id=f"{side}-answer",
+        elem_id=f"{name}-answer",
     )
+
+
+def lay_out_sides(model, votes: str, colors: dict[str, str], asked: list):
+    """Lay out two preferences side by side, whose answers are voted on; `asked` are the controls above."""
+
+    @spaces.GPU
+    def answer(*values):
+        yield from answer_both(model, colors, *values)
+
+    controls, texts, charts = [], [], []
+    with gr.Row():
+        for number, side in enumerate(SIDES):
+            with gr.Column():
+                controls += side_controls(model, side, number)
+    run = gr.Button("Answer", variant="primary", elem_id="answer")
+    with gr.Row():
+        for side in SIDES:
+            with gr.Column():
+                texts.append(answer_box(f"Answer, {side}", side, colors))
+                charts.append(gr.Plot(show_label=False, elem_id=f"{side}-chart"))
+
+    shown = gr.State()
+    gr.Markdown("Which answer fits the **left** preference better?")
+    with gr.Row():
+        buttons = [gr.Button(name, elem_id=f"vote-{CHOICES[name]}") for name in CHOICES]
+    thanks = gr.Markdown(elem_id="thanks")
+
+    run.click(answer, [*asked, *controls], [*texts, *charts, shown], api_name="answer")
+    for button in buttons:
+        button.click(partial(vote, votes), [shown, button], [shown, thanks], api_name="vote")
+
+
+def lay_out_path(model, colors: dict[str, str], asked: list):
+    """Lay out answers along a path from one expert to another; `asked` are the controls above."""
+
+    @spaces.GPU
+    def answer(*values):
+        yield from answer_path(model, *values)
+
+    names = model.config.weighted_names
+    gr.Markdown("Five answers, as the weight goes from one expert to another.")
+    with gr.Row():
+        ends = [
+            gr.Dropdown(names, value=names[0], label="From", elem_id="path-from"),
+            gr.Dropdown(names, value=names[-1], label="to", elem_id="path-to"),
+        ]
+    run = gr.Button("Answer along the path", variant="primary", elem_id="path")
+    numbers = range(1, len(PATH) + 1)
+    boxes = [answer_box(f"Answer {number}", f"path-{number}", colors, number == 1) for number in numbers]
+    run.click(answer, [*asked, *ends], boxes, api_name="path")
 
 
 def build_app(model, votes: str) -> gr.Blocks:
@@ -291,34 +383,17 @@ def build_app(model, votes: str) -> gr.Blocks:
         colors[name] = matplotlib.colors.to_hex(palette[index % 10])
 
     with gr.Blocks(title="PCM Ensemble") as app:
-        gr.Markdown("# PCM Ensemble\nOne question, two preferences. Colours: the expert that carried each token.")
+        gr.Markdown("# PCM Ensemble\nOne question, many preferences. Colours: the expert that carried each token.")
         question = gr.Textbox(label="Question", value="What is gravity?", elem_id="question")
         with gr.Row():
             max_new_tokens = slider(8, 256, 64, step=8, label="Most tokens")
             temperature = slider(0, 1.5, 0, step=0.1, label="Temperature (0: the most probable token)")
 
-        controls, texts, charts = [], [], []
-        with gr.Row():
-            for number, side in enumerate(SIDES):
-                with gr.Column():
-                    controls += side_controls(model, side, number)
-        run = gr.Button("Answer", variant="primary", elem_id="answer")
-        with gr.Row():
-            for side in SIDES:
-                with gr.Column():
-                    texts.append(answer_box(side, colors))
-                    charts.append(gr.Plot(show_label=False, elem_id=f"{side}-chart"))
-
-        shown = gr.State()
-        gr.Markdown("Which answer fits the **left** preference better?")
-        with gr.Row():
-            buttons = [gr.Button(name, elem_id=f"vote-{CHOICES[name]}") for name in CHOICES]
-        thanks = gr.Markdown(elem_id="thanks")
-
-        asked = [question, max_new_tokens, temperature, *controls]
-        run.click(partial(answer_both, model, colors), asked, [*texts, *charts, shown], api_name="answer")
-        for button in buttons:
-            button.click(partial(vote, votes), [shown, button], [shown, thanks], api_name="vote")
+        asked = [question, max_new_tokens, temperature]
+        with gr.Tab("Side by side"):
+            lay_out_sides(model, votes, colors, asked)
+        with gr.Tab("From one to another"):
+            lay_out_path(model, colors, asked)
     return app
 
 
