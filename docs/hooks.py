@@ -1,6 +1,6 @@
 """
-What the site does beside MkDocs: pages that stand elsewhere in the repository are pages of the site, too, and links
-between files of the repository lead to pages.
+What the site does beside MkDocs: pages that stand elsewhere in the repository are pages of the site, too, a notebook
+among them, and links between files of the repository lead to pages.
 """
 
 import posixpath
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {  # by file of the repository, the page
@@ -23,6 +24,7 @@ ELSEWHERE = {  # by file of the repository, the page
     "examples/smollm2/artifacts/README.md": "artifacts.md",
     "examples/smollm2/artifacts/steering/report.md": "steering.md",
     "examples/space/README.md": "guides/space.md",
+    "notebooks/quicktour.ipynb": "quicktour.md",
 }
 SOURCES = {page: source for source, page in ELSEWHERE.items()}
 PICTURES = (".png", ".svg")
@@ -32,8 +34,11 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 def on_files(files, config):
     """Add the pages and pictures that stand outside of docs/."""
     for source, page in ELSEWHERE.items():
-        text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)))
+        text, pictures = read_page(source)
+        files.append(File.generated(config, page, content=text))
+        for name, content in pictures.items():
+            files.append(File.generated(config, name, content=content))
+
     for page in [page for page in files if page.src_uri.endswith(".md")]:
         for _, _, target in LINK.findall(page.content_string):
             path = _in_repository(page.src_uri, target)
@@ -41,6 +46,16 @@ def on_files(files, config):
             if is_outside and files.get_file_from_path(path) is None:
                 files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
+
+
+def read_page(source: str) -> tuple[str, dict[str, bytes]]:
+    """Read a page's Markdown, and the pictures of a notebook by their paths."""
+    if source.endswith(".ipynb"):
+        text, made = MarkdownExporter().from_filename(str(ROOT / source))
+        return text, {f"{posixpath.dirname(source)}/{name}": content for name, content in made["outputs"].items()}
+
+    text = (ROOT / source).read_text(encoding="utf-8")
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL), {}  # without a card's settings
 
 
 def on_page_markdown(markdown, page, config, files):
