@@ -7,7 +7,7 @@ from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM, PCMEnsembleOutput
 from .preference import Preference, preference_weights
 
-__version__ = "0.1.0"  # pyproject.toml reads it here
+__version__ = "0.2.0.dev0"  # pyproject.toml reads it here
 
 AutoConfig.register("pcm_ensemble", PCMEnsembleConfig, exist_ok=True)
 AutoModel.register(PCMEnsembleConfig, PCMEnsembleForCausalLM, exist_ok=True)

@@ -6,6 +6,7 @@ Model: SmolLM2-135M-Instruct (Apache-2.0), from the Hub, or, where the Hub canno
 Preference descriptions: Personalized Soups, arXiv 2310.11564, as used by arXiv 2407.04181.
 """
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,17 @@ PREFERENCES = {
     ),
 }
 
-ARTIFACTS = Path(__file__).parents[1] / "examples" / "smollm2" / "artifacts"  # where the package lies in a clone
+
+def _find_artifacts() -> Path:
+    """Find the trained experts: in the clone that this package lies in, or in the package that holds them alone."""
+    in_clone = Path(__file__).parents[1] / "examples" / "smollm2" / "artifacts"
+    installed = importlib.util.find_spec("pcm_ensemble_smollm2")
+    if in_clone.exists() or installed is None or not installed.submodule_search_locations:
+        return in_clone
+    return Path(installed.submodule_search_locations[0])
+
+
+ARTIFACTS = _find_artifacts()
 PCM_OF_SHARES, PCM_OF_STRENGTHS = "pcm.safetensors", "pcm-strengths.safetensors"
 EXPERT_TOP_K = 20  # of the trained experts: what a small model writes from its tail breaks a sentence off
 
@@ -147,14 +158,15 @@ def adapter_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsemble
     `kwargs` are `from_experts`'s.
 
     Raises:
-        FileNotFoundError: if an expert is missing; an installation has none, a clone of the repository has all.
+        FileNotFoundError: if an expert is missing; a clone of the repository has all, and so has the package
+            `pcm-ensemble-smollm2`.
     """
     artifacts = Path(artifacts)
     missing = [name for name in PREFERENCES if not (artifacts / name).is_dir()]
     if missing:
         raise FileNotFoundError(
-            f"{artifacts} has no expert {', '.join(missing)}. Trained experts are in the repository, and not in the "
-            "installed package: clone it, and pass the path of its folder examples/smollm2/artifacts."
+            f"{artifacts} has no expert {', '.join(missing)}. Trained experts are not in this package. Clone the "
+            "repository and run `pip install examples/smollm2` there, or pass the path of that folder's `artifacts`."
         )
 
     model = fetch_smollm2()
