@@ -55,12 +55,12 @@ def load_backbone(arguments) -> PreTrainedModel:
 
 def random_adapter(backbone: PreTrainedModel, seed: int) -> dict:
     """Make a LoRA on all linear layers, as `from_experts` takes it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     tensors = {}
     for path, module in backbone.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not backbone.get_output_embeddings():
-            a = torch.randn(RANK, module.in_features, generator=generator) * module.in_features**-0.5
-            b = torch.randn(module.out_features, RANK, generator=generator) * 0.01
+            a = torch.randn(RANK, module.in_features, generator=generator, device="cpu") * module.in_features**-0.5
+            b = torch.randn(module.out_features, RANK, generator=generator, device="cpu") * 0.01
             tensors |= {f"{path}.lora_A.weight": a.to(DTYPE), f"{path}.lora_B.weight": b.to(DTYPE)}
     return {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "tensors": tensors}
 
@@ -146,9 +146,13 @@ def write_results(
     arguments,
     picture: Callable | None = None,
     dtype: torch.dtype = DTYPE,
+    model: str | None = None,
 ):
     """Print a table, and write it as JSON with machine and versions, and as PNG where there is a picture."""
-    model = "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
+    if model is None:
+        model = (
+            "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
+        )
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

@@ -1,5 +1,6 @@
 """All times of a GPU in one run of a few minutes: decode steps, prompts, memory; eager, and as CUDA graphs."""
 
+import gc
 import subprocess
 import sys
 import time
@@ -7,12 +8,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.compile_steps import CompiledStep
 from modeling_pcm_ensemble.lora import clear_traced
+from modeling_pcm_ensemble.weight_changes import WeightSnapshot
 
 from .common import (
     DEVICE,
@@ -26,25 +28,26 @@ from .common import (
     summary,
     write_results,
 )
-from .fast import compiled_plain_step, compiled_step, run_without_adapters
+from .fast import COMPILED, compiled_plain_step, compiled_step, run_without_adapters
 
 logger = logging.get_logger(__name__)
 
 SMOLLM2 = "SmolLM2-135M"
-LLAMAS = {  # random ones; sizes of Llama 3.2 1B and 3B, and of Llama 3.1 8B
+LLAMAS = {  # random ones, of the sizes of Llama 3.2 1B, 3B and Llama 3.1 8B but that all tie their embeddings
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-PLAIN = "plain model"
-GRAPHS = "CUDA graphs"
-GRAPH_EXPERTS = 3  # every number of experts would compile anew
+PLAIN, PROMPTED, LORA = "plain model", "prompted", "LoRA"
+MERGES = {'LoRA, merge="product"': "product", 'LoRA, merge="adapters"': "adapters", LORA: "probabilities"}
+EXPERTS = 3  # where the number of them is not what is looked at
+TESTS_LIMIT = 120  # seconds
 
 
 def add_arguments(parser):
     parser.add_argument("--shapes", nargs="+", choices=[SMOLLM2, *LLAMAS], default=[SMOLLM2, "8B", "1B", "3B"])
-    parser.add_argument("--experts", type=int, nargs="+", default=[1, 3, 6])
+    parser.add_argument("--experts", type=int, nargs="+", default=[3, 6, 1], help="the first number is measured first")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompts whose first pass is measured")
     parser.add_argument("--rounds", type=int, default=10)
@@ -57,30 +60,59 @@ def run(arguments):
     if arguments.layers is not None:
         raise SystemExit("`gpu` has shapes of its own (--shapes), and takes no --layers.")
     deadline = time.monotonic() + arguments.seconds
-    if DEVICE == "cuda":
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"], check=True)
+    missing = [] if DEVICE == "cpu" or tests_pass() else ["tests/test_gpu.py"]
+    bandwidth = measure_bandwidth()
 
-    bandwidth, rows = measure_bandwidth(), []
-    for name, part in parts(arguments, bandwidth):
+    rows: dict[str, list[dict]] = {shape: [] for shape in arguments.shapes}
+    for shape, name, measure in parts(arguments):
         if time.monotonic() > deadline:
-            logger.warning(f"Left out, since {arguments.seconds:g} seconds are over: {name}")
+            missing.append(name)
             continue
-        rows += part()
+        try:
+            rows[shape] += with_bandwidth(measure(), bandwidth)
+        except Exception as error:  # what comes after it is worth measuring all the same
+            logger.warning(f"{name} has failed. {type(error).__name__}: {error}")
+            missing.append(name)
+        gc.collect()
+        if rows[shape]:
+            write_shape(shape, rows[shape], arguments)
 
-        columns = ["shape", "what", "mode", "batch", "name", "seconds", "ratio", "tokens a second", "bandwidth", "GB"]
-        shown = [row for row in rows if row["name"] != PLAIN]
-        picture = partial(grouped_bars, rows=shown, group="group", label="time of one plain model in the same mode")
-        write_results("gpu", rows, columns, arguments, picture)
+    if missing:
+        raise SystemExit(f"Failed, or left out after {arguments.seconds:g} seconds: {'; '.join(missing)}.")
 
 
-def parts(arguments, bandwidth: float) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
-    """Give each part's name, and how it is measured."""
-    for shape in arguments.shapes:
-        for experts in arguments.experts:
-            decode = partial(measure_decode, shape, experts, arguments, bandwidth)
-            yield f"{shape}, decoding with {experts} experts", decode
-        yield f"{shape}, prompts", partial(measure_prompts, shape, arguments)
-        yield f"{shape}, {GRAPHS}", partial(measure_graphs, shape, arguments, bandwidth)
+def tests_pass() -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"]
+    try:
+        return subprocess.run(command, timeout=TESTS_LIMIT).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def parts(arguments) -> Iterator[tuple[str, str, Callable[[], list[dict]]]]:
+    """Give each part's shape, its name, and how it is measured: first one of each kind, of the first two shapes."""
+    first, *other_numbers = arguments.experts
+    for shapes in (arguments.shapes[:2], arguments.shapes[2:]):
+        for shape in shapes:
+            yield shape, f"{shape}, {first} experts", partial(measure_decode, shape, first, arguments)
+        for shape in shapes:
+            yield shape, f"{shape}, compiled", partial(measure_compiled, shape, arguments)
+        for shape in shapes:
+            yield shape, f"{shape}, prompts", partial(measure_prompts, shape, arguments)
+    for number in other_numbers:
+        for shape in arguments.shapes:
+            yield shape, f"{shape}, {number} experts", partial(measure_decode, shape, number, arguments)
+
+
+def write_shape(shape: str, rows: list[dict], arguments):
+    """Write a shape's results; the picture has its eager and compiled steps."""
+    shown = [row for row in rows if row["what"] == "decode" and row["experts"] == arguments.experts[0]]
+    picture = partial(grouped_bars, rows=shown, group="batch", label="time of one plain model in the same mode")
+    columns = ["what", "mode", "batch", "name", "seconds", "ratio", "tokens a second", "share of bandwidth", "GB"]
+    write_results(f"all-{shape}", rows, columns, arguments, picture if shown else None, model=shape)
+
+
+# Models
 
 
 def make_backbone(shape: str) -> PreTrainedModel:
@@ -89,9 +121,10 @@ def make_backbone(shape: str) -> PreTrainedModel:
     if shape == SMOLLM2:
         model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=DTYPE)
     else:
+        small = shape == "tiny"
         config = LlamaConfig(
-            vocab_size=128256 if shape != "tiny" else 49152,
-            num_key_value_heads=8 if shape != "tiny" else 1,
+            vocab_size=49152 if small else 128256,
+            num_key_value_heads=1 if small else 8,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             **LLAMAS[shape],
@@ -102,98 +135,124 @@ def make_backbone(shape: str) -> PreTrainedModel:
 
 
 def make_models(shape: str, experts: int) -> dict[str, PreTrainedModel]:
-    """Make a plain model and ensembles on one backbone, on which no adapters of other parts are hooked."""
+    """Make a plain model, and ensembles; adapters hang on a backbone of their own, since their hooks take time."""
     backbone = make_backbone(shape)
-    return {
-        PLAIN: backbone,
-        "prompted": prompted_ensemble(backbone, experts),
-        "LoRA": random_lora_ensemble(backbone, experts),
-    }
+    with torch.device(DEVICE):  # of the PCM too, which is made with random weights first
+        return {
+            PLAIN: backbone,
+            PROMPTED: prompted_ensemble(backbone, experts),
+            LORA: random_lora_ensemble(make_backbone(shape), experts),
+        }
 
 
-def under_each_merge(models: dict[str, PreTrainedModel], make_step: Callable) -> dict[str, Callable]:
-    """Make each model's step, and the LoRA ensemble's under other ways to merge."""
-    steps = {name: make_step(model) for name, model in models.items()}
-    lora = models["LoRA"]
-    for merge in ("probabilities", "product", "adapters"):
-        lora.config.merge = merge
-        steps[name_of(merge)] = partial(merged, lora, merge, make_step(lora))
-    return steps
+def under_each_merge(models: dict[str, PreTrainedModel], make_step: Callable) -> dict[str, tuple]:
+    """Give each way's model, and what makes its step: each model's own, and the LoRA ensemble's under every merge."""
+    ways = {name: (models[name], partial(make_step, models[name])) for name in (PLAIN, PROMPTED)}
+    lora = models[LORA]
+    return ways | {name: (lora, partial(merged_step, lora, merge, make_step)) for name, merge in MERGES.items()}
 
 
-def name_of(merge: str) -> str:
-    return "LoRA" if merge == "probabilities" else f'LoRA, merge="{merge}"'
-
-
-def merged(model: PCMEnsembleForCausalLM, merge: str, step: Callable):
+def merged_step(model: PCMEnsembleForCausalLM, merge: str, make_step: Callable) -> Callable:
+    """Make a step of an ensemble that has other merges at other times."""
     model.config.merge = merge
-    return step()
+    step = make_step(model)
+
+    def run_merged():
+        model.config.merge = merge
+        return step()
+
+    return run_merged
 
 
-def measure_decode(shape: str, experts: int, arguments, bandwidth: float) -> list[dict]:
+# Parts
+
+
+def measure_decode(shape: str, experts: int, arguments) -> list[dict]:
     """Measure eager steps at all batch sizes."""
     models, rows = make_models(shape, experts), []
     for batch in arguments.batches:
-        reset_memory()
-        steps = under_each_merge(models, partial(cached_step, token=one_token(batch)))
-        rows += described(steps, {"shape": shape, "what": "decode", "mode": "eager"}, batch, experts, arguments)
-    return with_bandwidth(rows, models, bandwidth)
+        ways = under_each_merge(models, partial(cached_step, token=one_token(batch)))
+        rows += measure({"what": "decode", "mode": "eager", "batch": batch, "experts": experts}, ways, arguments)
+    return rows
 
 
 def measure_prompts(shape: str, arguments) -> list[dict]:
     """Measure the first pass over prompts, which differ from row to row."""
-    models, rows = make_models(shape, GRAPH_EXPERTS), []
+    models, rows = make_models(shape, EXPERTS), []
     generator = torch.Generator().manual_seed(0)
     for batch in (1, 8):
         ids = torch.randint(100, 40000, (batch, arguments.prompt), generator=generator).to(DEVICE)
-        reset_memory()
-        steps = under_each_merge(models, lambda model, ids=ids: partial(model, ids, use_cache=True, logits_to_keep=1))
-        where = {"shape": shape, "what": "prompt", "mode": "eager"}
-        rows += described(steps, where, batch, GRAPH_EXPERTS, arguments)
+        ways = under_each_merge(models, lambda model, ids=ids: partial(model, ids, use_cache=True, logits_to_keep=1))
+        rows += measure({"what": "prompt", "mode": "eager", "batch": batch, "experts": EXPERTS}, ways, arguments)
     return rows
 
 
-def measure_graphs(shape: str, arguments, bandwidth: float) -> list[dict]:
-    """Measure compiled steps, CUDA graphs on a GPU, each on a backbone that no other ensemble has hooked."""
-    config = CompileConfig(dynamic=True)
-    backbone = make_backbone(shape)
-    ensemble = random_lora_ensemble(make_backbone(shape), GRAPH_EXPERTS)
-    plain = CompiledStep(backbone, partial(run_without_adapters, backbone), clear_traced, config, None)
-    models = {PLAIN: backbone, "LoRA": ensemble}
+def measure_compiled(shape: str, arguments) -> list[dict]:
+    """Measure compiled steps, which are CUDA graphs on a GPU."""
+    backbone, rows = make_backbone(shape), []
+    ensemble = random_lora_ensemble(make_backbone(shape), EXPERTS)
+    run_plain = partial(run_without_adapters, backbone)
+    plain = CompiledStep(backbone, run_plain, clear_traced, COMPILED, WeightSnapshot(backbone))
 
-    rows = []
+    mode = "CUDA graphs" if DEVICE == "cuda" else "compiled"
     for batch in arguments.batches:
-        reset_memory()
-        steps = {
-            PLAIN: compiled_plain_step(plain, one_token(batch), arguments.rounds),
-            "LoRA": compiled_step(ensemble, one_token(batch), arguments.rounds),
+        ways = {
+            PLAIN: (backbone, partial(compiled_plain_step, plain, one_token(batch), arguments.rounds)),
+            LORA: (ensemble, partial(compiled_step, ensemble, one_token(batch), arguments.rounds)),
         }
-        where = {"shape": shape, "what": "decode", "mode": GRAPHS if DEVICE == "cuda" else "compiled"}
-        rows += described(steps, where, batch, GRAPH_EXPERTS, arguments)
-    return with_bandwidth(rows, models, bandwidth)
-
-
-def described(steps: dict, where: dict, batch: int, experts: int, arguments) -> list[dict]:
-    """Measure steps in turns, and say of each what it is, how fast it writes, and how much memory all of them took."""
-    measured = summary(interleaved(steps, arguments.rounds, title=" ".join(where.values())), PLAIN)
-    gigabytes = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
-
-    rows = []
-    for row in measured:
-        name = row["name"] if row["name"] == PLAIN else f"{experts} experts, {row['name']}"
-        row |= where | {"batch": batch, "model": row["name"].partition(",")[0], "name": name, "GB": gigabytes}
-        row["group"] = f"{where['shape']}, {where['what']}, {where['mode']}, {batch}"
-        row["tokens a second"] = batch / row["seconds"] if where["what"] == "decode" else None
-        rows.append(row)
+        rows += measure({"what": "decode", "mode": mode, "batch": batch, "experts": EXPERTS}, ways, arguments)
     return rows
 
 
-def with_bandwidth(rows: list[dict], models: dict, bandwidth: float) -> list[dict]:
-    """Add the share of the memory's bandwidth that reading the weights once takes."""
+def measure(where: dict, ways: dict[str, tuple], arguments) -> list[dict]:
+    """Measure ways in turns: seconds, tokens a second, and gigabytes of weights, cache and one step."""
+    steps, gigabytes = {}, {}
+    for name, (model, make_step) in ways.items():
+        steps[name], beside_weights = made_and_run(make_step)
+        gigabytes[name] = None if beside_weights is None else (bytes_of(model) + beside_weights) / 2**30
+
+    title = f"{where['what']}, {where['mode']}, batch {where['batch']}"
+    rows = summary(interleaved(steps, arguments.rounds, title=title), PLAIN)
     for row in rows:
-        model = models[row["model"]]
-        read = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
-        row["bandwidth"] = sum(read.values()) / row["seconds"] / bandwidth
+        name, (model, _) = row["name"], ways[row["name"]]
+        row |= where | {"GB": gigabytes[name], "bytes read": bytes_of(model, read=True)}
+        if name != PLAIN:
+            row["name"] = f"{where['experts']} experts, {name}"
+        if where["mode"] != "eager":
+            row["name"] += f", {where['mode']}"
+        if where["what"] == "decode":
+            row["tokens a second"] = where["batch"] / row["seconds"]
+    return rows
+
+
+def made_and_run(make_step: Callable) -> tuple[Callable, int | None]:
+    """Make a step, run it once, and give the bytes that its cache and the step itself took; None on a CPU."""
+    if DEVICE == "cpu":
+        return make_step(), None
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    step = make_step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return step, torch.cuda.max_memory_allocated() - before
+
+
+def bytes_of(model: PreTrainedModel, read: bool = False) -> int:
+    """Count the bytes of a model's weights, or of those that a step reads: of a PCM's embeddings it looks rows up."""
+    weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    if read and isinstance(model, PCMEnsembleForCausalLM):
+        weights.pop(model.pcm.get_input_embeddings().weight.data_ptr(), None)
+    return sum(weights.values())
+
+
+def with_bandwidth(rows: list[dict], bandwidth: float) -> list[dict]:
+    """Add the share of the memory's bandwidth that reading the weights once takes, to decode steps."""
+    for row in rows:
+        num_bytes = row.pop("bytes read")
+        if row["what"] == "decode":
+            row["share of bandwidth"] = num_bytes / row["seconds"] / bandwidth
     return rows
 
 
@@ -202,9 +261,3 @@ def measure_bandwidth() -> float:
     block = torch.zeros(2**28 if DEVICE == "cuda" else 2**25, device=DEVICE)
     seconds = interleaved({"copy": block.clone}, 10, title="bandwidth")["copy"]
     return 2 * block.nbytes / min(seconds)
-
-
-def reset_memory():
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

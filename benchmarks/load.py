@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from modeling_pcm_ensemble import demo
 
-from .common import grouped_bars, write_results
+from .common import grouped_bars, summary, write_results
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "smollm2"
 PLAIN = "plain vLLM"
@@ -74,17 +74,26 @@ def run(arguments):
             found.setdefault((rate, name), []).append(clients[name](rate))
             tqdm.write(f"{rate:g} a second, {name}: {found[rate, name][-1]}")
 
-    rows = [medians(rate, name, results) for (rate, name), results in found.items()]
-    for row in rows:
-        plain = next(other for other in rows if other["name"] == PLAIN and other["rate"] == row["rate"])
-        row["ratio"] = row["whole answer"] / plain["whole answer"]
+    rows = []
+    for rate in arguments.rates:
+        rows += rows_of({name: results for (other, name), results in found.items() if other == rate}, rate)
+    write(rows, arguments)
+
+
+def write(rows: list[dict], arguments):
     picture = partial(grouped_bars, rows=rows, group="rate", label="time of a whole answer of plain vLLM")
     name = "load-compiled" if arguments.compiled else "load"
     write_results(name, rows, ["rate", "name", *MEASURES], arguments, picture, demo.fast_dtype())
 
 
-def medians(rate: float, name: str, results: list[dict]) -> dict:
-    return {"rate": rate, "name": name} | {key: median(result[key] for result in results) for key in MEASURES}
+def rows_of(results: dict[str, list[dict]], rate: float) -> list[dict]:
+    """Give medians over all rounds at a rate, and a whole answer's time as a multiple of plain vLLM's in its round."""
+    answers = {name: [result["whole answer"] for result in of_name] for name, of_name in results.items()}
+    rows = []
+    for row in summary(answers, PLAIN):
+        of_name = results[row["name"]]
+        rows.append({"rate": rate} | row | {key: median(result[key] for result in of_name) for key in MEASURES})
+    return rows
 
 
 def write_requests(path: Path, arguments):

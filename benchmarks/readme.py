@@ -309,6 +309,7 @@ TABLES = {  # by marker: the results, and the table of them
     "scaling": ("benchmarks/results/scaling.json", scaling_table),
     "serve": ("benchmarks/results/serve.json", serve_table),
     "endpoints": ("benchmarks/results/endpoints.json", endpoints_table),
+    "load": ("benchmarks/results/load.json", load_table),
     "engine": ("benchmarks/results/engine.json", decode_table),
     "training": ("benchmarks/results/training-llama-2x1024.json", training_table),
     "experts": ("examples/smollm2/artifacts/report.json", experts_table),

@@ -165,8 +165,9 @@ def adapter_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsemble
     missing = [name for name in PREFERENCES if not (artifacts / name).is_dir()]
     if missing:
         raise FileNotFoundError(
-            f"{artifacts} has no expert {', '.join(missing)}. Trained experts are not in this package. Clone the "
-            "repository and run `pip install examples/smollm2` there, or pass the path of that folder's `artifacts`."
+            f"{artifacts} has no expert {', '.join(missing)}. Trained experts are in the package "
+            "`pcm-ensemble-smollm2`: clone the repository, and run `pip install examples/smollm2` there, or pass the "
+            "path of that folder's `artifacts`."
         )
 
     model = fetch_smollm2()

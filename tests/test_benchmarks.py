@@ -59,7 +59,8 @@ def test_the_script_for_a_gpu_measures_every_part_of_a_tiny_model(tmp_path):
     size = ["--shapes", "tiny", "--experts", "1", "2", "--batches", "1", "2", "--rounds", "2", "--prompt", "16"]
     command = [sys.executable, "-m", "benchmarks", "gpu", *size, "--output", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    rows = json.loads(next(tmp_path.glob("gpu*.json")).read_text())["rows"]
+    rows = json.loads(next(tmp_path.glob("all-tiny*.json")).read_text())["rows"]
+    assert len(list(tmp_path.glob("*.png"))) == 1
 
     eager, compiled = (
         [row for row in rows if row["mode"] in modes and row["what"] == "decode"]
@@ -67,8 +68,17 @@ def test_the_script_for_a_gpu_measures_every_part_of_a_tiny_model(tmp_path):
     )
     assert len(eager) == 2 * 2 * 5  # numbers of experts, batch sizes, models
     assert len(compiled) == 2 * 2
-    assert all(row["tokens a second"] > 0 and row["bandwidth"] > 0 for row in eager + compiled)
+    assert all(row["tokens a second"] > 0 and row["share of bandwidth"] > 0 for row in eager + compiled)
     assert {row["batch"] for row in rows if row["what"] == "prompt"} == {1, 8}
+    assert {row["name"] for row in eager} >= {"plain model", "1 experts, prompted", '2 experts, LoRA, merge="product"'}
+
+
+def test_what_a_gpu_has_no_time_for_is_named(tmp_path):
+    size = ["--shapes", "tiny", "--experts", "1", "--batches", "1", "--seconds", "0"]
+    command = [sys.executable, "-m", "benchmarks", "gpu", *size, "--output", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "left out after 0 seconds: tiny, 1 experts; tiny, compiled; tiny, prompts." in result.stderr
+    assert result.returncode == 1
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

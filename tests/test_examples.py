@@ -221,5 +221,7 @@ def test_a_script_for_newcomers_runs(script, words, tmp_path):
 
 
 def test_experts_that_an_installation_does_not_have_are_named_with_the_way_to_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no expert elementary, .*clone it, and pass .*smollm2/artifacts"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no expert elementary, .*run `pip install examples/smollm2` there, or pass"
+    ):
         demo.trained_ensemble(tmp_path)

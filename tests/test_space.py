@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -220,8 +221,24 @@ def test_a_path_goes_from_one_expert_to_another(app):
     assert (first["label"], last["label"]) == ("a=1.8 + b=0.2", "a=0.2 + b=1.8")
     assert {carrier for _, carrier in first["value"]} == {"a"}
     assert {carrier for _, carrier in last["value"]} == {"b"}
-    with pytest.raises(gr.Error, match="Choose two experts"):
-        next(app.answer_path(model, "what", 4, 0, "a", "a"))
+    for ends in (("a", "a"), ("a", None), ("a", ["b"]), ("c", "a")):
+        with pytest.raises(gr.Error, match="Choose two experts of a, b"):
+            app.check_path(model, "what", 4, 0, *ends)
+    app.check_path(model, "what", 4, 0, "b", "a")
+
+
+def test_what_a_gpu_of_zerogpu_gives_back_can_be_pickled(app):
+    experts = {"a": tiny_llama(1), "b": tiny_llama(3)}
+    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(2), tokenizer=tiny_tokenizer())
+    both = app.answer_both(model, {"a": "#ff0000", "b": "#0000ff"}, "what", 4, 0, 1.0, 0.5, "", 0.0, 1.0, "")
+    for step in (*both, *app.answer_path(model, "what", 4, 0, "a", "b")):
+        pickle.loads(pickle.dumps(step))
+
+
+def test_an_ensemble_of_one_expert_has_no_path(app, tmp_path):
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2), tokenizer=tiny_tokenizer())
+    tabs = [block.label for block in app.build_app(model, str(tmp_path)).blocks.values() if isinstance(block, gr.Tab)]
+    assert tabs == ["Side by side"]
 
 
 def test_no_words_are_no_words(app):

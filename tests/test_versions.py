@@ -68,6 +68,8 @@ def test_steps_are_compiled_with_an_option_that_older_versions_of_torch_lack():
 def test_the_version_is_the_installed_one_and_the_one_to_cite():
     assert modeling_pcm_ensemble.__version__ == importlib.metadata.version("pcm-ensemble")
     assert f"\nversion: {modeling_pcm_ensemble.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    experts = (ROOT / "examples" / "smollm2" / "pyproject.toml").read_text()
+    assert f'\nversion = "{modeling_pcm_ensemble.__version__}"\n' in experts
 
 
 def test_the_bounds_are_those_of_the_package():

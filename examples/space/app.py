@@ -252,13 +252,16 @@ def check_question(question: str | None):
         raise gr.Error("Ask something.")
 
 
-def answer_both(model, colors: dict[str, str], question, max_new_tokens, temperature, *values):
-    """Yield both answers' text as it comes; at the end tokens by expert, α, and what a vote is about."""
-    weights, words = preferences_of(model, list(values))
+def check_sides(model, question, max_new_tokens, temperature, *values):
     check_question(question)
+    weights, _ = preferences_of(model, list(values))
     if not all(weights) and not model.config.adds_up:
         raise gr.Error("Give each side an expert with a weight above 0, or words.")
 
+
+def answer_both(model, colors: dict[str, str], question, max_new_tokens, temperature, *values):
+    """Yield both answers' text as it comes; at the end tokens by expert, α, and what a vote is about."""
+    weights, words = preferences_of(model, list(values))
     for answers in stream_answers(model, question, weights, words, max_new_tokens, temperature):
         yield *as_shown(model, answers), None, None, None
 
@@ -272,16 +275,19 @@ def answer_both(model, colors: dict[str, str], question, max_new_tokens, tempera
 
 
 def path_weights(first: str, second: str) -> list[dict[str, float]]:
-    """Weights of the answers along a path, which sum to 2: a weight of 1 is an equal share."""
+    """Weights of the answers along a path, which sum to 2: in the middle, both experts have 1."""
     return [{first: round(2 - 2 * share, 1), second: round(2 * share, 1)} for share in PATH]
+
+
+def check_path(model, question, max_new_tokens, temperature, first, second):
+    check_question(question)
+    names = model.config.weighted_names
+    if first == second or first not in names or second not in names:
+        raise gr.Error(f"Choose two experts of {', '.join(names)}.")
 
 
 def answer_path(model, question, max_new_tokens, temperature, first, second):
     """Yield the answers along a path between two experts, rows of one batch; at the end tokens by expert."""
-    check_question(question)
-    if first == second:
-        raise gr.Error("Choose two experts.")
-
     weights, words = path_weights(first, second), [None] * len(PATH)
     titles = [label(wanted, None) for wanted in weights]
     for answers in stream_answers(model, question, weights, words, max_new_tokens, temperature):
@@ -325,13 +331,28 @@ def answer_box(title: str, name: str, colors: dict[str, str], show_legend: bool 
     )
 
 
+def on_gpu(check, answer):
+    """
+    Let ZeroGPU lend a GPU to `answer`, after `check` has let the controls' values pass: a GPU counts from a visitor's
+    quota. Elsewhere, `answer` runs as it is.
+    """
+
+    def seconds(question, max_new_tokens, *values) -> int:
+        return 30 + int(max_new_tokens) // 2
+
+    @spaces.GPU(duration=seconds)
+    def lent(*values):
+        yield from answer(*values)
+
+    def checked(*values):
+        check(*values)
+        yield from lent(*values)
+
+    return checked
+
+
 def lay_out_sides(model, votes: str, colors: dict[str, str], asked: list):
     """Lay out two preferences side by side, whose answers are voted on; `asked` are the controls above."""
-
-    @spaces.GPU
-    def answer(*values):
-        yield from answer_both(model, colors, *values)
-
     controls, texts, charts = [], [], []
     with gr.Row():
         for number, side in enumerate(SIDES):
@@ -350,6 +371,7 @@ def lay_out_sides(model, votes: str, colors: dict[str, str], asked: list):
         buttons = [gr.Button(name, elem_id=f"vote-{CHOICES[name]}") for name in CHOICES]
     thanks = gr.Markdown(elem_id="thanks")
 
+    answer = on_gpu(partial(check_sides, model), partial(answer_both, model, colors))
     run.click(answer, [*asked, *controls], [*texts, *charts, shown], api_name="answer")
     for button in buttons:
         button.click(partial(vote, votes), [shown, button], [shown, thanks], api_name="vote")
@@ -357,11 +379,6 @@ def lay_out_sides(model, votes: str, colors: dict[str, str], asked: list):
 
 def lay_out_path(model, colors: dict[str, str], asked: list):
     """Lay out answers along a path from one expert to another; `asked` are the controls above."""
-
-    @spaces.GPU
-    def answer(*values):
-        yield from answer_path(model, *values)
-
     names = model.config.weighted_names
     gr.Markdown("Five answers, as the weight goes from one expert to another.")
     with gr.Row():
@@ -372,6 +389,7 @@ def lay_out_path(model, colors: dict[str, str], asked: list):
     run = gr.Button("Answer along the path", variant="primary", elem_id="path")
     numbers = range(1, len(PATH) + 1)
     boxes = [answer_box(f"Answer {number}", f"path-{number}", colors, number == 1) for number in numbers]
+    answer = on_gpu(partial(check_path, model), partial(answer_path, model))
     run.click(answer, [*asked, *ends], boxes, api_name="path")
 
 
@@ -392,8 +410,9 @@ def build_app(model, votes: str) -> gr.Blocks:
         asked = [question, max_new_tokens, temperature]
         with gr.Tab("Side by side"):
             lay_out_sides(model, votes, colors, asked)
-        with gr.Tab("From one to another"):
-            lay_out_path(model, colors, asked)
+        if len(model.config.weighted_names) > 1:
+            with gr.Tab("From one to another"):
+                lay_out_path(model, colors, asked)
     return app
 
 
