@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from rich.console import Console
 from rich.table import Table
@@ -75,6 +77,7 @@ def hub_upload(
 
     Raises:
         ValueError: if the folder is no ensemble, the repository is not for it, or a check fails.
+        ConnectionError: if the Hub cannot be reached, which a dry run asks too.
         HfHubHTTPError: if the Hub refuses.
     """
     validate_repo_id(repo_id)
@@ -87,9 +90,10 @@ def hub_upload(
     folder = Path(folder)
     check_folder(folder, endpoints or {})
     report = None if results is None else read_report(results)
-    if not dry_run:
-        check_owner(api.whoami(), repo_id)
-    check_repository(api, repo_id, private)
+    with hub_asked(api):
+        if not dry_run:
+            check_owner(api.whoami(), repo_id)
+        check_repository(api, repo_id, private)
     loading = loading_options(endpoints)
     model = load(folder, token, loading)
 
@@ -121,6 +125,19 @@ def hub_upload(
         )
         console.print("Pulled into an empty cache, it gives this model's logits.")
         return commit
+
+
+@contextmanager
+def hub_asked(api: HfApi) -> Iterator[None]:
+    """Say in one sentence that the Hub cannot be reached."""
+    try:
+        yield
+    except (OSError, ValueError, HfHubHTTPError):
+        raise
+    except Exception as error:  # of the HTTP library that the Hub's client is built on, which changes
+        raise ConnectionError(
+            f"The Hub at {api.endpoint} cannot be reached, which is asked whether the repository is there: {error}"
+        ) from error
 
 
 def upload_files(

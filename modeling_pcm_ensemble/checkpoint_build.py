@@ -20,7 +20,8 @@ from .requirements import endpoints
 
 logger = logging.get_logger(__name__)
 
-SPEC_FIELDS = ("model", "adapter", "prompt", "description", "dimension")
+BESIDE_MODEL = ("prompt", "description", "dimension")
+SPEC_FIELDS = ("model", "adapter", *BESIDE_MODEL)
 ENDPOINT_FIELDS = ("endpoint", "served_model", "api", "top_logprobs", "timeout", "attempts", "on_failure", "key")
 
 
@@ -212,6 +213,7 @@ def _served_spec(name: str, spec: dict[str, Any], served: list[Any]) -> dict[str
             "`served_model` is its name there."
         )
 
+    _check_fields(name, spec, ENDPOINT_FIELDS + BESIDE_MODEL)
     fields = {field: spec[field] for field in ENDPOINT_FIELDS if field in spec}
     new = endpoints().EndpointForCausalLM.of_expert(name, fields)
     same = next((other for other in served if other.allowed and new.asks_like(other)), new)
@@ -231,12 +233,15 @@ def _fit_endpoints(
             backbone.fit(body, tokenizer, label)
 
 
+def _check_fields(name: str, spec: Mapping[str, Any], accepted: tuple[str, ...]):
+    if unknown := sorted(set(spec) - set(accepted)):
+        raise ValueError(f"Expert {name!r} has the unknown fields {unknown}. Accepted are {', '.join(accepted)}.")
+
+
 def _expert_spec(name: str, spec) -> dict[str, Any]:
     if not isinstance(spec, Mapping):
         spec = {"model": spec}
-    unknown = sorted(set(spec) - set(SPEC_FIELDS))
-    if unknown:
-        raise ValueError(f"Expert {name!r} has the unknown fields {unknown}. Accepted are {', '.join(SPEC_FIELDS)}.")
+    _check_fields(name, spec, SPEC_FIELDS)
 
     for text_field in ("prompt", "description", "dimension"):
         if not isinstance(spec.get(text_field), str | None):

@@ -281,7 +281,7 @@ def spec(server, **fields) -> dict:
         ({"endpoint": "http://gpu-7:99999/v1"}, "must be an address"),
         ({"on_failure": "retry"}, "must be 'error' or 'drop'"),
         ({"model": "gpt2"}, "Leave `model` and `adapter` out"),
-        ({"color": "red"}, "unknown fields"),
+        ({"on_fail": "drop"}, r"unknown fields \['on_fail'\]. Accepted are endpoint, .*on_failure, key, prompt"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )

@@ -38,8 +38,10 @@ def folder(hub, whole, tmp_path) -> Path:
     return folder
 
 
-def upload(hub, folder, *options, token="hf_owner", repo_id="owner/ensemble") -> subprocess.CompletedProcess:
-    environment = client_environment(hub, folder.parent / "home", token)
+def upload(
+    hub, folder, *options, token="hf_owner", repo_id="owner/ensemble", **settings: str
+) -> subprocess.CompletedProcess:
+    environment = client_environment(hub, folder.parent / "home", token) | settings
     command = [sys.executable, "-m", "hub_upload", str(folder), repo_id, *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
@@ -287,3 +289,10 @@ def test_experts_behind_an_endpoint_are_uploaded_with_their_address_and_without_
     assert f"| there |  | there | there behind {server.endpoint} |" in card
     assert f"Experts are behind {server.endpoint}: prompts and answers are sent there." in card
     assert not any(secret.encode() in content for content in stored.values())
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(hub, folder):
+    result = upload(hub, folder, "--dry-run", HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.returncode == 1
+    assert "ConnectionError: The Hub at http://127.0.0.1:9 cannot be reached" in result.stderr
+    assert "Traceback" not in result.stderr

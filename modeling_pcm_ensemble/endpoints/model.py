@@ -120,12 +120,14 @@ class EndpointForCausalLM(PreTrainedModel, GenerationMixin):
         self._answers([tuple(tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])])
 
     def _check_tokens(self, text: str, here: list[int], label: str):
-        api = APIS[self.config.api]
-        there = self._send(*api.tokens(text, self.config.served_model), api.read_tokens).result()
+        config = self.config
+        api = APIS[config.api]
+        there = self._send(*api.tokens(text, config.served_model), api.read_tokens).result()
         if here != there:
             raise ValueError(
-                f"All parts must share one vocabulary: {text[:60]!r} is {there} at {self.config.endpoint}, the model "
-                f"of {label}, but {here} for the ensemble's tokenizer. Use models with the same tokenizer."
+                f"All parts must share one vocabulary: {text[:60]!r} is {there} at {config.endpoint}, the model "
+                f"of {label}, but {here} for the ensemble's tokenizer. Use models with the same tokenizer, and the "
+                f"server's own `api`; this one is asked as {config.api!r}."
             )
 
     @property

@@ -108,7 +108,7 @@ class WishReader:
 
     def _check_names(self, params: SamplingParams | None):
         extra_args = (params.extra_args if params is not None else None) or {}
-        if unknown := [name for name in extra_args if name.startswith("preference") and name not in KEYS]:
+        if unknown := [name for name in extra_args if name.startswith("prefer") and name not in KEYS]:
             raise ValueError(f"A request has no argument {unknown[0]!r}. There are {', '.join(map(repr, KEYS))}.")
 
     def _read(self, preference=None, preference_text=None, preference_ids=None) -> Wish:
