@@ -8,6 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -25,9 +28,9 @@ BAD = [
 ]
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """A server of a local folder, started as anybody would start it."""
+@contextmanager
+def served(log: Path, *options: str) -> Iterator[str]:
+    """Run a server of a local folder, started as anybody would start it, and give its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,8 +42,7 @@ def url(tmp_path_factory):
         str(REFERENCES / "probabilities"),
     ]
     command += ["--served-model-name", "ensemble", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager"]
-    log = tmp_path_factory.mktemp("server") / "log"
+    command += ["--dtype", "float32", "--enforce-eager", *options]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -56,6 +58,12 @@ def url(tmp_path_factory):
         server.wait(60)
 
 
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
 def is_healthy(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health").status_code == 200
@@ -68,10 +76,14 @@ def as_xargs(extra_args: dict) -> dict:
     return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in extra_args.items()}
 
 
+def metric_lines(url: str) -> list[str]:
+    return [line for line in httpx.get(f"{url}/metrics").text.splitlines() if not line.startswith("#")]
+
+
 def metrics(url: str) -> dict[str, float]:
-    lines = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if not line.startswith("#")]
+    """Each metric's value, summed over its labels."""
     values: dict[str, float] = {}
-    for line in lines:
+    for line in metric_lines(url):
         name, value = line.rsplit(" ", 1)
         name = name.partition("{")[0]
         values[name] = values.get(name, 0) + float(value)
@@ -89,7 +101,8 @@ async def complete(client: AsyncOpenAI, reference: Reference, **options):
     )
 
 
-def test_fifty_clients_at_once_get_their_own_answers_and_bad_ones_a_400(url):
+def check_many_at_once(url: str):
+    """Fifty clients at once get their own answers, and bad ones a 400."""
     generator, asked = random.Random(3), references("probabilities")
     good = [generator.choice(asked) for _ in range(CLIENTS - 10)]
     requests: list[tuple[Reference, bool]] = [(reference, True) for reference in good]
@@ -109,6 +122,19 @@ def test_fifty_clients_at_once_get_their_own_answers_and_bad_ones_a_400(url):
             assert answer.status_code == 400, (reference.extra_args, answer)
             assert "preference" in str(answer)
     assert is_healthy(url)
+
+
+def test_fifty_clients_at_once_get_their_own_answers_and_bad_ones_a_400(url):
+    check_many_at_once(url)
+
+
+def test_two_replicas_behind_one_address_answer_as_one_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    with served(tmp_path / "log", "--data-parallel-size", "2") as url:
+        check_many_at_once(url)
+        by_engine = [line for line in metric_lines(url) if line.startswith("vllm:generation_tokens_total{")]
+    assert len(by_engine) == 2
+    assert all(float(line.rsplit(" ", 1)[1]) > 0 for line in by_engine)
 
 
 def test_a_chat_is_streamed_under_a_preference(url):
