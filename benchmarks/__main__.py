@@ -1,13 +1,12 @@
-"""`python -m benchmarks COMMAND`: decode, greedy, drafts, serve, memory, scaling, training, profile, engine, …"""
+"""`python -m benchmarks COMMAND`: see `python -m benchmarks --help`."""
 
 import argparse
+from importlib import import_module
 
 from transformers.utils import logging
 
-from . import decode, drafts, endpoints, engine, gpu, greedy, load, memory, profile, readme, scaling, serve, training
-
-MODULES = (decode, greedy, drafts, serve, memory, scaling, training, profile, engine, load, endpoints, gpu, readme)
-COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
+NAMES = "decode start prefill greedy drafts serve memory scaling training profile engine load endpoints gpu readme"
+COMMANDS = {name: import_module(f".{name}", __package__) for name in NAMES.split()}
 
 
 def main():

@@ -147,8 +147,12 @@ def write_results(
     picture: Callable | None = None,
     dtype: torch.dtype = DTYPE,
     model: str | None = None,
+    panels: int = 1,
 ):
-    """Print a table, and write it as JSON with machine and versions, and as PNG where there is a picture."""
+    """
+    Print a table, and write it as JSON with machine and versions, and as PNG where there is a picture: a function of
+    its axes, or of the list of them where there are several panels.
+    """
     if model is None:
         model = (
             "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
@@ -175,9 +179,9 @@ def write_results(
     write_text(folder / f"{stem}.json", json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
     if picture is not None:
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        figure, axes = plt.subplots(1, panels, figsize=(8 if panels == 1 else 4 * panels, 4.5), layout="constrained")
         picture(axes)
-        axes.set_title(f"{model}, {where}, {dtype}")
+        figure.suptitle(f"{model}, {where}, {dtype}")
         figure.savefig(folder / f"{stem}.png", dpi=120)
         plt.close(figure)
 

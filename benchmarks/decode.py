@@ -37,7 +37,7 @@ def add_arguments(parser):
     kinds = ["prompted", "LoRA"]
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of experts in our ensembles")
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--fast", action="store_true", help="compiled steps instead, which take minutes to compile")
+    parser.add_argument("--fast", action="store_true", help="compiled steps instead")
     parser.add_argument("--xlora", action="store_true", help="X-LoRA too, which runs the whole context at each step")
 
 

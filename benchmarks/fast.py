@@ -36,8 +36,8 @@ def run(arguments):
     compiled = {PLAIN: load_backbone(arguments)}
     for kind in arguments.kinds:
         compiled[f"{kind} experts"] = ENSEMBLES[kind.lower()](load_backbone(arguments), experts)
-    run_plain = partial(run_without_adapters, compiled[PLAIN])
-    plain = CompiledStep(compiled[PLAIN], run_plain, clear_traced, COMPILED, WeightSnapshot(compiled[PLAIN]))
+    weights = WeightSnapshot(compiled[PLAIN])
+    plain = CompiledStep(compiled[PLAIN], run_without_adapters, clear_traced, COMPILED, weights)
 
     rows = []
     for batch in arguments.batches:
@@ -61,7 +61,7 @@ def run(arguments):
         for name, model in compiled.items():
             firsts[f"{name}, eager"] = first_token(model, batch)
             firsts[f"{name}, compiled"] = first_token(model, batch, is_static=True)
-        first = {row["name"]: row["seconds"] for row in summary(interleaved(firsts, 5, 1, "first token"), PLAIN)}
+        first = {row["name"]: row["seconds"] for row in summary(interleaved(firsts, 3, 1, "first token"), PLAIN)}
 
         to_compiled = {row["name"]: row["ratio"] for row in summary(measured, f"{PLAIN}, compiled")}
         for row in summary(measured, PLAIN):
@@ -85,20 +85,20 @@ def first_token(model, batch: int, is_static: bool = False):
     return lambda: model.generate(ids, **options)
 
 
-def compiled_step(model: PCMEnsembleForCausalLM, token: torch.Tensor, rounds: int):
+def compiled_step(model: PCMEnsembleForCausalLM, token: torch.Tensor, rounds: int, context: int = CONTEXT):
     """Return a step as `cached_step` does, but compiled and into static caches."""
     batch = len(token)
-    cache = PCMEnsembleCache(model.config, "static", static_length(rounds))
-    model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = PCMEnsembleCache(model.config, "static", static_length(rounds, context))
+    model(some_ids(batch, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
     call = model.get_compiled_call(COMPILED)
     return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def compiled_plain_step(call: CompiledStep, token: torch.Tensor, rounds: int):
+def compiled_plain_step(call: CompiledStep, token: torch.Tensor, rounds: int, context: int = CONTEXT):
     """Return a plain model's step, compiled as an ensemble compiles its submodels'."""
-    batch, length = len(token), static_length(rounds)
+    batch, length = len(token), static_length(rounds, context)
     cache = StaticCache(call.model.config, max_cache_len=length)
-    call.model(some_ids(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    call.model(some_ids(batch, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
     call.mark(cache.layers)
     mask = torch.ones(batch, length, dtype=torch.long, device=DEVICE)
 
@@ -110,11 +110,11 @@ def compiled_plain_step(call: CompiledStep, token: torch.Tensor, rounds: int):
     return step
 
 
-def run_without_adapters(model, adapter_masks: list, **inputs):
+def run_without_adapters(call, adapter_masks: list, *args, **inputs):
     """Run a model that has no adapters."""
-    return model(**inputs)
+    return call(*args, **inputs)
 
 
-def static_length(rounds: int) -> int:
+def static_length(rounds: int, context: int) -> int:
     """Return the length of a static cache that holds the context and a token for each round, warm-up too."""
-    return CONTEXT + rounds + 8
+    return context + rounds + 8

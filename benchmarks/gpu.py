@@ -191,8 +191,7 @@ def measure_compiled(shape: str, arguments) -> list[dict]:
     """Measure compiled steps, which are CUDA graphs on a GPU."""
     backbone, rows = make_backbone(shape), []
     ensemble = random_lora_ensemble(make_backbone(shape), EXPERTS)
-    run_plain = partial(run_without_adapters, backbone)
-    plain = CompiledStep(backbone, run_plain, clear_traced, COMPILED, WeightSnapshot(backbone))
+    plain = CompiledStep(backbone, run_without_adapters, clear_traced, COMPILED, WeightSnapshot(backbone))
 
     mode = "CUDA graphs" if DEVICE == "cuda" else "compiled"
     for batch in arguments.batches:

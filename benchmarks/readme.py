@@ -80,6 +80,15 @@ def fast_table(results: dict) -> str:
     return table(header, lines)
 
 
+def start_table(results: dict) -> str:
+    """Seconds of a process' first answer and of later ones, and the tokens after which compiling has paid."""
+    lines = []
+    for row in results["rows"]:
+        pays_after = "–" if not row["pays after"] else f"{row['pays after']:.0f}"
+        lines.append([row["name"], f"{row['first']:.1f}", f"{row['later']:.2f}", pays_after])
+    return table(["", "first answer, s", "later answers, s", "compiling pays after, tokens"], lines)
+
+
 def greedy_table(results: dict) -> str:
     """Of answers that differ, how many do so at a tie, and the largest margin."""
     header = ["", "answers", "the same", "others at a tie (below 0.001)", "largest margin, nats"]
@@ -105,9 +114,12 @@ def scaling_table(results: dict) -> str:
     """The part with one request and the shortest context."""
     rows = results["rows"]
     shortest = min(row["context"] for row in rows)
-    shown = [row for row in rows if row["name"] == "LoRA experts" and (row["batch"], row["context"]) == (1, shortest)]
-    header = ["LoRA experts", *(str(row["experts"]) for row in shown)]
-    return table(header, [["batch 1", *(f"{row['ratio']:.2f}" for row in shown)]])
+    shown = [row for row in rows if (row["batch"], row["context"]) == (1, shortest)]
+
+    lines = []
+    for name in _distinct(shown, "name"):
+        lines.append([name, *(f"{row['ratio']:.2f}" for row in shown if row["name"] == name)])
+    return table(["experts", *map(str, _distinct(shown, "experts"))], lines)
 
 
 def serve_table(results: dict) -> str:
@@ -302,6 +314,8 @@ TABLES = {  # by marker: the results, and the table of them
     "decode in short": ("benchmarks/results/decode.json", decode_in_short_table),
     "decode": ("benchmarks/results/decode.json", decode_table),
     "decode-fast": ("benchmarks/results/decode-fast.json", fast_table),
+    "prefill": ("benchmarks/results/prefill.json", decode_table),
+    "start": ("benchmarks/results/start.json", start_table),
     "greedy": ("benchmarks/results/greedy.json", greedy_table),
     "continuous": ("benchmarks/results/continuous.json", continuous_table),
     "memory": ("benchmarks/results/memory.json", memory_table),

@@ -1,12 +1,17 @@
-"""One decode step against the number of experts, the batch and the context."""
+"""One decode step against the number of experts, the batch and the context, eager and compiled, above its floor."""
 
 from functools import partial
 
 import torch
+from tqdm import tqdm
+
+from modeling_pcm_ensemble.compile_steps import CompiledStep
+from modeling_pcm_ensemble.lora import clear_traced
+from modeling_pcm_ensemble.weight_changes import WeightSnapshot
 
 from .common import (
+    EXPERTS,
     cached_step,
-    grouped_bars,
     interleaved,
     load_backbone,
     one_token,
@@ -14,38 +19,62 @@ from .common import (
     summary,
     write_results,
 )
+from .fast import COMPILED, compiled_plain_step, compiled_step, run_without_adapters
+
+PLAIN = "plain model"
+FLOOR = "plain model of as many rows, compiled"  # all experts as rows of one batch, and nothing else
+AXES = {"experts": "experts", "batch": "requests", "context": "tokens of context"}
 
 
 def add_arguments(parser):
     parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 3, 6, 12, 24])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 2048])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 2048, 4096, 8192])
     parser.add_argument("--rounds", type=int, default=8)
 
 
 @torch.no_grad()
 def run(arguments):
     """From three experts, one request and the shortest context, each of the three grows alone."""
-    backbone = load_backbone(arguments)
-    context = min(arguments.contexts)
-    points = [(experts, 1, context) for experts in arguments.experts]
-    points += [(3, batch, context) for batch in arguments.batches if batch > 1]
-    points += [(3, 1, length) for length in arguments.contexts if length > context]
+    backbone, compiled_backbone = load_backbone(arguments), load_backbone(arguments)
+    plain = CompiledStep(
+        compiled_backbone, run_without_adapters, clear_traced, COMPILED, WeightSnapshot(compiled_backbone)
+    )
+    shortest = min(arguments.contexts)
+    points = [(experts, 1, shortest) for experts in arguments.experts]
+    points += [(EXPERTS, batch, shortest) for batch in arguments.batches if batch > 1]
+    points += [(EXPERTS, 1, context) for context in arguments.contexts if context > shortest]
 
     rows = []
-    for experts, batch, length in points:
-        token = one_token(batch)
-        ensemble = random_lora_ensemble(backbone, experts)
+    for experts, batch, context in tqdm(points):
+        token, rounds = one_token(batch), arguments.rounds
+        ensemble = random_lora_ensemble(load_backbone(arguments), experts)
         steps = {
-            "plain model": cached_step(backbone, token, length),
-            "LoRA experts": cached_step(ensemble, token, length),
+            PLAIN: cached_step(backbone, token, context),
+            "LoRA experts, eager": cached_step(ensemble, token, context),
+            "LoRA experts, compiled": compiled_step(ensemble, token, rounds, context),
+            FLOOR: compiled_plain_step(plain, one_token(batch * experts), rounds, context),
         }
+        title = f"{experts} experts, batch {batch}, context {context}"
+        measured = summary(interleaved(steps, rounds, warm_up=2, title=title), PLAIN)
+        rows += [{"experts": experts, "batch": batch, "context": context} | row for row in measured]
 
-        title = f"{experts} experts, batch {batch}, context {length}"
-        measured = summary(interleaved(steps, arguments.rounds, warm_up=2, title=title), "plain model")
-        rows += [{"experts": experts, "batch": batch, "context": length, "point": title} | row for row in measured]
-
-    by_experts = [row for row in rows if row["batch"] == 1 and row["context"] == context]
     columns = ["experts", "batch", "context", "name", "seconds", "ratio"]
-    picture = partial(grouped_bars, rows=by_experts, group="experts", label="time of one plain step")
-    write_results("scaling", rows, columns, arguments, picture)
+    write_results("scaling", rows, columns, arguments, partial(draw, rows=rows), panels=len(AXES))
+
+
+def draw(panels, rows: list[dict]):
+    """Draw a line for each way over experts, requests and context, the two others as small as they were measured."""
+    least = {axis: min(row[axis] for row in rows) for axis in AXES} | {"experts": EXPERTS}
+    for axes, (axis, label) in zip(panels, AXES.items()):
+        others = [other for other in AXES if other != axis]
+        for name in dict.fromkeys(row["name"] for row in rows):
+            shown = [row for row in rows if row["name"] == name and all(row[o] == least[o] for o in others)]
+            shown.sort(key=lambda row: row[axis])
+            style = ":" if name == FLOOR else "-"
+            axes.plot([row[axis] for row in shown], [row["ratio"] for row in shown], style, marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(label)
+        axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("time of one plain eager step")
+    panels[0].legend(fontsize=7)

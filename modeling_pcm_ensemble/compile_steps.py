@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +11,16 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.logging import tqdm
 
 from .compile_attention import grouped_attention
+from .compile_blocks import CompiledBlocks, find_blocks
+from .compile_cache import check_cache_folders
+from .compile_linears import can_pack
 from .requirements import check_compiles
 from .weight_changes import WeightSnapshot
 
 logger = logging.get_logger(__name__)
 
 RECOMPILE_LIMIT = 64  # of a submodel
+DOES_NOT_COMPILE = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 
 # Threads take turns: the compiler's settings, and a model's attention while it is compiled, are not one thread's.
 _one_at_a_time = RLock()
@@ -26,13 +31,16 @@ class CompiledStep:
     A submodel's step, compiled; as it was, with one warning, where it does not compile. It stays with the submodel,
     but not with a copy, whose own it is not.
 
+    On a CPU, where a model's blocks are alike, one is compiled for all (see [`CompiledBlocks`]); else the whole step.
+
     Args:
         model (`PreTrainedModel`): the submodel's.
-        run (`Callable`): what is compiled: it calls the model, as `run(adapter_masks, **inputs)`.
+        run (`Callable`): calls the model, or a part of it, in code that is compiled: `run(call, adapter_masks, …)`.
         clear (`Callable`): clears what `run` leaves behind where it fails.
         config (`CompileConfig`): how it is compiled.
-        weights (`WeightSnapshot`, *optional*): weights that may be compiled in; None where they change, since torch
-            never frees them.
+        weights (`WeightSnapshot`, *optional*): weights that may be packed or compiled in; None where they change,
+            since torch never frees what is compiled in.
+        adapters (`nn.Module`, *optional*): adapters on the model, at the paths of its modules.
 
     Raises:
         ImportError: if torch is too old.
@@ -41,10 +49,11 @@ class CompiledStep:
     def __init__(
         self,
         model: PreTrainedModel,
-        run: Callable[..., ModelOutput],
+        run: Callable[..., Any],
         clear: Callable[[], None],
         config: CompileConfig,
         weights: WeightSnapshot | None,
+        adapters: nn.Module | None = None,
     ):
         check_compiles()
         self.model = model
@@ -59,31 +68,37 @@ class CompiledStep:
         if options["dynamic"] is None:
             options["dynamic"] = True  # routes change the number of rows from call to call
         options |= {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+        with _one_at_a_time:
+            blocks = find_blocks(model, adapters)
+        self.blocks: CompiledBlocks | None = None
+        self.blocks_fail = False
+        if blocks is not None:
+            packs = self.weights is not None and can_pack(model.dtype)
+            self.blocks = CompiledBlocks(model, blocks, run, packs, options)
 
         def step(adapter_masks, **inputs) -> ModelOutput:  # of which the model's own hooks are a part
-            return run(adapter_masks, **inputs)
+            return run(model, adapter_masks, **inputs)
 
         step.__code__ = step.__code__.replace()  # its own, so that what is compiled of it can be forgotten alone
         self.code = step.__code__
         self.call = torch.compile(step, **options)
-        self.compiles = True
+        self.compiles = config.backend != "inductor" or _may_keep_code(model)
         self.has_run = {True: False, False: False}  # by whether it is for one row, which has code of its own
 
     def __call__(self, adapter_masks: list[torch.Tensor], **inputs) -> ModelOutput:
         """Run the step; `adapter_masks` are what [`~lora.run_traced`] takes, `inputs` the model's."""
         single = len(inputs["input_ids"]) == 1
 
-        # Settings that torch has no public name for: weights compiled in (as an option of torch.compile `freezing` is
-        # read too late), and a model's floats as constants. Without them compiling and steps are slower, no more.
+        # A setting that torch has no public name for: a model's floats as constants. Without it, compiling and steps
+        # are slower, no more.
         with (
             _one_at_a_time,
-            torch._inductor.config.patch(self.settings),
             torch._dynamo.config.patch(specialize_float=True),
             grouped_attention(self.model),
         ):
             try:
                 output = self._run(single, adapter_masks, **inputs)
-            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            except DOES_NOT_COMPILE as error:
                 name = type(self.model).__name__
                 logger.warning(f"{name} does not compile; its steps run uncompiled. {type(error).__name__}: {error}")
                 self.compiles = False
@@ -98,16 +113,41 @@ class CompiledStep:
         if not self.compiles:
             return self.model(**inputs)
         if self.has_run[single]:
-            return self.call(adapter_masks, **inputs)
+            return self._compiled(adapter_masks, **inputs)
 
         rows = "one row" if single else "any number of rows"
         title = f"Compiling the step of {type(self.model).__name__} for {rows}"
         with tqdm(total=1, desc=title, bar_format="{desc}: {elapsed}"):
+            return self._compiled(adapter_masks, **inputs)
+
+    def _compiled(self, adapter_masks: list[torch.Tensor], **inputs) -> ModelOutput:
+        looks_inside = inputs.get("output_hidden_states") or inputs.get("output_attentions")
+        is_plain = not (looks_inside or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        if self.blocks is not None and is_plain:
+            try:
+                with torch._inductor.config.patch(_vector_width(self.config)), self.blocks.active(adapter_masks):
+                    return self.model(**inputs)
+            except DOES_NOT_COMPILE as error:
+                if self.blocks.reached > 0:  # the caches of those before have been written to
+                    raise RuntimeError("A compiled step failed half-way. Begin this answer anew.") from error
+                self.blocks.forget()
+                self.blocks, self.blocks_fail = None, True
+
+        # Another setting without a public name: as an option of torch.compile, `freezing` is read too late.
+        with torch._inductor.config.patch(self.settings):
             return self.call(adapter_masks, **inputs)
 
     def holds_weights_of(self, model: PreTrainedModel, bank: nn.Module | None) -> bool:
         """Whether what is compiled in is, if anything, these weights as they are."""
         return self.weights is None or self.weights == WeightSnapshot(model, bank)
+
+    def holds_blocks_of(self, model: PreTrainedModel, bank: nn.Module | None) -> bool:
+        """Whether decoder layers that can be compiled as one are as they were, but for their weights."""
+        with _one_at_a_time:
+            found = find_blocks(model, bank)
+        if self.blocks is None:
+            return self.blocks_fail or found is None
+        return self.blocks.blocks.are_still(found)
 
     def mark(self, layers: list):
         """Let the sizes of a cache vary, before the first step into its layers."""
@@ -117,6 +157,8 @@ class CompiledStep:
     def forget(self):
         """Drop what was compiled; the compiler does not notice when hooks come and go."""
         torch._dynamo.reset_code(self.code)
+        if self.blocks is not None:
+            self.blocks.forget()
 
     def __reduce__(self):
         return type(None), ()
@@ -130,6 +172,25 @@ def _copied(output: ModelOutput) -> ModelOutput:
         elif isinstance(value, tuple):
             output[name] = tuple(tensor.clone() for tensor in value)
     return output
+
+
+def _may_keep_code(model: PreTrainedModel) -> bool:
+    try:
+        check_cache_folders()
+    except OSError as error:
+        logger.warning(f"The steps of {type(model).__name__} run uncompiled. {error}")
+        return False
+    return True
+
+
+def _vector_width(config: CompileConfig) -> dict[str, int]:
+    """Kept code says no other way for which vectors it was made; a folder may be on more than one machine."""
+    if config.backend != "inductor":
+        return {}
+    try:
+        return {"cpp.simdlen": torch._inductor.cpu_vec_isa.pick_vec_isa().bit_width()}
+    except RuntimeError:  # there is no compiler, as compiling will say
+        return {}
 
 
 def _inductor_settings(model: PreTrainedModel, config: CompileConfig) -> dict:

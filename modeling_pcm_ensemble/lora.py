@@ -1,6 +1,6 @@
 """Many LoRA adapters on one frozen model, selected or weighted for each batch row, and PEFT's format in and out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -99,21 +99,21 @@ _traced = _Traced()
 _bank_numbers = count()
 
 
-def run_traced(model: nn.Module, bank: "LoraBank | None", adapter_masks: list[torch.Tensor], **inputs):
+def run_traced(bank: "LoraBank | None", call: Callable, adapter_masks: list[torch.Tensor], *args, **inputs):
     """
-    Call the model under adapters, in code that is compiled.
+    Call a model, or a part of it, under adapters, in code that is compiled.
 
     Args:
-        model (`nn.Module`): what runs.
         bank (`LoraBank`, *optional*): whose adapters; hooks of others, on a backbone that ensembles share, do nothing.
+        call (`Callable`): what runs.
         adapter_masks (`list[torch.Tensor]`): of [`LoraBank.kind_masks`]; none where no adapter runs.
-        inputs: the model's.
+        args, inputs: what it is called with.
     """
     _traced.is_step = True
     _traced.bank = bank.number if bank is not None and adapter_masks else None
     _traced.masks = adapter_masks
 
-    output = model(**inputs)
+    output = call(*args, **inputs)
 
     clear_traced()
     return output
@@ -136,6 +136,7 @@ class LoraGroup(nn.Module):
 
     def __init__(self, linears: dict[str, Any], columns: list[Columns], bank: int, kinds: dict):
         super().__init__()
+        self.first = next(iter(linears))  # one of the layers, by its name
         self.columns = tuple(sorted(columns, key=lambda entry: (entry.layer, entry.adapter)))
         self.kind = kinds.setdefault(self.columns, len(kinds))
 
@@ -187,14 +188,19 @@ class LoraLayer(nn.Module):
         return output
 
     def _add_traced(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The same for the compiler, which finds by itself what layers of a group share."""
+        """The same for the compiler, which finds what layers of a group share."""
         group = self.group[0]
-        low = nn.functional.linear(hidden_states, group.lora_A.to(hidden_states.dtype))  # (rows, seq, columns)
-        low = (low * _traced.masks[group.kind].to(low.dtype)).flatten(0, 1)
+        low = nn.functional.linear(hidden_states, _cast(group.lora_A, hidden_states.dtype))  # (rows, seq, columns)
+        low = (low * _cast(_traced.masks[group.kind], low.dtype)).flatten(0, 1)
 
         # In two dimensions: a product of parts of rows in three would not become a matrix product
         low = low[:, self.start : self.stop]  # (rows * seq, columns of the layer)
-        return output + nn.functional.linear(low, self.lora_B.to(output.dtype)).view_as(output)
+        return output + nn.functional.linear(low, _cast(self.lora_B, output.dtype)).view_as(output)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor itself where it has this dtype: compiled code knows packed weights by it."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class LoraBank(nn.Module):
@@ -219,7 +225,7 @@ class LoraBank(nn.Module):
             for path, (rank, scale) in adapted_layers(backbone, adapter).items():
                 columns.setdefault(path, []).append(Columns(path.rpartition(".")[2], index, rank, scale))
 
-        for paths in _groups(list(columns)):
+        for paths in same_input(list(columns)):
             linears = {path.rpartition(".")[2]: backbone.get_submodule(path) for path in paths}
             group = LoraGroup(linears, [entry for path in paths for entry in columns[path]], self.number, self.kinds)
             _add_at(self, paths[0].rpartition(".")[0], "_".join(linears), group)
@@ -313,8 +319,8 @@ def features(linear: Any) -> tuple[int, int]:
     return linear.in_features, linear.out_features
 
 
-def _groups(paths: list[str]) -> list[list[str]]:
-    """Paths that stand beside one another and read the same input go together."""
+def same_input(paths: list[str]) -> list[list[str]]:
+    """Group paths of linear layers: those that stand beside one another and read the same input go together."""
     groups: dict[tuple, list[str]] = {}
     for path in paths:
         parent, _, name = path.rpartition(".")
@@ -331,4 +337,14 @@ def _add_at(root: nn.Module, path: str, name: str, module: nn.Module):
     root.add_module(name, module)
 
 
-__all__ = ["AdapterSelection", "LoraBank", "adapted_layers", "features", "linear_layers", "run_traced"]
+__all__ = [
+    "AdapterSelection",
+    "LoraBank",
+    "LoraGroup",
+    "LoraLayer",
+    "adapted_layers",
+    "features",
+    "linear_layers",
+    "run_traced",
+    "same_input",
+]

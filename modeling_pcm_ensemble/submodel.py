@@ -218,16 +218,18 @@ class Submodel:
 
     def _compiled(self, model: PreTrainedModel, memory: Memory, config: CompileConfig) -> CompiledStep:
         """The compiled step; compiled anew where it is of another model, or of weights that have changed since."""
-        step = self.compiled_step
-        if step is not None and not memory.is_marked and not step.holds_weights_of(model, self.bank):
+        step, begins = self.compiled_step, not memory.is_marked
+        if step is not None and begins and not step.holds_weights_of(model, self.bank):
             self.forget_weights()
+        if step is not None and begins and not step.holds_blocks_of(model, self.bank):
+            self.forget_compiled()
         if step is not None and (step.config != config or step.model is not model):
             self.forget_compiled()
 
         if self.compiled_step is None:
-            run = partial(run_traced, model, self.bank)
+            run = partial(run_traced, self.bank)
             weights = None if self.weights_change else WeightSnapshot(model, self.bank)
-            self.compiled_step = CompiledStep(model, run, clear_traced, config, weights)
+            self.compiled_step = CompiledStep(model, run, clear_traced, config, weights, self.bank)
         if not memory.is_marked:
             self.compiled_step.mark(memory.layers)
             memory.is_marked = True

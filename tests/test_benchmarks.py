@@ -23,8 +23,12 @@ ROOT = Path(__file__).parent.parent
             {"plain model, compiled", "LoRA experts, compiled"},
         ),
         (["serve", "--requests", "3", "--tokens", "4", "--rounds", "1"], {"this library", "one plain model"}),
-        (["scaling", "--experts", "1", "2", "--batches", "2", "--contexts", "16", "--rounds", "2"], {"LoRA experts"}),
+        (
+            ["scaling", "--experts", "1", "2", "--batches", "2", "--contexts", "16", "--rounds", "2"],
+            {"LoRA experts, compiled"},
+        ),
         (["training", "--rounds", "2"], {"the same, 6 experts", "the same, experts 4 times as large"}),
+        (["prefill", "--context", "64", "--rounds", "2"], {"plain model", "prompted experts", "lora experts"}),
         (["memory", "--tokens", "4"], {"one plain model", "six LoRA experts and the PCM"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -53,6 +57,13 @@ def test_experts_behind_a_server_are_measured_beside_those_here(tmp_path):
     assert all(row["tokens a second"] > 0 for row in rows.values())
     assert [name for name, row in rows.items() if "request ms" in row] == list(rows)[1:]
     assert [name for name, row in rows.items() if "overlap" in row] == list(rows)[1:3]
+
+
+def test_the_first_answer_is_measured_with_nothing_kept_and_in_the_next_process(tmp_path):
+    size = ["--layers", "4", "--hidden", "128", "--kinds", "lora", "--tokens", "4", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "benchmarks", "start", *size], check=True, cwd=ROOT, capture_output=True)
+    eager, first, again = json.loads((tmp_path / "start.json").read_text())["rows"]
+    assert eager["first"] < again["first"] < first["first"]  # by seconds, of which compiling takes many
 
 
 def test_the_script_for_a_gpu_measures_every_part_of_a_tiny_model(tmp_path):

@@ -4,17 +4,19 @@ import copy
 import gc
 import os
 import pickle
+import random
 import signal
 import threading
 import time
 
 import pytest
 import torch
-from conftest import left_pad, tiny_gpt2, tiny_llama
+from conftest import left_pad, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 from test_lora import lora_ensemble, peft_adapter
-from transformers import CompileConfig
+from transformers import CompileConfig, GemmaConfig, GemmaForCausalLM
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, demo
+from modeling_pcm_ensemble.compile_blocks import find_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 ROWS = [[21, 22, 23, 24, 25], [31, 32, 33], [41, 42, 43, 44]]
@@ -25,20 +27,24 @@ COMPILED = {
 TRACED = COMPILED | {"compile_config": CompileConfig(dynamic=True, backend="eager", fullgraph=True)}  # a shorter wait
 
 
-def one_layer_llama(seed: int):
-    return tiny_llama(seed, num_hidden_layers=1)  # compiling takes time for each layer
-
-
-def one_layer_gpt2(seed: int):
-    return tiny_gpt2(seed, n_layer=1)
-
-
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory):
     """Adapters on a Llama and a GPT-2."""
-    folder, backbone = tmp_path_factory.mktemp("adapters"), one_layer_llama(1)
+    folder, backbone = tmp_path_factory.mktemp("adapters"), tiny_llama(1)
     adapters = {name: peft_adapter(folder / name, backbone, seed) for seed, name in enumerate("abc")}
-    return lora_ensemble(backbone, adapters, d=one_layer_gpt2(2))
+    return lora_ensemble(backbone, adapters, d=tiny_gpt2(2))
+
+
+def tiny_gemma(seed: int) -> GemmaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+    }
+    return GemmaForCausalLM(GemmaConfig(vocab_size=99, num_hidden_layers=2, **sizes)).eval()
 
 
 def greedy(model, rows: list[list[int]], preference, tokens: int = 6, **options) -> list[list[int]]:
@@ -73,6 +79,18 @@ def nothing_compiles(caplog):
 def test_other_preferences_rows_and_lengths_run_what_is_compiled(warm, nothing_compiles, preference, rows, tokens):
     found = greedy(warm, ROWS[:rows], preference, tokens, **COMPILED)
     assert found == greedy(warm, ROWS[:rows], preference, tokens)
+
+
+def test_two_hundred_requests_compile_nothing_again(warm, nothing_compiles):
+    choice = random.Random(0)
+    for number in range(200):
+        lengths = [choice.randint(1, 40) for _ in range(choice.randint(1, 6))]
+        rows = [[choice.randrange(5, 60) for _ in range(length)] for length in lengths]
+        preference = {name: choice.uniform(0.1, 3) for name in choice.sample("abcd", choice.randint(1, 4))}
+        tokens = choice.randint(2, 8)
+        found = greedy(warm, rows, preference, tokens, **COMPILED)
+        if number % 10 == 0:
+            assert found == greedy(warm, rows, preference, tokens)
 
 
 def test_each_row_may_have_a_preference_of_its_own(warm, nothing_compiles):
@@ -130,10 +148,8 @@ def test_threads_do_not_read_each_others_adapters_while_one_compiles(ensemble):
 
 def test_adapters_that_come_later_are_compiled_in(tmp_path):
     """To a backbone whose step is compiled already, in one ensemble and in another that shares it."""
-    backbone = one_layer_llama(1)
-    model = PCMEnsembleForCausalLM.from_experts(
-        {"plain": backbone, "other": one_layer_gpt2(2)}, pcm=one_layer_llama(3)
-    )
+    backbone = tiny_llama(1)
+    model = PCMEnsembleForCausalLM.from_experts({"plain": backbone, "other": tiny_gpt2(2)}, pcm=tiny_llama(3))
     model.generation_config.eos_token_id = None
     plain = greedy(model, ROWS[:2], "plain", **TRACED)
     adapter = peft_adapter(tmp_path / "a", backbone, 1)
@@ -182,7 +198,7 @@ def test_weights_that_change_in_place_are_compiled_anew(ensemble):
 
 
 def test_weights_that_change_are_packed_once(ensemble):
-    """Torch frees no packed weights: what changes again and again, as in training, must not add a copy each time."""
+    """What changes again and again, as in training, must not add a packed copy each time."""
 
     def packed() -> int:
         gc.collect()
@@ -195,12 +211,12 @@ def test_weights_that_change_are_packed_once(ensemble):
         with torch.no_grad():
             for part in (model.pcm.body, model.backbones[0]):
                 next(part.parameters()).mul_(2)
-    assert numbers[0] < numbers[1] == numbers[2] == numbers[3]
+    assert numbers[0] < numbers[1] >= numbers[2] == numbers[3]
 
 
 def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
     model = copy.deepcopy(ensemble)
-    model.backbones[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    model.backbones[1].transformer.h[0].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     expected = greedy(model, ROWS[:2], ["a", "d"])
     with caplog.at_level("WARNING", logger="modeling_pcm_ensemble"):
         assert greedy(model, ROWS[:2], ["a", "d"], **TRACED) == expected
@@ -213,13 +229,11 @@ def test_a_backbone_that_does_not_compile_runs_uncompiled(ensemble, caplog):
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_part_that_is_replaced_is_compiled_anew(backend):
     torch.compiler.reset()
-    model = PCMEnsembleForCausalLM.from_experts(
-        {"a": one_layer_llama(1), "b": one_layer_gpt2(2)}, pcm=one_layer_llama(3)
-    )
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_gpt2(2)}, pcm=tiny_llama(3))
     model.generation_config.eos_token_id = None
     options = COMPILED | {"compile_config": CompileConfig(backend=backend)}
     before = greedy(model, ROWS[:1], ["a", "b"], **options)
-    model.backbones.add_module("0", one_layer_llama(7).eval())
+    model.backbones.add_module("0", tiny_llama(7).eval())
     found = greedy(model, ROWS[:1], ["a", "b"], **options)
     assert found == greedy(model, ROWS[:1], ["a", "b"]) != before
 
@@ -227,9 +241,7 @@ def test_a_part_that_is_replaced_is_compiled_anew(backend):
 @torch.no_grad()
 def test_a_call_that_asks_for_compiled_steps_notices_changed_weights():
     torch.compiler.reset()
-    model = PCMEnsembleForCausalLM.from_experts(
-        {"a": one_layer_llama(1), "b": one_layer_gpt2(2)}, pcm=one_layer_llama(3)
-    )
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_gpt2(2)}, pcm=tiny_llama(3))
 
     def step(**options):
         cache = PCMEnsembleCache(model.config, "static", 8)
@@ -243,7 +255,7 @@ def test_a_call_that_asks_for_compiled_steps_notices_changed_weights():
 
 def test_adapters_of_another_ensemble_leave_compiled_weights_alone(tmp_path):
     torch.compiler.reset()
-    backbone = one_layer_llama(1)
+    backbone = tiny_llama(1)
     model = lora_ensemble(backbone, {"a": peft_adapter(tmp_path / "a", backbone, 1)})
     expected = greedy(model, ROWS[:1], "a", **COMPILED)
     lora_ensemble(backbone, {"b": peft_adapter(tmp_path / "b", backbone, 2)})
@@ -286,3 +298,152 @@ def test_a_context_beyond_a_static_cache_is_refused(ensemble):
     ensemble(torch.tensor(ROWS[:1]), preference="a", past_key_values=cache)
     with pytest.raises(ValueError, match="8 tokens is too long for `past_key_values`, a static cache of 6"):
         ensemble(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+
+
+def test_layers_that_are_alike_are_compiled_once(warm):
+    for submodel in warm.submodels:
+        assert submodel.compiled_step.blocks is not None
+    assert warm.backbones.submodels[0].compiled_step.blocks.packed[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2, tiny_mistral, tiny_gpt2, tiny_gemma])
+def test_common_models_layers_are_alike(make):
+    assert find_blocks(make(1), None) is not None
+
+
+def test_a_step_that_fails_half_way_is_not_run_twice():
+    torch.compiler.reset()
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2))
+    greedy(model, ROWS, "a", **TRACED)
+    blocks, numbers = model.backbones.submodels[0].compiled_step.blocks, iter(range(9))
+    call = blocks.call
+
+    def fail_at_the_second(*args):
+        if next(numbers) == 1:
+            raise torch._dynamo.exc.Unsupported("a test")
+        return call(*args)
+
+    blocks.call = fail_at_the_second
+    with pytest.raises(RuntimeError, match="Begin this answer anew"):
+        greedy(model, ROWS, "a", **TRACED)
+
+
+def test_layers_are_compiled_as_one_again_after_training():
+    torch.compiler.reset()
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2))
+    model.backbones[0].train()
+    greedy(model, ROWS, "a", **TRACED)
+    assert model.backbones.submodels[0].compiled_step.blocks is None
+    model.backbones[0].eval()
+    greedy(model, ROWS, "a", **TRACED)
+    assert model.backbones.submodels[0].compiled_step.blocks is not None
+
+
+def test_layers_that_are_not_alike_are_compiled_one_by_one():
+    expert = tiny_llama(1, num_hidden_layers=3)
+    expert.model.layers[1].self_attn.scaling *= 2
+    model = PCMEnsembleForCausalLM.from_experts({"a": expert}, pcm=tiny_llama(2))
+    assert greedy(model, ROWS, "a", **TRACED) == greedy(model, ROWS, "a")
+    assert find_blocks(expert.eval(), None) is None
+    assert model.backbones.submodels[0].compiled_step.blocks is None
+    assert model.backbones.submodels[0].compiled_step.compiles
+
+
+def test_layers_that_ask_the_cache_for_more_are_compiled_with_the_model():
+    def ask(module, args, kwargs):
+        kwargs["past_key_values"].get_seq_length(0)  # a layer that is compiled for all has its own part alone
+
+    expert = tiny_llama(1)
+    for layer in expert.model.layers:
+        layer.register_forward_pre_hook(ask, with_kwargs=True)
+    model = PCMEnsembleForCausalLM.from_experts({"a": expert}, pcm=tiny_llama(2))
+    assert greedy(model, ROWS, "a", **TRACED) == greedy(model, ROWS, "a")
+    assert model.backbones.submodels[0].compiled_step.blocks is None
+    assert model.backbones.submodels[0].compiled_step.compiles
+
+
+def hook_of_its_own(layer, number: int):
+    layer.mlp.register_forward_hook(lambda module, inputs, output: output * (1 + number))
+
+
+def forward_of_its_own(layer, number: int):
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda hidden_states: forward(hidden_states) * (1 + number)
+
+
+def attribute_of_its_own(layer, number: int):
+    layer.self_attn.scaling *= 1 + number
+
+
+@pytest.mark.parametrize("change", [hook_of_its_own, forward_of_its_own, attribute_of_its_own])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_layer_has_of_its_own_is_run(change, when):
+    """Also where it comes after the layers were compiled as one."""
+    torch.compiler.reset()
+    expert = tiny_llama(1)
+    model = PCMEnsembleForCausalLM.from_experts({"a": expert}, pcm=tiny_llama(2))
+    before = greedy(model, ROWS, "a", 12, **(TRACED if when == "after" else {}))
+    for number, layer in enumerate(expert.model.layers):
+        change(layer, 3 * number)
+    assert greedy(model, ROWS, "a", 12, **TRACED) == greedy(model, ROWS, "a", 12) != before
+
+
+def test_an_adapter_of_pefts_that_is_switched_off_is_off_in_compiled_steps(tmp_path):
+    torch.compiler.reset()
+    expert = tiny_llama(1)
+    model = PCMEnsembleForCausalLM.from_experts({"a": expert}, pcm=tiny_llama(2))
+    expert.load_adapter(peft_adapter(tmp_path / "a", tiny_llama(1), 1))
+    expert.eval()
+    on = greedy(model, ROWS, "a", 12, **TRACED)
+    expert.disable_adapters()
+    assert greedy(model, ROWS, "a", 12, **TRACED) == greedy(model, ROWS, "a", 12) != on
+
+
+def test_dropout_is_run_in_training_alone():
+    torch.compiler.reset()
+    expert = tiny_gpt2(1, resid_pdrop=0.5)
+    model = PCMEnsembleForCausalLM.from_experts({"a": expert}, pcm=tiny_llama(2))
+    expected = greedy(model, ROWS, "a")
+    expert.train()
+    greedy(model, ROWS, "a", **TRACED)
+    expert.eval()
+    assert greedy(model, ROWS, "a", **TRACED) == expected
+
+
+def test_a_heads_own_hooks_are_run():
+    torch.compiler.reset()
+    expert = tiny_llama(1)
+    model = PCMEnsembleForCausalLM.from_experts({"a": expert}, pcm=tiny_llama(2))
+    before = greedy(model, ROWS, "a", **COMPILED)
+    expert.lm_head.register_forward_pre_hook(lambda module, inputs: (-inputs[0],))
+    assert greedy(model, ROWS, "a", **COMPILED) == greedy(model, ROWS, "a") != before
+
+
+def test_a_step_that_asks_for_gradients_gets_them():
+    torch.compiler.reset()
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "d": tiny_gpt2(2)}, pcm=tiny_llama(3))
+    cache = PCMEnsembleCache(model.config, "static", 8)
+    call = model.get_compiled_call(CompileConfig(dynamic=True, backend="eager"))
+    with torch.no_grad():
+        model(torch.tensor(ROWS[:1]), preference=["a", "d"], past_key_values=cache)
+    call(torch.tensor([[7]]), past_key_values=cache).logits[0, 0, 5].backward()
+    assert model.pcm.body.layers[1].mlp.down_proj.weight.grad is not None
+
+
+def test_biases_are_added_to_packed_products():
+    torch.compiler.reset()
+    expert = tiny_qwen2(1)
+    with torch.no_grad():
+        for layer in expert.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
+    model = PCMEnsembleForCausalLM.from_experts({"a": expert}, pcm=tiny_llama(2))
+    assert greedy(model, ROWS, "a", 12, **COMPILED) == greedy(model, ROWS, "a", 12)
+    assert model.backbones.submodels[0].compiled_step.blocks.packed[0]
+
+
+def test_weights_packed_and_not_give_the_same_step(ensemble):
+    model = copy.deepcopy(ensemble)
+    packed = greedy(model, ROWS, ["a", "b"], **COMPILED)
+    unpacked = {"compile_config": CompileConfig(dynamic=True, mode=None, options={"freezing": False})}
+    assert greedy(model, ROWS, ["a", "b"], **COMPILED | unpacked) == packed == greedy(model, ROWS, ["a", "b"])
