@@ -1,7 +1,10 @@
 """What the benchmarks share: the models, interleaved timing, and how results are written."""
 
 import json
+import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +140,16 @@ def summary(seconds: dict[str, list], reference: str) -> list[dict]:
         times = {"seconds": median(values), "ratio": median(ratios), "quartiles": [low, high]}
         rows.append({"name": name, "rounds": len(values)} | times)
     return rows
+
+
+def in_own_process(command: list[str], arguments, **environment: str) -> dict:
+    """Run a command of `python -m benchmarks` on the same model in a process of its own; return the JSON it prints."""
+    command = [sys.executable, "-m", "benchmarks", *command]
+    if arguments.layers is not None:
+        command += ["--layers", str(arguments.layers), "--hidden", str(arguments.hidden)]
+
+    done = subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_results(

@@ -99,7 +99,7 @@ def compiled_plain_step(call: CompiledStep, token: torch.Tensor, rounds: int, co
     batch, length = len(token), static_length(rounds, context)
     cache = StaticCache(call.model.config, max_cache_len=length)
     call.model(some_ids(batch, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    call.mark(cache.layers)
+    call.begin(cache.layers)
     mask = torch.ones(batch, length, dtype=torch.long, device=DEVICE)
 
     def step():

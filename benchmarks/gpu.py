@@ -118,6 +118,7 @@ def write_shape(shape: str, rows: list[dict], arguments):
 def make_backbone(shape: str) -> PreTrainedModel:
     """Load SmolLM2, or make a random Llama of a shape, on the device."""
     torch.manual_seed(0)
+
     if shape == SMOLLM2:
         model = AutoModelForCausalLM.from_pretrained(demo.fetch_smollm2(), dtype=DTYPE)
     else:
@@ -131,6 +132,7 @@ def make_backbone(shape: str) -> PreTrainedModel:
         )
         with torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+
     return model.to(DEVICE).eval().requires_grad_(False)
 
 

@@ -2,13 +2,11 @@
 
 import json
 import resource
-import subprocess
-import sys
 
 import torch
 from transformers import CompileConfig
 
-from .common import DEVICE, ENSEMBLES, load_backbone, write_results
+from .common import DEVICE, ENSEMBLES, in_own_process, load_backbone, write_results
 
 BATCH = 8
 VARIANTS = {  # name: (kind, experts)
@@ -34,12 +32,8 @@ def run(arguments):
 
     rows = []
     for variant in VARIANTS:
-        command = [sys.executable, "-m", "benchmarks", "memory", "--variant", variant]
-        command += ["--tokens", str(arguments.tokens)]
-        if arguments.layers is not None:
-            command += ["--layers", str(arguments.layers), "--hidden", str(arguments.hidden)]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows.append({"name": variant} | json.loads(printed.splitlines()[-1]))
+        command = ["memory", "--variant", variant, "--tokens", str(arguments.tokens)]
+        rows.append({"name": variant} | in_own_process(command, arguments))
 
     base = rows[0]["peak_mb"]
     rows = [row | {"over_empty_mb": row["peak_mb"] - base} for row in rows]

@@ -1,9 +1,6 @@
 """The first answer of a process and later ones: eager steps, compiled steps, and these again in the next process."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -12,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import CompileConfig
 
-from .common import ENSEMBLES, EXPERTS, load_backbone, some_ids, write_results
+from .common import ENSEMBLES, EXPERTS, in_own_process, load_backbone, some_ids, write_results
 
 WAYS = ("eager", "compiled, nothing kept", "compiled, next process")  # the last finds what is kept
 
@@ -31,8 +28,10 @@ def run(arguments):
 
     rows = []
     for kind in tqdm(arguments.kinds):
+        command = ["start", "--kinds", kind, "--tokens", str(arguments.tokens), "--way"]
         with TemporaryDirectory() as folder:
-            of_kind = {way: in_own_process(kind, way, folder, arguments) for way in WAYS}
+            kept = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/code", "TMPDIR": folder}
+            of_kind = {way: in_own_process([*command, way], arguments, **kept) for way in WAYS}
 
         eager = of_kind["eager"]
         for way, seconds in of_kind.items():
@@ -41,17 +40,6 @@ def run(arguments):
             pays_after = waited / saved if way != "eager" and saved > 0 else None
             rows.append({"name": f"{kind} experts, {way}"} | seconds | {"pays after": pays_after})
     write_results("start", rows, ["name", "first", "later", "pays after"], arguments)
-
-
-def in_own_process(kind: str, way: str, folder: str, arguments) -> dict:
-    """Measure a kind of ensemble in a process that keeps compiled code in a folder."""
-    command = [sys.executable, "-m", "benchmarks", "start", "--kinds", kind, "--way", way]
-    command += ["--tokens", str(arguments.tokens)]
-    if arguments.layers is not None:
-        command += ["--layers", str(arguments.layers), "--hidden", str(arguments.hidden)]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/code", "TMPDIR": folder}
-    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(printed.splitlines()[-1])
 
 
 def measure(arguments) -> dict:

@@ -78,7 +78,8 @@ class CompiledBlocks:
         self.regions = regions = blocks.regions
         self.together = _together(regions[0], model.dtype) if packs else []
         self.packed = [[_packed(region, names) for names in self.together] for region in regions]
-        self.parameters = list(map(_parameters, regions)) if packs else None  # which do not change then
+        self.parameters: list[dict[str, torch.Tensor]] = []
+        self.read_parameters()
 
         self.calls = {region.block: partial(self._call, number) for number, region in enumerate(regions)}
         if packs and blocks.head is not None:
@@ -120,6 +121,10 @@ class CompiledBlocks:
             for module in self.calls:
                 vars(module).pop("_compiled_call_impl", None)
 
+    def read_parameters(self):
+        """Take the blocks' parameters as they are now."""
+        self.parameters = list(map(_parameters, self.regions))
+
     def forget(self):
         """Drop what was compiled."""
         torch._dynamo.reset_code(self.code)
@@ -128,8 +133,7 @@ class CompiledBlocks:
         self.reached = number
         args = tuple(_argument(value, number) for value in args)
         kwargs = {name: _argument(value, number) for name, value in kwargs.items()}
-        parameters = _parameters(self.regions[number]) if self.parameters is None else self.parameters[number]
-        return self.call(parameters, self.packed[number], self.masks, args, kwargs)
+        return self.call(self.parameters[number], self.packed[number], self.masks, args, kwargs)
 
 
 def _kept_guards(guards) -> list[bool]:

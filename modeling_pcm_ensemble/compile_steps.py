@@ -149,10 +149,12 @@ class CompiledStep:
             return self.blocks_fail or found is None
         return self.blocks.blocks.are_still(found)
 
-    def mark(self, layers: list):
-        """Let the sizes of a cache vary, before the first step into its layers."""
+    def begin(self, layers: list):
+        """Before the first step into a cache: let its sizes vary, and take weights that may have changed."""
         with _one_at_a_time:
             let_sizes_vary(layers)
+            if self.blocks is not None and self.weights is None:
+                self.blocks.read_parameters()
 
     def forget(self):
         """Drop what was compiled; the compiler does not notice when hooks come and go."""

@@ -231,7 +231,7 @@ class Submodel:
             weights = None if self.weights_change else WeightSnapshot(model, self.bank)
             self.compiled_step = CompiledStep(model, run, clear_traced, config, weights, self.bank)
         if not memory.is_marked:
-            self.compiled_step.mark(memory.layers)
+            self.compiled_step.begin(memory.layers)
             memory.is_marked = True
         return self.compiled_step
 

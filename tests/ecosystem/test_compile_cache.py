@@ -137,6 +137,16 @@ def test_steps_run_uncompiled_rather_than_what_others_may_have_written(folder, c
     assert [path.name for path in folder.iterdir()] == ["ab"]
 
 
+def test_without_a_compiler_steps_run_uncompiled(folder):
+    tests = str(Path(__file__).parent.parent)
+    environment = {"PYTHONPATH": os.pathsep.join([tests, *sys.path]), "TMPDIR": tempfile.gettempdir()}
+    environment |= {"CXX": str(folder / "no-compiler")}
+    script = STEP.partition("assert model.backbones")[0]
+    command = [sys.executable, "-c", script, "1"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert "does not compile; its steps run uncompiled" in done.stderr
+
+
 def test_the_folder_is_told_measured_and_cleared(folder, capsys):
     check_cache_folders()
     (folder / "fxgraph").mkdir()
