@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -341,18 +341,40 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
                 f"{highest}. Use at least {highest + 1}, or build the ensemble with a smaller vocabulary."
             )
 
+    def save_pcm(self, path: str | os.PathLike, dtype: torch.dtype | None = None):
+        """
+        Write those of the PCM's weights that learn to a safetensors file, which [`load_pcm`] reads: frozen ones, such
+        as token embeddings, are left out. The file's metadata say what the PCM was trained for, and its layers.
+
+        Args:
+            path (`str` or `os.PathLike`): the file.
+            dtype (`torch.dtype`, *optional*): of the weights in the file; that of the PCM if not given.
+        """
+        learnt = {name: p.detach().to(dtype or p.dtype) for name, p in self.pcm.named_parameters() if p.requires_grad}
+        trained_for = self.config.pcm_trained_for or self.config.merge
+        save_file(learnt, path, metadata={"trained_for": trained_for, "layers": str(self.config.num_hidden_layers)})
+
     def load_pcm(self, path: str | os.PathLike):
         """
-        Load the PCM's weights from a safetensors file. Weights that it leaves out, such as embeddings that were frozen
-        while the PCM was trained, stay as they are. `trained_for` in the file's metadata is the `merge` of its
-        training; a file without was made when only mixtures of probabilities were trained.
+        Load the PCM's weights from a safetensors file of [`save_pcm`]. Weights that it leaves out stay as they are.
+        A file without metadata is of a mixture of probabilities.
 
         Raises:
             RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
-            ValueError: if its PCM was trained for shares of a mixture, and this ensemble adds tilts.
+            ValueError: if its PCM has another number of layers, or was trained for shares of a mixture where this
+                ensemble adds tilts.
         """
         with safe_open(path, "pt") as file:
-            trained_for = (file.metadata() or {}).get("trained_for", "probabilities")
+            metadata = file.metadata() or {}
+        built = self.config.num_hidden_layers
+        layers = int(metadata.get("layers", built))
+        if layers != built:
+            raise ValueError(
+                f"{path} holds a PCM of {layers} layers, and that of this ensemble has {built}. Build the ensemble "
+                f"with `pcm_layers={layers}`."
+            )
+
+        trained_for = metadata.get("trained_for", "probabilities")
         config = copy.copy(self.config)
         config.pcm_trained_for = trained_for
         config.validate_merge()

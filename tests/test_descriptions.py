@@ -122,12 +122,31 @@ def test_the_loss_is_that_of_each_token_by_itself(space, tmp_path):
     rows = [dict(zip(TEXTS, texts)) for texts in zip(*TEXTS.values())] * 4
     told = [trainer._draw(random.Random(seed)) for seed in range(len(rows))]
     assert len({(wish.way, wish.preference.description_ids is None) for wish in told}) == 4
-    tensors = trainer._told(rows, [random.Random(seed) for seed in range(len(rows))])
+    tensors = trainer._told(rows, told)
     found, metrics = trainer.compute_loss(model.pcm, tensors, return_outputs=True)
 
     losses = [loss_by_hand(model, before, row, wish) for row, wish in zip(rows, told)]
     assert_close(found, torch.cat(losses).mean())
     assert metrics.shape == (len(rows), 2)
+
+
+def test_a_batch_is_told_in_one_way_and_in_texts_of_about_one_length(tmp_path):
+    wordings = [("grow" + "!" * (number % 15), {"e0": 1.0}) for number in range(400)]
+    trainer = make_trainer(tmp_path, tiny_ensemble(), wordings=wordings)
+    batches = [trainer._draw_batch(8) for _ in range(200)]
+    assert {len({wish.way for wish in batch}) for batch in batches} == {1}
+    assert {batch[0].way for batch in batches} == {"preference_text", "system"}
+
+    lengths = [[len(wish.preference.description_ids or ()) for wish in batch] for batch in batches]
+    told = [batch for batch in lengths if any(batch)]
+    assert all(all(batch) for batch in told), "descriptions and wordings are in batches of their own"
+    assert 0.6 < len(told) / len(batches) < 0.8
+
+    longest = max(len(wording.description_ids) for wording in trainer.wordings)
+    assert max(max(batch) - min(batch) for batch in told) < longest / 5
+    assert {length for batch in told for length in batch} == {
+        len(wording.description_ids) for wording in trainer.wordings
+    }
 
 
 def loss_by_hand(model, before, row: dict, wish) -> torch.Tensor:

@@ -434,6 +434,30 @@ def test_a_pcm_that_was_trained_in_another_space_is_not_loaded(product, tmp_path
     assert torch.equal(product.pcm.head.weight, before + 1 if accepted else before)
 
 
+def test_a_pcm_is_saved_without_what_is_frozen_and_loads_where_it_has_as_many_layers(tmp_path):
+    experts = {"e0": tiny_llama(1), "e1": tiny_llama(2)}
+    shallow, same, deep = (
+        PCMEnsembleForCausalLM.from_experts(
+            experts, pcm=tiny_llama(seed, num_hidden_layers=layers), merge="product", reference="e0"
+        )
+        for seed, layers in ((3, 2), (4, 2), (5, 3))
+    )
+    torch.nn.init.normal_(shallow.pcm.head.weight)
+    shallow.pcm.body.layers[0].requires_grad_(False)
+    shallow.save_pcm(tmp_path / "pcm.safetensors")
+
+    frozen = same.pcm.body.layers[0].mlp.up_proj.weight.clone()
+    same.load_pcm(tmp_path / "pcm.safetensors")
+    assert same.config.pcm_trained_for == "product"
+    assert torch.equal(same.pcm.head.weight, shallow.pcm.head.weight)
+    assert torch.equal(same.pcm.body.layers[1].mlp.up_proj.weight, shallow.pcm.body.layers[1].mlp.up_proj.weight)
+    assert torch.equal(same.pcm.body.layers[0].mlp.up_proj.weight, frozen)
+
+    with pytest.raises(ValueError, match="holds a PCM of 2 layers, and that of this ensemble has 3"):
+        deep.load_pcm(tmp_path / "pcm.safetensors")
+    assert not deep.pcm.head.weight.any()
+
+
 def test_the_reference_runs_as_one_more_row_of_the_same_pass():
     model = make_ensemble([tiny_llama(1)], [(0, [5], [6]), (0, [7, 8], [9])], merge="product")
     calls = []

@@ -1,6 +1,5 @@
 """What the scripts of this folder share: prompts, the base model, and samples of it."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
 from modeling_pcm_ensemble.configuration_pcm_ensemble import TOP_K_MERGES
-from modeling_pcm_ensemble.evaluation import KeptLines, with_settings, without_pcm
+from modeling_pcm_ensemble.evaluation import KeptLines, with_settings
 from modeling_pcm_ensemble.evaluation.baselines import Conversation, sample_tokens
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
@@ -83,23 +82,8 @@ def mean_weights(lines: list[dict], names: list[str]) -> dict[str, Preference]:
 
 
 def merged_by(model: PCMEnsembleForCausalLM, merge: str, top_k: int | None) -> PCMEnsembleForCausalLM:
-    """Return the same without its PCM, merged otherwise, each expert cut to `top_k` tokens where that is possible."""
-    return with_settings(without_pcm(model), merge=merge, expert_top_k=top_k if merge in TOP_K_MERGES else None)
-
-
-def with_pcm(model: PCMEnsembleForCausalLM, path: Path, trained_for: str | None = None) -> PCMEnsembleForCausalLM:
-    """
-    Return the same with the PCM of a file.
-
-    Raises:
-        ValueError: if the PCM was trained for something else than `trained_for`, where that is given.
-    """
-    other = with_settings(model)
-    other.pcm = copy.deepcopy(model.pcm)
-    other.load_pcm(path)
-    if trained_for not in (None, other.config.pcm_trained_for):
-        raise ValueError(f"{path} holds a PCM trained for {other.config.pcm_trained_for!r}, not {trained_for!r}.")
-    return other
+    """Return the same, merged otherwise, each expert cut to `top_k` tokens where that is possible."""
+    return with_settings(model, merge=merge, expert_top_k=top_k if merge in TOP_K_MERGES else None)
 
 
 def sampled_from(model: PCMEnsembleForCausalLM, top_k: int | None) -> int:

@@ -33,7 +33,6 @@ from common import (
     merged_by,
     paper_preferences,
     sampled_from,
-    with_pcm,
 )
 from rich.console import Console
 from rich.markdown import Markdown
@@ -62,6 +61,7 @@ from modeling_pcm_ensemble.evaluation import (
     evaluate,
     make_cases,
     with_settings,
+    without_pcm,
     write_report,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
@@ -77,7 +77,7 @@ def make_baselines(model, arguments) -> list[Baseline]:
     """Make the trained PCM first, then whatever it is compared with."""
     tokens, top_k = arguments.tokens, kept_tokens(model)
     ours = TrainedEnsemble("trained PCM", model, tokens, top_k=sampled_from(model, top_k))
-    uniform = StaticWeights("uniform mixture", merged_by(model, "probabilities", top_k), tokens)
+    uniform = StaticWeights("uniform mixture", merged_by(without_pcm(model), "probabilities", top_k), tokens)
     vanilla, prompting, *merged = single_models(model, arguments)
     if arguments.quick:
         return [ours, vanilla, prompting, uniform]
@@ -108,8 +108,7 @@ def other_trained(model, arguments) -> list[Baseline]:
     baselines: list[Baseline] = []
     for merge, name in SPACES.items():
         if merge != model.config.merge:
-            pcm = demo.PCM_OF_SHARES if merge == "probabilities" else demo.PCM_OF_STRENGTHS
-            other = with_pcm(merged_by(model, merge, demo.EXPERT_TOP_K), demo.ARTIFACTS / pcm)
+            other = demo.trained_ensemble(dtype=model.dtype, merge=merge).to(model.device)
             top_k = sampled_from(other, demo.EXPERT_TOP_K)
             baselines.append(TrainedEnsemble(f"trained PCM, {name}", other, arguments.tokens, top_k=top_k))
     return baselines
@@ -120,7 +119,7 @@ def static(model, arguments) -> list[Baseline]:
     tokens, kept = arguments.tokens, kept_tokens(model)
     baselines: list[Baseline] = []
     for merge, name in SPACES.items():
-        space = merged_by(model, merge, kept)
+        space = merged_by(without_pcm(model), merge, kept)
         top_k = sampled_from(space, kept)
         if space.config.adds_up:
             baselines.append(StaticWeights(f"{name}, weights as asked", space, tokens, top_k=top_k))
@@ -153,7 +152,7 @@ def single_models(model, arguments, top_k: int = 0) -> list[Baseline]:
     """Make what gives one distribution, sampled whole or, as the PCM's experts are, from its `top_k` best tokens."""
     base, tokenizer, tokens = model.backbones[0], model.tokenizer, arguments.tokens
     descriptions = {expert["name"]: expert["description"] for expert in model.config.experts}
-    adapters, logits = (merged_by(model, merge, None) for merge in ("adapters", "logits"))
+    adapters, logits = (merged_by(without_pcm(model), merge, None) for merge in ("adapters", "logits"))
 
     part = f", {top_k} best tokens" if top_k else ""
     baselines: list[Baseline] = [

@@ -38,7 +38,6 @@ from common import (
     merged_by,
     spread,
     training_prompts,
-    with_pcm,
 )
 from huggingface_hub.utils import WeakFileLock
 from rich.console import Console
@@ -57,6 +56,7 @@ from modeling_pcm_ensemble.evaluation import (
     ToldInWords,
     TrainedEnsemble,
     WeightAverage,
+    without_pcm,
 )
 from modeling_pcm_ensemble.evaluation.held_out_proxies import held_out_rewards
 from modeling_pcm_ensemble.evaluation.steering import Line, SteeringTest, collect_references, make_lines
@@ -78,11 +78,13 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> di
     preferences = [preference for line in lines for preference in line.preferences()]
     words = {p.label: [in_words(p, seed=seed) for seed in range(WORDINGS)] for p in preferences}
 
-    merges = ("probabilities", "logits", "product", "adapters")
-    mixture, logits, product, adapters = (merged_by(model, merge, top_k) for merge in merges)
+    merges = ("logits", "product", "adapters")
+    logits, product, adapters = (merged_by(without_pcm(model), merge, top_k) for merge in merges)
+    strengths = demo.adapter_ensemble(merge="product", dtype=base.dtype).to(base.device)
+    strengths.load_pcm(arguments.pcm)
 
-    def controlled(untrained: PCMEnsembleForCausalLM) -> PCMEnsembleForCausalLM:
-        return with_pcm(untrained, arguments.pcm, "product")
+    def controlled(merge: str) -> PCMEnsembleForCausalLM:
+        return merged_by(strengths, merge, top_k)
 
     def average(name: str) -> Baseline:
         source = demo.fetch_smollm2()
@@ -102,12 +104,14 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> di
             name, base, tokenizer, tokens, descriptions, top_k=top_k
         ),
         "prompting in words": lambda name: PromptedInWords(name, base, tokenizer, tokens, words, top_k=top_k),
-        "mixture with the PCM of strengths": lambda name: TrainedEnsemble(name, controlled(mixture), tokens),
-        "mixture in words": lambda name: ToldInWords(name, controlled(mixture), tokens, words),
-        "product with its PCM": lambda name: TrainedEnsemble(name, controlled(product), tokens),
-        "product in words": lambda name: ToldInWords(name, controlled(product), tokens, words),
-        "added adapters with their PCM": lambda name: TrainedEnsemble(name, controlled(adapters), tokens, top_k=top_k),
-        "added adapters in words": lambda name: ToldInWords(name, controlled(adapters), tokens, words, top_k=top_k),
+        "mixture with the PCM of strengths": lambda name: TrainedEnsemble(name, controlled("probabilities"), tokens),
+        "mixture in words": lambda name: ToldInWords(name, controlled("probabilities"), tokens, words),
+        "product with its PCM": lambda name: TrainedEnsemble(name, controlled("product"), tokens),
+        "product in words": lambda name: ToldInWords(name, controlled("product"), tokens, words),
+        "added adapters with their PCM": lambda name: TrainedEnsemble(
+            name, controlled("adapters"), tokens, top_k=top_k
+        ),
+        "added adapters in words": lambda name: ToldInWords(name, controlled("adapters"), tokens, words, top_k=top_k),
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -62,8 +62,7 @@ class CheckpointTrainer(PCMTrainer):
             return
         folder = Path(output_dir) if output_dir else self._output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        learnt = {name: weight.detach() for name, weight in self._pcm.named_parameters() if weight.requires_grad}
-        save_file(learnt, folder / WEIGHTS_FILE, metadata={"trained_for": self.ensemble.config.merge})
+        self.ensemble.save_pcm(folder / WEIGHTS_FILE)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Write the ensemble, or, into a checkpoint, what learns."""

@@ -5,7 +5,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from .pcm_trainer import padding_tokenizer
 from .preference_sampling import WORDS, PreferenceSampler, ToldPreference, default_preference_sets
 from .prompts import tokenize, with_words
 
-PLAINLY = 0.3  # of the rows are told in descriptions alone, which is how the PCM reads a preference given in weights
+PLAINLY = 0.3  # of the batches are told descriptions alone, which is how the PCM reads a preference given in weights
+NEIGHBOURS = 4  # a batch's wordings are drawn from so many times its rows, of about one length
 STRONGEST = 1.98  # that an expert is taught to be: 2σ(h) comes to 2 for no h
 
 
@@ -107,7 +108,7 @@ class DescriptionTrainer(CheckpointTrainer):
         sets = default_preference_sets(model.config, whole=False) if preference_sets is None else preference_sets
         sets = [*sets, model.config.weighted_names]
         self.preferences = PreferenceSampler(model.config, sets, text_only_fraction=1.0)
-        self.wordings = _as_preferences(wordings, model.config, tokenizer)
+        self.wordings = sorted(_as_preferences(wordings, model.config, tokenizer), key=_length)
         for preference in (*(wish.preference for wish in self.preferences.sets), *self.wordings):
             if min(preference.weights.values(), default=0.0) < 0:
                 raise ValueError(
@@ -154,18 +155,17 @@ class DescriptionTrainer(CheckpointTrainer):
 
     def _prepare_inputs(self, inputs) -> dict[str, torch.Tensor]:
         """Tell each of a batch's rows a preference."""
-        return self._told(inputs, [self._generator] * len(inputs))
+        return self._told(inputs, self._draw_batch(len(inputs)))
 
-    def _told(self, rows: list[dict], generators: list[random.Random]) -> dict[str, torch.Tensor]:
+    def _told(self, rows: list[dict], told: list[ToldPreference]) -> dict[str, torch.Tensor]:
         """
-        Draw what each row is told.
+        Tell each row a preference.
 
         Returns:
             `dict`: `texts`, what [`_expert_weight_logits`] takes; `mask`, `(rows, kept)`, the tokens that stand after
             the words; `targets`, `(rows, kept, experts)`, the strengths or, in mixtures, the weights that are wanted;
             and `wanted`, `(rows, experts)`, whether an expert is.
         """
-        told = [self._draw(generator) for generator in generators]
         by_weights = [ToldPreference(Preference(wish.preference.weights)) for wish in told]
         texts, texts_by_weights = self._texts(rows, told), self._texts(rows, by_weights)
 
@@ -192,11 +192,28 @@ class DescriptionTrainer(CheckpointTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return _expert_weight_logits(self._before, **texts)
 
+    def _draw_batch(self, rows: int) -> list[ToldPreference]:
+        """
+        Draw what a batch is told: descriptions, or wordings of about one length; in one way, since texts before a
+        prompt and in it would both be padded.
+        """
+        generator, way = self._generator, self._generator.choice(WORDS)
+        if self._plainly(generator):
+            return [replace(self.preferences.draw(generator), way=way) for _ in range(rows)]
+
+        neighbours = NEIGHBOURS * rows
+        start = generator.randint(0, max(len(self.wordings) - neighbours, 0))
+        drawn = generator.choices(self.wordings[start : start + neighbours], k=rows)
+        return [ToldPreference(wording, way) for wording in drawn]
+
     def _draw(self, generator: random.Random) -> ToldPreference:
-        """Draw a preference to be told in descriptions, or a wording."""
-        if not self.wordings or generator.random() < PLAINLY:
+        """Draw what a row of an evaluation is told: descriptions, or a wording."""
+        if self._plainly(generator):
             return self.preferences.draw(generator)
         return ToldPreference(generator.choice(self.wordings), generator.choice(WORDS))
+
+    def _plainly(self, generator: random.Random) -> bool:
+        return not self.wordings or generator.random() < PLAINLY
 
     def _opinions(self, expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the strengths or, in mixtures, α under weights `(rows, experts)`."""
@@ -248,7 +265,7 @@ class DescriptionTrainer(CheckpointTrainer):
         # A row's own generator: it is told the same whatever was drawn before, and on whichever process.
         generators = [random.Random(f"{self.args.seed} {row}") for row in inputs]
         with torch.no_grad(), self.compute_loss_context_manager():
-            told = self._told(inputs, generators)
+            told = self._told(inputs, [self._draw(generator) for generator in generators])
             loss, metrics = self.compute_loss(model, told, return_outputs=True)
         return (loss, None, None) if prediction_loss_only else (loss, metrics, told["mask"].sum(dim=1))
 
@@ -286,6 +303,10 @@ def _as_preferences(
     return preferences
 
 
+def _length(wording: Preference) -> int:
+    return len(wording.description_ids or ())
+
+
 def _check_texts(
     dataset, name: str, config: PCMEnsembleConfig, tokenizer: PreTrainedTokenizerBase, wordings: list[Preference]
 ):
@@ -294,6 +315,6 @@ def _check_texts(
     if 0 in lengths:
         raise ValueError(f"Row {lengths.index(0)} of `{name}` has an empty completion: nothing to weight for.")
 
-    longest = max(wordings, key=lambda wording: len(wording.description_ids or ()), default=everything(config))
+    longest = max(wordings, key=_length, default=everything(config))
     for preference in (everything(config), longest):
         check_lengths(dataset, name, config, tokenizer, lengths, ToldPreference(preference, "system"))
