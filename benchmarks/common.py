@@ -85,6 +85,7 @@ def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length
 
 
 ENSEMBLES = {"prompted": prompted_ensemble, "lora": random_lora_ensemble}
+LABELS = {"prompted": "prompted experts", "lora": "LoRA experts"}  # of their kinds, in tables
 
 
 def koala_chats(number: int | None = None) -> list[list[dict[str, str]]]:

@@ -4,7 +4,17 @@ from functools import partial
 
 import torch
 
-from .common import DEVICE, ENSEMBLES, EXPERTS, grouped_bars, interleaved, load_backbone, summary, write_results
+from .common import (
+    DEVICE,
+    ENSEMBLES,
+    EXPERTS,
+    LABELS,
+    grouped_bars,
+    interleaved,
+    load_backbone,
+    summary,
+    write_results,
+)
 
 PLAIN = "plain model"
 
@@ -18,7 +28,7 @@ def add_arguments(parser):
 @torch.no_grad()
 def run(arguments):
     models = {PLAIN: load_backbone(arguments)}
-    models |= {f"{kind} experts": make(load_backbone(arguments), EXPERTS) for kind, make in ENSEMBLES.items()}
+    models |= {LABELS[kind]: make(load_backbone(arguments), EXPERTS) for kind, make in ENSEMBLES.items()}
 
     rows = []
     for batch in arguments.batches:

@@ -107,7 +107,8 @@ def continuous_table(results: dict) -> str:
 
 
 def memory_table(results: dict) -> str:
-    return table(["", "MB"], [[row["name"], f"{row['over_empty_mb']:.0f}"] for row in results["rows"][1:]])
+    lines = [[r["name"], f"{r['weights_mb']:.0f}", f"{r['over_empty_mb']:.0f}"] for r in results["rows"][1:]]
+    return table(["", "weights, MB", "peak, MB"], lines)
 
 
 def scaling_table(results: dict) -> str:

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import CompileConfig
 
-from .common import ENSEMBLES, EXPERTS, in_own_process, load_backbone, some_ids, write_results
+from .common import ENSEMBLES, EXPERTS, LABELS, in_own_process, load_backbone, some_ids, write_results
 
 WAYS = ("eager", "compiled, nothing kept", "compiled, next process")  # the last finds what is kept
 
@@ -38,7 +38,7 @@ def run(arguments):
             saved = (eager["later"] - seconds["later"]) / arguments.tokens
             waited = seconds["first"] - seconds["later"]
             pays_after = waited / saved if way != "eager" and saved > 0 else None
-            rows.append({"name": f"{kind} experts, {way}"} | seconds | {"pays after": pays_after})
+            rows.append({"name": f"{LABELS[kind]}, {way}"} | seconds | {"pays after": pays_after})
     write_results("start", rows, ["name", "first", "later", "pays after"], arguments)
 
 

@@ -20,7 +20,7 @@ FOLDERS = ("endpoints", "rewards", "training", "evaluation", "vllm")
 def rooms() -> list[list[str]]:
     """The files of each line of the table."""
     lines = re.findall(
-        r"^\| (`[a-z_/` ]+`) \|", DOCUMENT.read_text(encoding="utf-8").split("## Rooms")[1], re.MULTILINE
+        r"^\| (`[a-z_/` ]+`) \|", DOCUMENT.read_text(encoding="utf-8").split("## Files")[1], re.MULTILINE
     )
     return [re.findall(r"`([a-z_/]+)`", line) for line in lines]
 

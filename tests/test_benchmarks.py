@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
             {"LoRA experts, compiled"},
         ),
         (["training", "--rounds", "2"], {"the same, 6 experts", "the same, experts 4 times as large"}),
-        (["prefill", "--context", "64", "--rounds", "2"], {"plain model", "prompted experts", "lora experts"}),
+        (["prefill", "--context", "64", "--rounds", "2"], {"plain model", "prompted experts", "LoRA experts"}),
         (["memory", "--tokens", "4"], {"one plain model", "six LoRA experts and the PCM"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -47,6 +47,8 @@ def test_every_link_leads_somewhere(site):
             if not re.match(r"\w+:|//|#|/", link):
                 target = (page.parent / link.partition("#")[0].partition("?")[0]).resolve()
                 dead += [(page.relative_to(site), link)] * (not target.exists())
+    for link in re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text()):
+        dead += [("llms.txt", link)] * (not (site / link).exists())
     assert not dead
 
 

@@ -264,8 +264,7 @@ def test_a_killed_run_goes_on_where_it_stopped(steering, tmp_path):
 
     again = Parrot("parrot")
     result = steering.measure(again, tmp_path / "parrot")
-    calls_of_cost = 3
-    assert again.calls == 2 * 4 - 2 + calls_of_cost  # 26 cases in four batches, for each of two answers
+    assert again.calls == 2 * 4 - 2  # 26 cases in four batches, for each of two answers
     whole = steering.measure(Parrot("parrot"), tmp_path / "whole")
     assert whole["lines"] == result["lines"]
 
@@ -293,6 +292,7 @@ def test_ways_of_tiny_models_are_measured_and_reported(model, steering, tmp_path
     alone = {name: SingleExpert(f"{name} alone", model, 16, name) for name in "abc"}
     found = {"experts": steering.measure_experts(alone, tmp_path / "alone")}
     found |= {way.name: steering.measure(way, tmp_path / way.name) for way in ways}
+    found["costs"] = steering.measure_costs(Parrot("plain"), ways)
     for name, entry in found.items():
         (results / f"{name}.json").write_text(json.dumps(entry))
 
@@ -303,9 +303,12 @@ def test_ways_of_tiny_models_are_measured_and_reported(model, steering, tmp_path
     assert of_judge["ways"]["parrot, twice"]["moved"] == (0.0, 0.0, 0.0)  # for it does not read weights
     by_mixture = of_judge["ways"]["mixture"]["moved"][0]
     assert of_judge["differences"]["parrot, twice"]["moved"][0] == pytest.approx(-by_mixture)
-    assert report["cost"]["mixture"]["seconds_per_token"] > report["cost"]["parrot, twice"]["seconds_per_token"]
+    times = {name: cost["time"] for name, cost in report["costs"]["costs"].items()}
+    assert times["mixture"] > times["parrot, twice"]
+    assert times["plain"] == 1
 
     text = (tmp_path / "report" / "report.md").read_text()
+    assert f"| mixture | {times['mixture']:.2f} |" in text
     for picture in ("fronts-length", "rewards-mixture", "rewards-in-words", "rewards-parrot--twice"):
         assert f"({picture}.png)" in text
         assert imread(tmp_path / "report" / f"{picture}.png").std() > 0.05
@@ -314,6 +317,11 @@ def test_ways_of_tiny_models_are_measured_and_reported(model, steering, tmp_path
     (results / "mixture.json").write_text(json.dumps(found["mixture"]))
     with pytest.raises(ValueError, match=r"mixture\.json was measured with other answers"):
         read_results(results)
+
+    (results / "mixture.json").unlink()
+    (results / "costs.json").unlink()
+    write_steering_report(results, tmp_path / "report", "in words", "the command")
+    assert "## Cost" not in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_report_says_what_is_missing(tmp_path):
@@ -379,7 +387,7 @@ def test_a_quick_measurement_of_the_shipped_experts_writes_its_report(tmp_path):
     folder = tmp_path / "evaluation" / "steering" / "quick"
     report = json.loads((folder / "report.json").read_text())
     assert set(report["judges"]) == {"training rewards", "held-out proxies"}
-    assert list(report["cost"]) == ["static mixture", "added adapters in words"]
+    assert list(report["costs"]["costs"]) == ["one plain model", "static mixture", "added adapters in words"]
     answers = (folder / "answers" / "static mixture" / "answers-0.jsonl").read_text().splitlines()
     assert len(answers) == 2 * (9 + 9 + 10)
     assert (folder / "report.md").exists()

@@ -3,6 +3,7 @@ Do answers follow the weights? Ask every way to merge the six experts alike, on 
 
     python examples/smollm2/steer.py                                       # all ways, then the report
     python examples/smollm2/steer.py --ways "static mixture" "static product"  # these alone, no report
+    python examples/smollm2/steer.py --costs                               # of a token, in all ways in turns
     python examples/smollm2/steer.py --report                              # of all results that are there
 
 1. Before any way: the base model answers each prompt several times, which rewards are normalised by; and the base
@@ -11,14 +12,15 @@ Do answers follow the weights? Ask every way to merge the six experts alike, on 
    triples of one expert for each dimension.
 3. Judges measure the answers: the rewards of training, and proxies that nothing was trained on. What they found is
    in OUTPUT/results, a file for each way.
-4. The report: report.md and pictures in OUTPUT.
+4. One plain model and all ways answer in turns, which says what they cost: OUTPUT/results/costs.json.
+5. The report: report.md and pictures in OUTPUT.
 
 Ways "in words" are told the weights by degrees, in wordings that no PCM was trained on. Ways of the PCM of strengths
 take --pcm, by default the shipped one.
 
 Run again, it goes on where it stopped; with --output examples/smollm2/artifacts/steering, from the results that ship
-and the references that they were measured against. Processes with different --ways may run at once; what a token
-costs should then be measured again alone. --quick takes two pairs, one triple, two prompts and two ways.
+and the references that they were measured against. Processes with different --ways may run at once. --quick takes two
+pairs, one triple, two prompts and two ways.
 """
 
 import argparse
@@ -145,8 +147,8 @@ def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argpa
     return test
 
 
-def measure_ways(arguments: argparse.Namespace):
-    """Measure the ways that were asked for, or all, and write a file of results for each."""
+def measure(arguments: argparse.Namespace):
+    """Measure the ways that were asked for, or all, and write a file of results for each; or what they cost."""
     model = demo.trained_ensemble(dtype=demo.fast_dtype(DEVICE)).to(DEVICE)
     lines = make_lines({name: dimension for name, (dimension, _) in demo.PREFERENCES.items()})
     if arguments.quick:  # of one dimension, of two, and of three
@@ -158,15 +160,21 @@ def measure_ways(arguments: argparse.Namespace):
         raise ValueError(f"There is no way {', '.join(map(repr, unknown))}. There are {', '.join(map(repr, ways))}.")
 
     test = make_test(model, lines, arguments)
-    for name in wanted:
+    for name in wanted if not arguments.costs else ():
         result = test.measure(ways[name](name), arguments.output / "answers" / name)
         write_text(arguments.output / "results" / f"{name}.json", json.dumps(result) + "\n")
+
+    if arguments.costs or arguments.quick or not arguments.ways:
+        plain = PlainModel("one plain model", model.backbones[0], model.tokenizer, arguments.tokens)
+        costs = test.measure_costs(plain, [ways[name](name) for name in wanted])
+        write_text(arguments.output / "results" / "costs.json", json.dumps(costs, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("evaluation/steering"))
     parser.add_argument("--ways", nargs="*", help="these alone, by name, without a report; by default all")
+    parser.add_argument("--costs", action="store_true", help="measure what a token costs, and nothing else")
     parser.add_argument("--report", action="store_true", help="write the report of what was measured before")
     parser.add_argument("--against", default="static mixture", help="the way that the others are compared with")
     parser.add_argument("--pcm", type=Path, default=demo.ARTIFACTS / demo.PCM_OF_STRENGTHS, help="of strengths")
@@ -189,8 +197,8 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     arguments = parse_arguments()
     if not arguments.report:
-        measure_ways(arguments)
-        if arguments.ways and not arguments.quick:
+        measure(arguments)
+        if (arguments.ways or arguments.costs) and not arguments.quick:
             return
 
     command = " ".join(["python", "examples/smollm2/steer.py", *sys.argv[1:]])

@@ -206,8 +206,7 @@ class SteeringTest:
         Returns:
             `way`, its name; `asked`, what results must have in common to be compared; `dtype`, which the machine
             computed in; for each of `lines`, `rewards` by judge, `(points, experts, prompts)`, and `shared` by judge,
-            `(points, prompts)`; `text`, by what [`TextQuality`] reads, a mean for each prompt; and `cost`, see
-            [`measure_cost`].
+            `(points, prompts)`; and `text`, by what [`TextQuality`] reads, a mean for each prompt.
 
         Raises:
             ValueError: if the way does not apply at every point.
@@ -225,7 +224,21 @@ class SteeringTest:
             "dtype": str(self.quality.model.dtype).removeprefix("torch."),
             "lines": self._by_line(rewards, shared),
             "text": self._text(answers),
-            "cost": measure_cost([way], self.cases, self.quality.tokenizer)[way.name],
+        }
+
+    def measure_costs(self, plain: Baseline, ways: Sequence[Baseline]) -> dict:
+        r"""
+        Let one plain model and all ways answer in turns, so that what they cost can be compared.
+
+        Returns:
+            `dtype`, which the machine computed in; and `costs`, for each way what [`measure_cost`] gives, and `time`,
+            that of a token as a multiple of the plain model's.
+        """
+        costs = measure_cost([plain, *ways], self.cases, self.quality.tokenizer)
+        unit = costs[plain.name]["seconds_per_token"]
+        return {
+            "dtype": str(self.quality.model.dtype).removeprefix("torch."),
+            "costs": {name: cost | {"time": cost["seconds_per_token"] / unit} for name, cost in costs.items()},
         }
 
     def measure_experts(self, alone: Mapping[str, Baseline], folder: Path) -> dict:

@@ -41,9 +41,9 @@ whatever is wanted (shared ↑, such as answering), it counts half as much besid
 - Pareto share ↑: share of a line's points that no other one dominates"""
 
 
-def read_results(folder: Path) -> tuple[dict, list[dict]]:
+def read_results(folder: Path) -> tuple[dict, list[dict], dict]:
     """
-    Read what was measured of the experts alone, and of every way, by name.
+    Read what was measured of the experts alone, of every way, by name, and of costs: nothing where they were not.
 
     Raises:
         FileNotFoundError: if the experts, or all ways, are missing.
@@ -62,22 +62,24 @@ def read_results(folder: Path) -> tuple[dict, list[dict]]:
                 f"{folder / name} was measured with other {', '.join(differing)} than the experts alone. Measure it "
                 "again, or remove it."
             )
-    return experts, list(ways.values())
+    costs = next((entry for entry in found.values() if "costs" in entry), {})
+    return experts, list(ways.values()), costs
 
 
-def summarise_steering(experts: dict, results: list[dict], against: str) -> dict:
+def summarise_steering(experts: dict, results: list[dict], costs: dict, against: str) -> dict:
     r"""
     Compute every measure of every way.
 
     Args:
         experts (`dict`): from [`SteeringTest.measure_experts`].
         results (`list[dict]`): of each way, from [`SteeringTest.measure`].
+        costs (`dict`): from [`SteeringTest.measure_costs`], or empty.
         against (`str`): the way that all others are compared with.
 
     Returns:
         `against`; `asked`; `judges`, each with `reference` (by line and expert), `hypervolume alone` (by line, what
         the experts alone and the base model dominate), `ways` and `differences` (by way and measure, estimate and
-        ends of the interval), `hypervolume` (by line and way, likewise); `text`, `cost` and `dtype` by way.
+        ends of the interval), `hypervolume` (by line and way, likewise); `text` and `dtype` by way; and `costs`.
 
     Raises:
         ValueError: if `against` was not measured.
@@ -91,8 +93,8 @@ def summarise_steering(experts: dict, results: list[dict], against: str) -> dict
         "asked": experts["asked"],
         "judges": {judge: _of_judge(judge, experts, results, against) for judge in experts["asked"]["judges"]},
         "text": {result["way"]: _text(result["text"]) for result in results},
-        "cost": {result["way"]: result["cost"] for result in results},
         "dtype": {result["way"]: result["dtype"] for result in results},
+        "costs": costs,
     }
 
 
@@ -159,9 +161,9 @@ def write_steering_report(results: Path, folder: Path, against: str, command: st
     Raises:
         FileNotFoundError, ValueError: as [`read_results`] and [`summarise_steering`].
     """
-    experts, ways = read_results(results)
+    experts, ways, costs = read_results(results)
     ways.sort(key=lambda way: way["way"] != against)
-    report = {"command": command} | summarise_steering(experts, ways, against)
+    report = {"command": command} | summarise_steering(experts, ways, costs, against)
 
     rewards = {}
     for judge in report["judges"]:
@@ -172,7 +174,7 @@ def write_steering_report(results: Path, folder: Path, against: str, command: st
         (staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for judge, by_way in rewards.items():
             draw_fronts(by_way, experts["alone"][judge], judge, staging / _file("fronts", judge))
-        for way in tqdm(report["cost"], desc="pictures"):
+        for way in tqdm(report["text"], desc="pictures"):
             draw_rewards_by_weight(rewards, way, staging / _file("rewards", way))
         (staging / "report.md").write_text(markdown(report), encoding="utf-8")
     return report
@@ -195,7 +197,7 @@ def markdown(report: dict) -> str:
         parts += [f"## Fronts of pairs, judge: {judge}", f"![fronts]({_file('fronts', judge)})"]
         parts += [f"## Hypervolume by line, judge: {judge}", _hypervolumes(entry)]
     parts += ["## Rewards by weight"]
-    parts += [f"![rewards by weight, {way}]({_file('rewards', way)})" for way in report["cost"]]
+    parts += [f"![rewards by weight, {way}]({_file('rewards', way)})" for way in report["text"]]
     return "\n\n".join(parts) + "\n"
 
 
@@ -207,7 +209,9 @@ def summary_tables(report: dict) -> str:
         if entry["differences"]:
             parts += [f"## Less {report['against']}, judge: {judge}", _measures(entry["differences"], _starred)]
 
-    parts += ["## Answers as text, and cost", _text_and_cost(report)]
+    parts += ["## Answers as text", _texts(report)]
+    if report["costs"]:
+        parts += ["## Cost, 8 answers at once", _costs(report["costs"])]
     return "\n\n".join(parts)
 
 
@@ -233,16 +237,19 @@ def _hypervolumes(entry: dict) -> str:
     return table(["line", "reference", "experts alone", *entry["ways"]], rows)
 
 
-def _text_and_cost(report: dict) -> str:
+def _texts(report: dict) -> str:
     names = list(next(iter(report["text"].values())))
     rows = []
     for way, entry in report["text"].items():
-        cost = report["cost"][way]
-        numbers = [f"{1 / cost['seconds_per_token']:.1f}", f"{cost['working_mb']:.0f}", f"{cost['weights_mb']:.0f}"]
-        rows.append([way, *(number_interval(entry[name]) for name in names), *numbers, report["dtype"][way]])
-    return table(
-        ["", *names, "tokens per second, 8 answers at once", "working memory, MB", "weights, MB", "dtype"], rows
-    )
+        rows.append([way, *(number_interval(entry[name]) for name in names), report["dtype"][way]])
+    return table(["", *names, "dtype"], rows)
+
+
+def _costs(measured: dict) -> str:
+    rows = []
+    for way, cost in measured["costs"].items():
+        rows.append([way, f"{cost['time']:.2f}", f"{cost['working_mb']:.0f}", f"{cost['weights_mb']:.0f}"])
+    return table([measured["dtype"], "time of a token", "working memory, MB", "weights, MB"], rows)
 
 
 def _file(kind: str, name: str) -> str:
