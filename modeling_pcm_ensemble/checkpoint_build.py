@@ -157,9 +157,13 @@ def expert_specs(
 
 def all_end_tokens(backbones: list[PreTrainedModel]) -> int | list[int] | None:
     """Return whatever token one of the experts ends a text with, as a generation config holds it."""
+    return joined_end_tokens([backbone.generation_config.eos_token_id for backbone in backbones])
+
+
+def joined_end_tokens(several: list[int | list[int] | None]) -> int | list[int] | None:
+    """Join end tokens as generation configs hold them."""
     ids: list[int] = []
-    for backbone in backbones:
-        found = backbone.generation_config.eos_token_id
+    for found in several:
         ids += found if isinstance(found, list) else [] if found is None else [found]
 
     ids = list(dict.fromkeys(ids))

@@ -1,6 +1,7 @@
 """Loading and saving an ensemble, whole or thin, as any transformers model."""
 
 import copy
+import json
 import os
 import shutil
 import tempfile
@@ -343,36 +344,40 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
     def save_pcm(self, path: str | os.PathLike, dtype: torch.dtype | None = None):
         """
-        Write those of the PCM's weights that learn to a safetensors file, which [`load_pcm`] reads: frozen ones, such
-        as token embeddings, are left out. The file's metadata say what the PCM was trained for, and its layers.
+        Write those of the PCM's weights that learn to a safetensors file, which [`load_pcm`] reads. What is frozen
+        now, such as token embeddings, is left out, also if it was trained before. The file's metadata say what the PCM
+        was trained for, its layers, and its experts.
 
         Args:
             path (`str` or `os.PathLike`): the file.
             dtype (`torch.dtype`, *optional*): of the weights in the file; that of the PCM if not given.
+
+        Raises:
+            ValueError: if nothing of the PCM learns.
         """
         learnt = {name: p.detach().to(dtype or p.dtype) for name, p in self.pcm.named_parameters() if p.requires_grad}
-        trained_for = self.config.pcm_trained_for or self.config.merge
-        save_file(learnt, path, metadata={"trained_for": trained_for, "layers": str(self.config.num_hidden_layers)})
+        if not learnt:
+            raise ValueError("All of the PCM is frozen. Call `requires_grad_(True)` on the parts that were trained.")
+        metadata = {
+            "trained_for": self.config.pcm_trained_for or self.config.merge,
+            "layers": str(self.config.num_hidden_layers),
+            "experts": json.dumps(self.config.expert_names),
+        }
+        save_file(learnt, path, metadata=metadata)
 
     def load_pcm(self, path: str | os.PathLike):
         """
         Load the PCM's weights from a safetensors file of [`save_pcm`]. Weights that it leaves out stay as they are.
-        A file without metadata is of a mixture of probabilities.
+        A file without metadata is whole but for token embeddings, and of a mixture of probabilities.
 
         Raises:
             RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
-            ValueError: if its PCM has another number of layers, or was trained for shares of a mixture where this
-                ensemble adds tilts.
+            ValueError: if its PCM has another number of layers, is of other experts, or was trained for shares of a
+                mixture where this ensemble adds tilts.
         """
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        built = self.config.num_hidden_layers
-        layers = int(metadata.get("layers", built))
-        if layers != built:
-            raise ValueError(
-                f"{path} holds a PCM of {layers} layers, and that of this ensemble has {built}. Build the ensemble "
-                f"with `pcm_layers={layers}`."
-            )
+            metadata, stored = file.metadata() or {}, set(file.keys())
+        self._check_pcm_file(path, metadata, stored)
 
         trained_for = metadata.get("trained_for", "probabilities")
         config = copy.copy(self.config)
@@ -381,6 +386,25 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
         self.pcm.load_state_dict(self.pcm.state_dict() | load_file(path))
         self.config.pcm_trained_for = trained_for
+
+    def _check_pcm_file(self, path: str | os.PathLike, metadata: dict[str, str], stored: set[str]):
+        """Refuse a PCM of another depth or of other experts."""
+        built = str(self.config.num_hidden_layers)
+        embeddings = set(self.pcm.get_input_embeddings().parameters())
+        body = {f"body.{name}" for name, p in self.pcm.body.named_parameters() if p not in embeddings}
+        layers = metadata.get("layers", "fewer" if stored & body and body - stored else built)
+        if layers != built:
+            raise ValueError(
+                f"{path} holds a PCM of {layers} layers, and that of this ensemble has {built}. Build the ensemble "
+                "with the `pcm_layers` that it was trained with."
+            )
+
+        names = self.config.expert_names
+        if (trained := json.loads(metadata.get("experts", json.dumps(names)))) != names:
+            raise ValueError(
+                f"{path} holds a PCM of the experts {', '.join(trained)}, and this ensemble has {', '.join(names)}. "
+                "The PCM knows them by their order: give the experts these names, in this order."
+            )
 
 
 class _SavedFolder(PushToHubMixin):

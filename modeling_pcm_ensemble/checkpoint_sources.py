@@ -57,12 +57,25 @@ class SourceLoader:
             OSError: if it cannot be fetched.
         """
         key = _source_key(source)
-        if key not in self._indexes:
+        if key in self._indexes:
+            self._check_revision(source, self.backbones[self._indexes[key]], label)
+        else:
             self._indexes[key] = len(self.backbones)
             self.backbones.append(self._causal_lm(source, label))
             self.labels.append(label)
             self._sources.append(source)
         return self._indexes[key]
+
+    def _check_revision(self, source, backbone: PreTrainedModel, label: str):
+        """Refuse another revision than the one that is there: a repository's name stands for one backbone."""
+        if isinstance(source, PreTrainedModel) or "revision" not in self.model_kwargs:
+            return
+        found, there = hub_source(source, **self._hub_options()), getattr(backbone.config, "source", None)
+        if found is not None and there is not None and found["revision"] != there["revision"]:
+            raise ValueError(
+                f"The model of {label}, {str(source)!r}, is there already at the revision {there['revision']}, and "
+                f"{found['revision']} is asked for. Load that one yourself, and pass the model."
+            )
 
     def adapter(self, source, backbone: int, label: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """

@@ -230,7 +230,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
         prefixes = [(self.backbones[expert["backbone"]], len(expert["prompt_ids"])) for expert in self.experts]
         prefixes.append((self.pcm, description))
-        limits = [(_max_positions(part), length) for part, length in prefixes]
+        limits = [(max_positions(part), length) for part, length in prefixes]
         return min((limit - length for limit, length in limits if limit is not None), default=None)
 
     def sub_config_items(self) -> dict[str, PreTrainedConfig]:
@@ -333,7 +333,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         """Refuse what leaves no position to the context."""
         readers = {"prompt_ids": self.backbones[expert["backbone"]], "description_ids": self.pcm}
         for name, reader in readers.items():
-            limit = _max_positions(reader)
+            limit = max_positions(reader)
             if limit is not None and limit <= len(expert[name]):
                 raise ValueError(
                     f"`{label}.{name}` has {len(expert[name])} tokens, which leaves no room for a context in the "
@@ -452,7 +452,7 @@ def check_is_causal_lm(config: PreTrainedConfig, label: str):
         )
 
 
-def _max_positions(config: PreTrainedConfig) -> int | None:
+def max_positions(config: PreTrainedConfig) -> int | None:
     """Longest text that a part can read; None without a limit, which some configurations write as -1 or 0."""
     limit = getattr(config, "max_position_embeddings", None) or 0
     return limit if limit > 0 else None

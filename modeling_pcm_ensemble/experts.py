@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .backbones import ExpertBackbones
 from .cache import PCMEnsembleCache
-from .checkpoint_build import all_end_tokens, build_expert, build_parts, set_end_tokens
+from .checkpoint_build import build_expert, build_parts, joined_end_tokens, set_end_tokens
 from .checkpoint_io import PCMEnsemblePreTrainedModel
 from .configuration_pcm_ensemble import ADAPTERS, PRODUCT, PCMEnsembleConfig
 from .lora_peft_format import write_adapter
@@ -197,8 +197,12 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
             )
 
         entry, parts = build_expert(self, name, expert, model_kwargs)
-        if len(parts.backbones) > len(self.backbones):
-            self.config.eos_token_id = all_end_tokens(parts.backbones)
+        names = [*self.config.expert_names, name]
+        self._check_defaults(names, f"with {len(names)} experts")
+        if new := parts.backbones[len(self.backbones) :]:
+            # Of the others those that the ensemble has, which may be a user's own
+            ends = self.generation_config.eos_token_id
+            self.config.eos_token_id = joined_end_tokens([ends, *(b.generation_config.eos_token_id for b in new)])
             set_end_tokens(self.generation_config, self.config.eos_token_id)
 
         head_rows = [*range(self.config.num_experts), None]
@@ -223,21 +227,24 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
             raise ValueError(f"Expert {name!r} is the only one. An ensemble needs at least one expert.")
         if name == self.config.reference:
             raise ValueError(f"Expert {name!r} is the `reference` of `config`. Change that first.")
+        self._check_defaults([names[index] for index in kept], f"without expert {name!r}")
+
+        experts = [self.config.experts[index] for index in kept]
+        used = sorted({expert["backbone"] for expert in experts})
+        experts = [expert | {"backbone": used.index(expert["backbone"])} for expert in experts]
+        self._set_experts(experts, [self.backbones[index] for index in used], kept, {})
+
+    def _check_defaults(self, names: list[str], change: str):
+        """Refuse a change of experts that default preferences do not go with."""
         defaults = {
             "config.default_preference": self.config.default_preference,
             "generation_config.preference": getattr(self.generation_config, "preference", None),
         }
         for place, preference in defaults.items():
             try:
-                others = [names[index] for index in kept]
-                Preference.parse(preference or others[0], others, self.config.adds_up)
+                Preference.parse(names[0] if preference is None else preference, names, self.config.adds_up)
             except ValueError as error:
-                raise ValueError(f"`{place}` does not go without expert {name!r}: {error} Change it first.") from error
-
-        experts = [self.config.experts[index] for index in kept]
-        used = sorted({expert["backbone"] for expert in experts})
-        experts = [expert | {"backbone": used.index(expert["backbone"])} for expert in experts]
-        self._set_experts(experts, [self.backbones[index] for index in used], kept, {})
+                raise ValueError(f"`{place}` does not go {change}: {error} Change it first.") from error
 
     @torch.no_grad()
     def _set_experts(
@@ -296,11 +303,8 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
                 '`merge="product"`, in which strengths mean the same.'
             )
         known = None if cache is None else cache.route
-        if known is not None and known.merge != self.config.merge:
-            raise ValueError(
-                f"`past_key_values` was filled under `merge={known.merge!r}`, and `config.merge` is "
-                f"{self.config.merge!r} now. Start without it."
-            )
+        if known is not None:
+            known.check_config(self.config)
         if known is not None and preferences is None:
             if known.batch_size != batch_size:
                 raise ValueError(f"`past_key_values` has {known.batch_size} rows, but `input_ids` has {batch_size}.")

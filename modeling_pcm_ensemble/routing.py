@@ -20,6 +20,9 @@ class ExpertRows(NamedTuple):
     num_rows: int
 
 
+FACTS = ("merge", "reference", "expert_names")  # of a configuration, which a route's pairs depend on
+
+
 class Route:
     r"""
     Which (row, expert) pairs run. Fixed when a text begins; kept on the cache.
@@ -32,7 +35,7 @@ class Route:
         device (`torch.device`): of the tensors.
 
     Attributes:
-        merge (`str`): the configuration's when the text began.
+        made_under (`tuple`): what the pairs depend on in the configuration, when the text began.
         descriptions (`list[tuple[int, ...]]`): what the PCM reads before each row's context.
         weights (`torch.FloatTensor` of shape `(batch, experts)`): w, 0 for experts that are not wanted.
         mixes_adapters (`bool`): whether a row's experts are added up as weights, so that each row is one pair of the
@@ -49,7 +52,7 @@ class Route:
         self, config: PCMEnsembleConfig, preferences: list[Preference], device: torch.device | str | None = None
     ):
         self.config = config
-        self.merge = config.merge
+        self.made_under = _facts(config)
         self.preferences = preferences
         self.descriptions = [description_of(config, preference) for preference in preferences]
         self.mixes_adapters = config.merge == ADAPTERS
@@ -75,6 +78,18 @@ class Route:
     def batch_size(self) -> int:
         return len(self.preferences)
 
+    def check_config(self, config: PCMEnsembleConfig):
+        """
+        Raises:
+            ValueError: if the ensemble's configuration is another one than the route was made under.
+        """
+        for name, then, now in zip(FACTS, self.made_under, _facts(config)):
+            if then != now:
+                raise ValueError(
+                    f"`past_key_values` was filled under `{name}={then!r}`, and `config.{name}` is {now!r} now. "
+                    "Start without it."
+                )
+
     def select(self, rows: torch.Tensor) -> tuple["Route", dict[int, torch.Tensor]]:
         """
         Build the route of a batch whose row i is this batch's row `rows[i]`.
@@ -82,6 +97,7 @@ class Route:
         Returns:
             The new route, and for each backbone the index of the old pair behind each new one, shape `(new pairs,)`.
         """
+        self.check_config(self.config)
         preferences = [self.preferences[row] for row in rows.tolist()]
         route = self
         if preferences != self.preferences:
@@ -124,6 +140,7 @@ class Route:
         Raises:
             ValueError: if other experts would be wanted than before, or a weight is no finite number.
         """
+        self.check_config(self.config)
         weights, adds_up = weights.to(self.weights), self.config.adds_up
         same_pairs = torch.equal(weights != 0, self.weights != 0)  # False for another shape too
         in_range = weights.abs() <= MOST_STRENGTH if adds_up else weights.isfinite() & (weights >= 0)
@@ -148,8 +165,15 @@ class Route:
     @staticmethod
     def join(routes: list["Route"]) -> "Route":
         """The route of all rows, one batch after the other."""
+        for route in routes:
+            route.check_config(routes[0].config)
         preferences = [preference for route in routes for preference in route.preferences]
         return Route(routes[0].config, preferences, routes[0].weights.device)
+
+
+def _facts(config: PCMEnsembleConfig) -> tuple:
+    """What the pairs of a route depend on."""
+    return tuple(getattr(config, name) for name in FACTS)
 
 
 def _expert_rows(config: PCMEnsembleConfig, active: torch.Tensor, device) -> dict[int, list[ExpertRows]]:

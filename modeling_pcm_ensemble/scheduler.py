@@ -16,6 +16,7 @@ from .call_checks import check_ids, check_length
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from .preference import Preference
 from .routing import Route
+from .rows import stack_padded
 
 
 @dataclass(eq=False)  # two users may ask the same
@@ -83,7 +84,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.ended: list[Request] = []  # that `step` has not returned yet
         self.cache: PCMEnsembleCache | None = None
-        self.ends = set(torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist())
+        ends = model.generation_config.eos_token_id
+        self.ends = set(torch.as_tensor([] if ends is None else ends).flatten().tolist())
 
     def add(self, request: Request):
         """
@@ -135,10 +137,9 @@ class Scheduler:
 
     def _read_prompts(self, requests: list[Request], cache: PCMEnsembleCache) -> torch.Tensor:
         """Fill a cache with prompts; gives the logits of what comes next, `(requests, 1, vocab)`."""
-        rows = {"input_ids": [request.input_ids for request in requests]}
-        inputs = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.model.device)
+        ids, mask = stack_padded([request.input_ids for request in requests], self.model.device)
         preferences = [self._preference(request) for request in requests]
-        return self.model(**inputs, past_key_values=cache, preference=preferences, logits_to_keep=1).logits
+        return self.model(ids, mask, past_key_values=cache, preference=preferences, logits_to_keep=1).logits
 
     def _take(self, requests: list[Request], logits: torch.Tensor):
         """Give each request its most probable token."""
@@ -169,7 +170,9 @@ class Scheduler:
             return
         rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
         self.running = [self.running[row] for row in rows]
-        if rows and self.cache is not None:
+        if not rows:
+            self.cache = None
+        elif self.cache is not None:
             self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
             self.cache = PCMEnsembleCache.join([self.cache], self._room(self.running))
 

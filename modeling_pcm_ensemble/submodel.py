@@ -278,8 +278,9 @@ def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingP
     lengths = [len(prefix) for _, prefix in distinct]
     saved = (len(shortened) - len(distinct)) * max(lengths)
 
-    # Under autocast the same weights make other states.
-    plan.keeps_prefixes = sum(lengths) >= MIN_TOKENS_KEPT and not torch.is_autocast_enabled(rows.input_ids.device.type)
+    # Under autocast, and under dropout, the same weights make other states.
+    others = model.training or torch.is_autocast_enabled(rows.input_ids.device.type)
+    plan.keeps_prefixes = sum(lengths) >= MIN_TOKENS_KEPT and not others
     if plan.keeps_prefixes or (saved > 0 and saved >= MIN_TOKENS_SAVED):
         plan.prefixes_apart = distinct
     return plan

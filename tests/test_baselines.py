@@ -20,6 +20,8 @@ from modeling_pcm_ensemble.evaluation import (
     WeightAverage,
     WithoutContext,
     WithoutDescription,
+    collect_answers,
+    make_cases,
     with_settings,
     without_pcm,
 )
@@ -176,6 +178,7 @@ def test_answers_of_other_settings_are_told_apart(model, folders):
         TrainedEnsemble("m", with_settings(model, expert_top_k=1), TOKENS),
         TrainedEnsemble("m", model, TOKENS, top_k=1),
         TrainedEnsemble("m", model, TOKENS, weights={"a": Preference({"a": 2.0})}),
+        TrainedEnsemble("m", model, TOKENS, weights={"a": Preference({"a": 2.0}, (5, 6))}),
         ToldInWords("m", model, TOKENS, {"a": "be a"}),
         SingleExpert("m", model, TOKENS, "a"),
         TrainedEnsemble("m", model, TOKENS + 1),
@@ -189,6 +192,23 @@ def test_answers_of_other_settings_are_told_apart(model, folders):
     model.config.expert_top_k = None
     assert len(set(settings)) == len(settings)
     assert StaticWeights("m", model, TOKENS).settings() == without  # another PCM does not matter to it
+
+
+def test_answers_under_other_words_or_of_an_adapter_of_another_scale_are_not_reused(model, folders, tmp_path):
+    cases = [make_cases(PROMPTS, [Preference({"a": 1.0}, words)]) for words in (None, (5, 6), (7, 8))]
+    for number, asked in enumerate(cases, start=1):
+        collect_answers(TrainedEnsemble("m", model, TOKENS), asked, tmp_path)
+        assert len((tmp_path / "answers-0.jsonl").read_text().splitlines()) == number * len(PROMPTS)
+
+    before = TrainedEnsemble("m", model, TOKENS).settings()
+    entries = [
+        {**entry, "adapter": entry["adapter"] and {**entry["adapter"], "lora_alpha": 99}}
+        for entry in model.config.experts
+    ]
+    rescaled = with_settings(model)
+    rescaled.config.experts = entries
+    assert any(entry["adapter"] for entry in entries)
+    assert TrainedEnsemble("m", rescaled, TOKENS).settings() != before
 
 
 def test_settings_are_written_as_ever_so_that_kept_answers_are_found(model):

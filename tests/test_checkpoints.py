@@ -195,6 +195,14 @@ def test_frozen_weights_that_differ_are_not_resumed(tmp_path):
         make_trainer(tmp_path, model).train(resume_from_checkpoint=True)
 
 
+def test_a_run_does_not_go_on_with_experts_that_predict_otherwise(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    model = tiny_ensemble()
+    next(model.backbones.parameters()).data[5] += 1
+    with pytest.raises(ValueError, match="weights of the experts"):
+        make_trainer(tmp_path, model).train(resume_from_checkpoint=True)
+
+
 class Beginning(TrainerCallback):
     """Keeps the PCM's head as it is when a run goes on."""
 

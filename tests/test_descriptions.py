@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -141,6 +142,10 @@ def test_a_batch_is_told_in_one_way_and_in_texts_of_about_one_length(tmp_path):
     told = [batch for batch in lengths if any(batch)]
     assert all(all(batch) for batch in told), "descriptions and wordings are in batches of their own"
     assert 0.6 < len(told) / len(batches) < 0.8
+
+    times = Counter(id(wish.preference) for batch in batches for wish in batch)
+    drawn = [times[id(wording)] for wording in trainer.wordings]
+    assert sum(drawn[:40]) == pytest.approx(sum(drawn) / 10, rel=0.5), "the shortest as often as others"
 
     longest = max(len(wording.description_ids) for wording in trainer.wordings)
     assert max(max(batch) - min(batch) for batch in told) < longest / 5

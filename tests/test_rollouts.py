@@ -191,3 +191,6 @@ def test_a_system_turn_is_kept_when_the_preference_is_told_in_one():
     assert told[0]["content"].startswith("Be brief.\n")
     assert told[1:] == prompt[1:]
     assert len(prompt[0]["content"]) == 9
+
+    empty = with_words([{"role": "system", "content": ""}, prompt[1]], wish, model.config, model.tokenizer)
+    assert empty == with_words(prompt[1:], wish, model.config, model.tokenizer)

@@ -143,6 +143,27 @@ def test_all_may_be_cancelled_and_others_come(scheduler):
     check_answered(scheduler, second)
 
 
+def test_a_request_ends_at_an_end_token_0_and_needs_no_padding_token(scheduler):
+    scheduler.model._tokenizer.pad_token = None
+    free = Request([21, 22], "e1", max_new_tokens=8)
+    scheduler.add(free)
+    run(scheduler)
+    end = free.tokens[2]
+
+    ends = Scheduler(scheduler.model, 3)
+    assert ends.ends == set()
+    scheduler.model.generation_config.eos_token_id = 0
+    assert Scheduler(scheduler.model, 3).ends == {0}
+    scheduler.model.generation_config.eos_token_id = end
+    stopped, other = Request([21, 22], "e1", max_new_tokens=8), Request([23], "e0", max_new_tokens=2)
+    ending = Scheduler(scheduler.model, 3)
+    for request in (stopped, other):
+        ending.add(request)
+    run(ending)
+    assert stopped.tokens == free.tokens[: free.tokens.index(end) + 1]
+    assert ending.cache is None, "nothing is kept of requests that have ended"
+
+
 def test_requests_near_the_limit_do_not_end_those_beside_them(scheduler):
     """A long context of an expert without a prompt, beside a short one behind a long prompt."""
     long, short = Request([21] * 50, {"e1": 1.0}, 14), Request([31] * 4, {"e0": 1.0}, 41)

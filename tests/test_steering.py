@@ -82,6 +82,8 @@ def test_references_stay_whichever_dtype_the_base_model_has_now(model, tmp_path)
     other = PlainModel("base", base.to(torch.bfloat16), model.tokenizer, 16)
     assert collect_references(other, PROMPTS, path, 2) == kept
     assert len(collect_references(other, PROMPTS[:1], path, 2)) == 1
+    longer = PlainModel("base", base, model.tokenizer, 20)
+    assert collect_references(longer, PROMPTS[:1], path, 2) != collect_references(other, PROMPTS[:1], path, 2)
     assert len(collect_references(other, PROMPTS, path, 3)[0]) == 3
 
 

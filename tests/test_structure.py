@@ -221,6 +221,26 @@ def test_an_expert_that_comes_later_leaves_a_published_generation_config_one_tha
     assert (loaded.generation_config.temperature, loaded.generation_config.eos_token_id) == (0.6, [2, 5, 7])
 
 
+def test_an_expert_that_comes_later_leaves_the_end_tokens_that_a_user_has_set():
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(9))
+    model.generation_config.eos_token_id = [2, 19]
+    model.add_expert("same", model.backbones[0])
+    assert model.generation_config.eos_token_id == [2, 19]
+    other = tiny_llama(2)
+    other.generation_config.eos_token_id = 7
+    model.add_expert("b", other)
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [2, 19, 7]
+
+
+def test_an_expert_that_a_default_preference_does_not_go_with_is_refused():
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_llama(2)}, pcm=tiny_llama(9))
+    model.config.default_preference = [1.0, 0.5]
+    with pytest.raises(ValueError, match=r"`config\.default_preference` does not go with 3 experts"):
+        model.add_expert("c", tiny_llama(3))
+    assert model.config.expert_names == ["a", "b"]
+    model.generate(CONTEXT, max_new_tokens=1)
+
+
 # Tensors and tokens that are too many
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB, left_pad, make_ensemble, tiny_gpt2, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CompileConfig
 
@@ -316,6 +316,14 @@ def test_joined_caches_go_on_as_each_would_alone(prompted):
     prompted.config.merge = "probabilities"
     with pytest.raises(ValueError, match="was filled under `merge='product'`"):
         prompted(torch.tensor([[9], [9], [9]]), past_key_values=joined)
+    changes = (
+        lambda: joined.batch_select_indices(torch.tensor([0])),
+        lambda: joined.reweight(torch.tensor([[0, 1.0, 1.0], [-1.0, 0, 0], [0, 1.0, 1.0]])),
+        lambda: type(joined).join([joined]),
+    )
+    for change in changes:
+        with pytest.raises(ValueError, match="was filled under `merge='product'`"):
+            change()
 
 
 @torch.no_grad()
@@ -455,7 +463,19 @@ def test_a_pcm_is_saved_without_what_is_frozen_and_loads_where_it_has_as_many_la
 
     with pytest.raises(ValueError, match="holds a PCM of 2 layers, and that of this ensemble has 3"):
         deep.load_pcm(tmp_path / "pcm.safetensors")
+    save_file(load_file(tmp_path / "pcm.safetensors"), tmp_path / "older.safetensors", {"trained_for": "product"})
+    with pytest.raises(ValueError, match="holds a PCM of fewer layers, and that of this ensemble has 3"):
+        deep.load_pcm(tmp_path / "older.safetensors")
     assert not deep.pcm.head.weight.any()
+
+    deep.config.experts = deep.config.experts[::-1]
+    deep.save_pcm(tmp_path / "reversed.safetensors")
+    deep.config.experts = deep.config.experts[::-1]
+    with pytest.raises(ValueError, match="PCM of the experts e1, e0, and this ensemble has e0, e1"):
+        deep.load_pcm(tmp_path / "reversed.safetensors")
+
+    with pytest.raises(ValueError, match="All of the PCM is frozen"):
+        deep.requires_grad_(False).save_pcm(tmp_path / "nothing.safetensors")
 
 
 def test_the_reference_runs_as_one_more_row_of_the_same_pass():

@@ -81,6 +81,11 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(changes, setting
     ("model", "options", "words"),
     [
         (tiny_ensemble, {"weight_distribution": "signed"}, "'signed' draws weights below 0"),
+        (
+            tiny_product,
+            {"weight_distribution": "signed", "text_only_fraction": 0.5},
+            "weights below 0, which are not told in words",
+        ),
         (tiny_product, {"preference_sets": [{}]}, "wants no expert"),
         (
             tiny_product,
@@ -93,7 +98,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(changes, setting
             "'dirichlet' draws shares, and e0=1 .*e1=-1 has a weight below 0",
         ),
     ],
-    ids=["signed mixture", "nobody", "nobody in a row", "dirichlet below 0"],
+    ids=["signed mixture", "signed words", "nobody", "nobody in a row", "dirichlet below 0"],
 )
 def test_preferences_that_nothing_can_be_drawn_around_are_refused(model, options, words, tmp_path):
     with pytest.raises(ValueError, match=words):

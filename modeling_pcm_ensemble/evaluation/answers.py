@@ -92,6 +92,8 @@ def collect_answers(
     keys = []
     for case in cases:
         asked = [baseline.name, case.prompt, dict(case.preference.weights), settings, seed]
+        if case.preference.description_ids is not None:
+            asked.append(case.preference.description_ids)
         keys.append(json.dumps(asked) if baseline.applies(case.preference) else None)
 
     starts = range(0, len(cases), batch_size)[state.process_index :: state.num_processes]

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ..preference import Preference
+from ..rows import stack_padded
 
 Conversation = list[dict[str, str]]
 GenerativeModel = Any  # of transformers, or PEFT's around one: no type of theirs has `generate` and `device`
@@ -197,7 +198,12 @@ class WeightAverage(Baseline):
             self.model.load_adapter(adapters[expert], adapter_name=expert)
 
     def settings(self) -> str:
-        return json.dumps([self.max_new_tokens, self.top_k, digest(self.model)])
+        scales = {
+            name: [adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.rank_pattern, adapter.alpha_pattern]
+            for name, adapter in self.model.peft_config.items()
+            if name != "average"
+        }
+        return json.dumps([self.max_new_tokens, self.top_k, digest(self.model), scales])
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         rows_of: dict[str, list[int]] = {}
@@ -254,15 +260,9 @@ def chat_inputs(
     model: GenerativeModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Conversation]
 ) -> BatchEncoding:
     """Encode conversations up to where an answer begins, padded on the left."""
-    inputs = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
-        padding=True,
-        return_dict=True,
-        return_tensors="pt",
-        tokenizer_kwargs={"padding_side": "left"},
-    )
-    return cast(BatchEncoding, inputs).to(model.device)
+    encoded = cast(BatchEncoding, tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True))
+    ids, mask = stack_padded(encoded["input_ids"])  # which needs no padding token
+    return BatchEncoding({"input_ids": ids, "attention_mask": mask}).to(model.device)
 
 
 def digest(module: torch.nn.Module) -> str:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_pcm_ensemble import ADDITIVE
+from ..lora import adapted_layers
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
 from .baselines import Baseline, Conversation, chat_inputs, digest, sample_answers, wordings
@@ -20,6 +21,7 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 # What an expert's answers depend on, beside its weights
 EXPERT_FACTS = ("name", "backbone", "prompt_ids", "description_ids")
+USUAL_SCALE = 2.0  # lora_alpha / r, of an adapter whose scale is not written
 
 
 @dataclass
@@ -75,7 +77,21 @@ class EnsembleBaseline(Baseline):
 
         read = [name for name in EXPERT_FACTS if self.uses_pcm or name != "description_ids"]
         experts = [[expert[name] for name in read] for expert in config.experts or []]
+        if scales := self._scales():
+            options["scales"] = scales
         return json.dumps([options, experts, digest(self.model if self.uses_pcm else self.model.backbones)])
+
+    def _scales(self) -> dict[str, list[float]]:
+        """
+        The scales of each expert's adapted layers, which no weights say, where they are not all the usual one: answers
+        that are kept from before scales were written stay valid.
+        """
+        scales = {}
+        for expert in self.model.config.experts or []:
+            if expert["adapter"]:
+                layers = adapted_layers(self.model.backbones[expert["backbone"]], expert["adapter"])
+                scales[expert["name"]] = [scale for _, scale in layers.values()]
+        return {name: values for name, values in scales.items() if set(values) != {USUAL_SCALE}}
 
     def _sampled(self) -> PCMEnsembleForCausalLM:
         """The ensemble that answers are sampled from."""
@@ -106,7 +122,9 @@ class TrainedEnsemble(EnsembleBaseline):
     def _differences(self) -> dict[str, Any]:
         if self.weights is None:
             return {}
-        return {"weights": {label: dict(preference.weights) for label, preference in self.weights.items()}}
+        weights = {label: dict(preference.weights) for label, preference in self.weights.items()}
+        words = {label: p.description_ids for label, p in self.weights.items() if p.description_ids is not None}
+        return {"weights": weights} | ({"described": words} if words else {})
 
 
 @dataclass

@@ -157,9 +157,9 @@ def _prompt_and_answer(model: PCMEnsembleForCausalLM, prompt: Conversation, answ
     """Tokens of both, `(1, tokens)`, and where the answer's begin."""
     tokenizer = tokenizer_of(model)
     text = cast(str, tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
-    start = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = tokenizer(text + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return ids.to(model.device), start
+    # Apart, since the two may end and begin with what together is one token
+    before, of_answer = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, answer))
+    return torch.tensor([before + of_answer], device=model.device), len(before)
 
 
 @torch.no_grad()

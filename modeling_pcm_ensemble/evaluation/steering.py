@@ -126,19 +126,21 @@ def collect_references(base: Baseline, prompts: list[Conversation], path: Path, 
     Args:
         base (`Baseline`): who answers; preferences are not read.
         prompts (`list[Conversation]`): what is asked.
-        path (`Path`): a JSON file of `prompts` and `answers`. It is made anew if it holds other prompts or another
-            number of answers to each.
+        path (`Path`): a JSON file of `prompts`, `answers` and who gave them. It is made anew if it holds other
+            prompts, another number of answers to each, or answers of another length or model.
         number (`int`): answers to each prompt.
     """
+    asked = {name: getattr(base, name, None) for name in ("name", "max_new_tokens", "top_k")}
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["prompts"] == prompts and {len(texts) for texts in kept["answers"]} == {number}:
+        same = kept["prompts"] == prompts and kept.get("base", asked) == asked
+        if same and {len(texts) for texts in kept["answers"]} == {number}:
             return kept["answers"]
 
     cases = make_cases(prompts, [Preference({base.name: 1.0})])
     answers = [collect_answers(base, cases, path.with_suffix(""), seed) for seed in range(number)]
     references = [list(texts) for texts in zip(*answers)]
-    write_text(path, json.dumps({"prompts": prompts, "answers": references}, indent=1) + "\n")
+    write_text(path, json.dumps({"base": asked, "prompts": prompts, "answers": references}, indent=1) + "\n")
     return references
 
 

@@ -62,7 +62,7 @@ def read_results(folder: Path) -> tuple[dict, list[dict], dict]:
                 f"{folder / name} was measured with other {', '.join(differing)} than the experts alone. Measure it "
                 "again, or remove it."
             )
-    costs = next((entry for entry in found.values() if "costs" in entry), {})
+    costs: dict = next((entry for entry in found.values() if "costs" in entry), {})
     return experts, list(ways.values()), costs
 
 

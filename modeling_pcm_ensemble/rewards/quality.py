@@ -85,8 +85,9 @@ class TextQuality:
         keys = [(_as_json(prompt), completion) for prompt, completion in zip(prompts, completions)]
         # Completions of one prompt lie together, so that it is read once for many.
         new = sorted({key for key in keys if key not in self.known}, key=lambda key: (len(key[0]), *key))
-        if new and len(self.known) > MOST_KNOWN:
-            self.known = {key: self.known[key] for key in keys if key in self.known}
+        if new and len(self.known) > MOST_KNOWN:  # the oldest go, but for those that are asked for
+            newest = set(list(self.known)[-MOST_KNOWN // 2 :]).union(keys)
+            self.known = {key: value for key, value in self.known.items() if key in newest}
 
         step = 4 * self.batch_size
         starts = range(0, len(new), step)

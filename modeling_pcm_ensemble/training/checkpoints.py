@@ -20,7 +20,7 @@ from .preference_sampling import PreferenceSampler
 
 WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "run_state.json"
 SETTINGS = {"world_size", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"}
-EXPERT_FACTS = ("name", "backbone", "dimension", "prompt_ids", "description_ids")
+EXPERT_FACTS = ("name", "backbone", "adapter", "dimension", "prompt_ids", "description_ids")
 
 
 def digest_of(weights: Mapping[str, torch.Tensor]) -> str:

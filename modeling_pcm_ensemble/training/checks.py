@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ..call_arguments import has_class
-from ..configuration_pcm_ensemble import PCMEnsembleConfig
+from ..configuration_pcm_ensemble import PCMEnsembleConfig, max_positions
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
 from ..rewards.scoring import SHARED
@@ -57,6 +57,11 @@ def check_arguments(model: PCMEnsembleForCausalLM, reward_funcs, args):
     model.config.validate_merge()
     if args.weight_distribution == "signed" and not model.config.adds_up:
         raise ValueError("`weight_distribution` 'signed' draws weights below 0, which a mixture cannot have.")
+    if args.weight_distribution == "signed" and args.text_only_fraction:
+        raise ValueError(
+            "`weight_distribution` 'signed' draws weights below 0, which are not told in words: leave "
+            f"`text_only_fraction` at 0, got {args.text_only_fraction}."
+        )
     if model.config.adds_up and (args.entropy_coef or args.description_coef):
         raise ValueError(
             "`entropy_coef` and `description_coef` are of shares, which a product has none of. Leave both at 0, got "
@@ -198,10 +203,8 @@ def check_lengths(
     Raises:
         ValueError: with the row.
     """
-    room = min(
-        getattr(part.get_text_config(), "max_position_embeddings", None) or UNLIMITED
-        for part in config.sub_config_items().values()
-    )
+    limits = [max_positions(part.get_text_config()) for part in config.sub_config_items().values()]
+    room = min((limit for limit in limits if limit is not None), default=UNLIMITED)
     experts = config.experts or []
     own_words = len(told.preference.description_ids or ())
     descriptions = max(own_words, sum(len(expert["description_ids"]) for expert in experts))

@@ -57,7 +57,7 @@ class DescriptionTrainer(CheckpointTrainer):
 
     What [`RebelTrainer`] has taught the PCM to do under weights hardly changes; an untrained PCM is taught the
     strengths themselves. Under weights it reads descriptions, without how much each counts. Three of ten
-    rows are therefore told in these, whatever other wordings there are.
+    batches are therefore told in these, whatever other wordings there are.
 
     Args:
         model (`PCMEnsembleForCausalLM`): the ensemble. Its PCM learns, in float32 if it was in less, but for its token
@@ -202,7 +202,7 @@ class DescriptionTrainer(CheckpointTrainer):
             return [replace(self.preferences.draw(generator), way=way) for _ in range(rows)]
 
         neighbours = NEIGHBOURS * rows
-        start = generator.randint(0, max(len(self.wordings) - neighbours, 0))
+        start = generator.randrange(len(self.wordings)) // neighbours * neighbours
         drawn = generator.choices(self.wordings[start : start + neighbours], k=rows)
         return [ToldPreference(wording, way) for wording in drawn]
 

@@ -25,7 +25,8 @@ def with_words(prompt, told: ToldPreference, config: PCMEnsembleConfig, tokenize
     if isinstance(prompt, str):
         return f"{text}\n\n{prompt}"
     if prompt[0]["role"] == "system":
-        return [{"role": "system", "content": f"{prompt[0]['content']}\n{text}"}, *prompt[1:]]
+        parts = filter(None, [prompt[0]["content"], text])
+        return [{"role": "system", "content": "\n".join(parts)}, *prompt[1:]]
     return [{"role": "system", "content": text}, *prompt]
 
 

@@ -4,6 +4,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..rewards.models import reward_function
 from ..rewards.scoring import SHARED, Scorer
-from .checkpoints import SETTINGS, CheckpointTrainer
+from .checkpoints import SETTINGS, CheckpointTrainer, digest_of
 from .checks import DatasetCheck, check_arguments, column
 from .losses import leave_one_out, ppo_loss, rebel_loss, rloo_loss, token_kl
 from .metrics import joined, means, reward_lists, rollout_metrics, weight_metrics
@@ -141,7 +142,15 @@ class RebelTrainer(CheckpointTrainer):
         self._rollout = Rollout(**rollout) if rollout else None
 
     def _run_settings(self) -> dict:
-        return super()._run_settings() | {"shared reward": SHARED in self.scorer.reward_funcs}
+        return super()._run_settings() | {
+            "shared reward": SHARED in self.scorer.reward_funcs,
+            "weights of the experts": self._experts_digest,
+        }
+
+    @cached_property
+    def _experts_digest(self) -> str:
+        """A digest of the frozen experts, which what a checkpoint keeps of a rollout was recorded with."""
+        return digest_of(self.ensemble.backbones.state_dict())
 
     # The data of a step: the trainer draws prompts itself, so that a step's data depends on its number alone.
 

@@ -112,13 +112,16 @@ class RolloutSampler:
             return
 
         repeated = [row for row in unanswered.values() for _ in range(self.args.num_references)]
-        inputs = self._inputs([row["prompt"] for row in repeated])
         base = self.model.backbones[self.args.reference_backbone]
+        size = self.args.generation_batch_size or len(repeated)
+        texts = []
         with random_numbers(self.args.seed, self.args.device):
-            sequences = generate_from(base, self.generation_config, **inputs)
-        completion_ids = sequences[:, inputs["input_ids"].shape[1] :]
-        mask = written_tokens(completion_ids, self.generation_config)
+            for start in range(0, len(repeated), size):
+                inputs = self._inputs([row["prompt"] for row in repeated[start : start + size]])
+                sequences = generate_from(base, self.generation_config, **inputs)
+                completion_ids = sequences[:, inputs["input_ids"].shape[1] :]
+                texts += self._texts(completion_ids, written_tokens(completion_ids, self.generation_config))
 
-        completions = iter(as_completions(repeated, self._texts(completion_ids, mask)))
+        completions = iter(as_completions(repeated, texts))
         for key in unanswered:
             references[key] = [next(completions) for _ in range(self.args.num_references)]
