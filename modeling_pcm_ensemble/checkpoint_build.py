@@ -114,6 +114,8 @@ def build_expert(
 
     loader = SourceLoader(model_kwargs, list(model.backbones))
     index = loader.backbone(spec["model"], f"expert {name!r}")
+    if spec.get("adapter") is None:  # whose revision it would be, else
+        loader.check_revision(spec["model"], index, f"expert {name!r}")
     tokenizer = loader.tokenizer(model.tokenizer)
     _fit_endpoints(loader, model.pcm.body, tokenizer, len(model.backbones))
     check_fit(loader.backbones, loader.labels, model.pcm.body, tokenizer)

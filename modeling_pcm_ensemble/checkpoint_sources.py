@@ -57,20 +57,25 @@ class SourceLoader:
             OSError: if it cannot be fetched.
         """
         key = _source_key(source)
-        if key in self._indexes:
-            self._check_revision(source, self.backbones[self._indexes[key]], label)
-        else:
+        if key not in self._indexes:
             self._indexes[key] = len(self.backbones)
             self.backbones.append(self._causal_lm(source, label))
             self.labels.append(label)
             self._sources.append(source)
         return self._indexes[key]
 
-    def _check_revision(self, source, backbone: PreTrainedModel, label: str):
-        """Refuse another revision than the one that is there: a repository's name stands for one backbone."""
+    def check_revision(self, source: str | os.PathLike | PreTrainedModel, index: int, label: str):
+        """
+        Refuse another revision than the one that is there: a repository's name stands for one backbone.
+
+        Raises:
+            ValueError: if `model_kwargs` ask for another one.
+            OSError: if that cannot be found.
+        """
         if isinstance(source, PreTrainedModel) or "revision" not in self.model_kwargs:
             return
-        found, there = hub_source(source, **self._hub_options()), getattr(backbone.config, "source", None)
+        found = hub_source(source, **self._hub_options())
+        there = getattr(self.backbones[index].config, "source", None)
         if found is not None and there is not None and found["revision"] != there["revision"]:
             raise ValueError(
                 f"The model of {label}, {str(source)!r}, is there already at the revision {there['revision']}, and "

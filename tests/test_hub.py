@@ -167,6 +167,25 @@ def test_backbones_that_moved_on_are_loaded_as_they_were(hub, thin, tmp_path):
     assert output(pull(hub, tmp_path / "user")) == thin
 
 
+def test_another_revision_of_a_backbone_that_is_there_is_refused(hub, thin, tmp_path):
+    first = hub.repositories["someone/llama"].resolve("main")
+    tiny_llama(9).save_pretrained(tmp_path / "llama")
+    hub.add("someone/llama", tmp_path / "llama")
+    script = """
+    from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+    model = PCMEnsembleForCausalLM.from_pretrained("owner/ensemble")
+    backbones = len(model.backbones)
+    model.add_expert("same", "someone/llama", revision=FIRST)
+    assert len(model.backbones) == backbones
+    try:
+        model.add_expert("new", "someone/llama", revision="main")
+    except ValueError as error:
+        print(error)
+    """
+    said = output(run_client(textwrap.dedent(script), hub, tmp_path / "user", None, FIRST=first))
+    assert said.startswith(f"The model of expert 'new', 'someone/llama', is there already at the revision {first}")
+
+
 def test_what_a_thin_checkpoint_cannot_name_is_refused(hub, thin, tmp_path):
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(2))
     with pytest.raises(ValueError, match=r"Backbone 0 \(LlamaForCausalLM\) is not from a Hub repository"):
