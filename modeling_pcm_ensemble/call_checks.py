@@ -10,7 +10,7 @@ from transformers.utils import TransformersKwargs
 
 from .cache import PCMEnsembleCache
 from .call_arguments import INTEGERS, NUMBERS, check_kind, check_tensor, has_class
-from .configuration_pcm_ensemble import PCMEnsembleConfig
+from .configuration_pcm_ensemble import PCMEnsembleConfig, max_positions
 from .memory import Memory
 from .routing import Route
 
@@ -205,8 +205,8 @@ def _limited(
 
     for reader, index, prefix_length in readers:
         part = config.pcm if index is None else config.backbones[index]
-        limit = getattr(part, "max_position_embeddings", None)
-        if limit is None or limit <= 0:
+        limit = max_positions(part)
+        if limit is None:
             continue
         memory = memories.get(index)
         if memory is not None and memory.length > 0:  # joined caches have what no row needs left out

@@ -318,4 +318,4 @@ def _for_contexts(tokenizer: PreTrainedTokenizerBase | None, experts: list[dict]
     return of_ensemble
 
 
-__all__ = ["Parts", "all_end_tokens", "build_expert", "build_parts", "expert_specs", "set_end_tokens"]
+__all__ = ["Parts", "build_expert", "build_parts", "expert_specs", "joined_end_tokens", "set_end_tokens"]

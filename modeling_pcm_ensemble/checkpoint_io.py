@@ -368,7 +368,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
     def load_pcm(self, path: str | os.PathLike):
         """
         Load the PCM's weights from a safetensors file of [`save_pcm`]. Weights that it leaves out stay as they are.
-        A file without metadata is whole but for token embeddings, and of a mixture of probabilities.
+        A file that does not say of how many layers it is has all of the body but token embeddings, or the head alone.
+        One that does not say what it was trained for is of a mixture of probabilities.
 
         Raises:
             RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
@@ -389,14 +390,20 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
     def _check_pcm_file(self, path: str | os.PathLike, metadata: dict[str, str], stored: set[str]):
         """Refuse a PCM of another depth or of other experts."""
-        built = str(self.config.num_hidden_layers)
-        embeddings = set(self.pcm.get_input_embeddings().parameters())
-        body = {f"body.{name}" for name, p in self.pcm.body.named_parameters() if p not in embeddings}
-        layers = metadata.get("layers", "fewer" if stored & body and body - stored else built)
-        if layers != built:
+        layers, built = metadata.get("layers"), str(self.config.num_hidden_layers)
+        if layers not in (None, built):
             raise ValueError(
                 f"{path} holds a PCM of {layers} layers, and that of this ensemble has {built}. Build the ensemble "
-                "with the `pcm_layers` that it was trained with."
+                f"with `pcm_layers={layers}`."
+            )
+
+        embeddings = set(self.pcm.get_input_embeddings().parameters())
+        body = {f"body.{name}" for name, p in self.pcm.body.named_parameters() if p not in embeddings}
+        if layers is None and stored & body and body - stored:
+            raise ValueError(
+                f"{path} holds a part of the PCM's body, and does not say of how many layers. It was written by an "
+                "earlier version, or for a PCM of fewer layers. If this one is right, load the tensors into "
+                "`model.pcm`, and call `save_pcm`."
             )
 
         names = self.config.expert_names

@@ -74,11 +74,11 @@ class SourceLoader:
         """
         if isinstance(source, PreTrainedModel) or "revision" not in self.model_kwargs:
             return
-        found = hub_source(source, **self._hub_options())
-        there = getattr(self.backbones[index].config, "source", None)
-        if found is not None and there is not None and found["revision"] != there["revision"]:
+        found, config = hub_source(source, **self._hub_options()), self.backbones[index].config
+        there = (getattr(config, "source", None) or {}).get("revision") or getattr(config, "_commit_hash", None)
+        if found is not None and (there is None or found["revision"] != there):
             raise ValueError(
-                f"The model of {label}, {str(source)!r}, is there already at the revision {there['revision']}, and "
+                f"The model of {label}, {str(source)!r}, is there already at the revision {there or 'unknown'}, and "
                 f"{found['revision']} is asked for. Load that one yourself, and pass the model."
             )
 

@@ -177,8 +177,9 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
             model_kwargs: passed to `from_pretrained`.
 
         Raises:
-            TypeError, ValueError: as [`from_experts`], or if the name is taken, or tensor parallelism has split the
-                ensemble; it stays as it was.
+            TypeError, ValueError: as [`from_experts`], or if the name is taken, the model is there at another
+                `revision`, a default preference is a list of as many weights as experts, or tensor parallelism has
+                split the ensemble; it stays as it was.
 
         Example:
 
@@ -241,10 +242,15 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
             "generation_config.preference": getattr(self.generation_config, "preference", None),
         }
         for place, preference in defaults.items():
-            try:
-                Preference.parse(names[0] if preference is None else preference, names, self.config.adds_up)
-            except ValueError as error:
-                raise ValueError(f"`{place}` does not go {change}: {error} Change it first.") from error
+            rows = [preference]  # a list may hold one for each row of a batch, or names or weights
+            if isinstance(preference, list) and preference and not isinstance(preference[0], (str, int, float)):
+                rows = preference
+            for of_row in rows:
+                try:
+                    given = of_row if isinstance(of_row, torch.Tensor) or of_row else names[0]
+                    Preference.parse(given, names, self.config.adds_up)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"`{place}` does not go {change}: {error} Change it first.") from error
 
     @torch.no_grad()
     def _set_experts(

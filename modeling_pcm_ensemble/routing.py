@@ -20,9 +20,6 @@ class ExpertRows(NamedTuple):
     num_rows: int
 
 
-FACTS = ("merge", "reference", "expert_names")  # of a configuration, which a route's pairs depend on
-
-
 class Route:
     r"""
     Which (row, expert) pairs run. Fixed when a text begins; kept on the cache.
@@ -35,7 +32,7 @@ class Route:
         device (`torch.device`): of the tensors.
 
     Attributes:
-        made_under (`tuple`): what the pairs depend on in the configuration, when the text began.
+        merged_by (`dict`), experts (`list[dict]`): what the pairs depend on in the configuration, when the text began.
         descriptions (`list[tuple[int, ...]]`): what the PCM reads before each row's context.
         weights (`torch.FloatTensor` of shape `(batch, experts)`): w, 0 for experts that are not wanted.
         mixes_adapters (`bool`): whether a row's experts are added up as weights, so that each row is one pair of the
@@ -52,7 +49,10 @@ class Route:
         self, config: PCMEnsembleConfig, preferences: list[Preference], device: torch.device | str | None = None
     ):
         self.config = config
-        self.made_under = _facts(config)
+        self.merged_by: dict[str, str | None] = {"merge": config.merge}
+        if config.merge == PRODUCT:
+            self.merged_by["reference"] = config.reference
+        self.experts = config.experts
         self.preferences = preferences
         self.descriptions = [description_of(config, preference) for preference in preferences]
         self.mixes_adapters = config.merge == ADAPTERS
@@ -80,15 +80,21 @@ class Route:
 
     def check_config(self, config: PCMEnsembleConfig):
         """
+        Refuse a configuration under which other pairs would run.
+
         Raises:
-            ValueError: if the ensemble's configuration is another one than the route was made under.
+            ValueError: if it merges otherwise than when the text began, or has other experts.
         """
-        for name, then, now in zip(FACTS, self.made_under, _facts(config)):
-            if then != now:
+        for name, then in self.merged_by.items():
+            if then != (now := getattr(config, name)):
                 raise ValueError(
                     f"`past_key_values` was filled under `{name}={then!r}`, and `config.{name}` is {now!r} now. "
                     "Start without it."
                 )
+        if self.experts != config.experts:
+            raise ValueError(
+                "`past_key_values` was filled by other experts than the ensemble has now. Start without it."
+            )
 
     def select(self, rows: torch.Tensor) -> tuple["Route", dict[int, torch.Tensor]]:
         """
@@ -169,11 +175,6 @@ class Route:
             route.check_config(routes[0].config)
         preferences = [preference for route in routes for preference in route.preferences]
         return Route(routes[0].config, preferences, routes[0].weights.device)
-
-
-def _facts(config: PCMEnsembleConfig) -> tuple:
-    """What the pairs of a route depend on."""
-    return tuple(getattr(config, name) for name in FACTS)
 
 
 def _expert_rows(config: PCMEnsembleConfig, active: torch.Tensor, device) -> dict[int, list[ExpertRows]]:

@@ -279,8 +279,8 @@ def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingP
     saved = (len(shortened) - len(distinct)) * max(lengths)
 
     # Under autocast, and under dropout, the same weights make other states.
-    others = model.training or torch.is_autocast_enabled(rows.input_ids.device.type)
-    plan.keeps_prefixes = sum(lengths) >= MIN_TOKENS_KEPT and not others
+    makes_others = model.training or torch.is_autocast_enabled(rows.input_ids.device.type)
+    plan.keeps_prefixes = sum(lengths) >= MIN_TOKENS_KEPT and not makes_others
     if plan.keeps_prefixes or (saved > 0 and saved >= MIN_TOKENS_SAVED):
         plan.prefixes_apart = distinct
     return plan

@@ -240,6 +240,14 @@ def test_an_expert_that_a_default_preference_does_not_go_with_is_refused():
     assert model.config.expert_names == ["a", "b"]
     model.generate(CONTEXT, max_new_tokens=1)
 
+    for default in ([{"a": 1.0}, {"b": 1.0}], ["a", "b"], {"a": 2.0}, "b"):  # which any other experts leave as it is
+        model.config.default_preference = default
+        model.add_expert("c", tiny_llama(3))
+        model.remove_expert("c")
+    model.config.default_preference = [["a"], ["b"]]
+    with pytest.raises(ValueError, match="does not go without expert 'b'"):
+        model.remove_expert("b")
+
 
 # Tensors and tokens that are too many
 

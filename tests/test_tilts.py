@@ -325,6 +325,11 @@ def test_joined_caches_go_on_as_each_would_alone(prompted):
         with pytest.raises(ValueError, match="was filled under `merge='product'`"):
             change()
 
+    prompted.config.merge = "product"
+    prompted.config.experts = [entry | {"dimension": "another"} for entry in prompted.config.experts]
+    with pytest.raises(ValueError, match="was filled by other experts"):
+        prompted(torch.tensor([[9], [9], [9]]), past_key_values=joined)
+
 
 @torch.no_grad()
 def test_attribution_is_in_signed_nats(product):
@@ -464,7 +469,7 @@ def test_a_pcm_is_saved_without_what_is_frozen_and_loads_where_it_has_as_many_la
     with pytest.raises(ValueError, match="holds a PCM of 2 layers, and that of this ensemble has 3"):
         deep.load_pcm(tmp_path / "pcm.safetensors")
     save_file(load_file(tmp_path / "pcm.safetensors"), tmp_path / "older.safetensors", {"trained_for": "product"})
-    with pytest.raises(ValueError, match="holds a PCM of fewer layers, and that of this ensemble has 3"):
+    with pytest.raises(ValueError, match="holds a part of the PCM's body, and does not say of how many layers"):
         deep.load_pcm(tmp_path / "older.safetensors")
     assert not deep.pcm.head.weight.any()
 

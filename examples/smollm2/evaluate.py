@@ -251,8 +251,7 @@ def report_facts(arguments, num_prompts: int, baselines: list[Baseline]) -> dict
 def main():
     arguments = parse_arguments()
     # Read before another PCM may be put there
-    pcm = demo.PCM_OF_SHARES if arguments.merge == "probabilities" else demo.PCM_OF_STRENGTHS
-    digest = hashlib.sha256((demo.ARTIFACTS / pcm).read_bytes()).hexdigest()
+    digest = hashlib.sha256((demo.ARTIFACTS / demo.pcm_file(arguments.merge)).read_bytes()).hexdigest()
     prompts = chats(evaluation_prompts(arguments.prompts, arguments.prompt_file))
     model = load_model(arguments.model, arguments.merge).to(distributed_state().device)
     preferences = paper_preferences(model)

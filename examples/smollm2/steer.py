@@ -3,7 +3,7 @@ Do answers follow the weights? Ask every way to merge the six experts alike, on 
 
     python examples/smollm2/steer.py                                       # all ways, then the report
     python examples/smollm2/steer.py --ways "static mixture" "static product"  # these alone, no report
-    python examples/smollm2/steer.py --costs                               # of a token, in all ways in turns
+    python examples/smollm2/steer.py --costs                               # of a token, in turns, of what is measured
     python examples/smollm2/steer.py --report                              # of all results that are there
 
 1. Before any way: the base model answers each prompt several times, which rewards are normalised by; and the base
@@ -27,6 +27,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from common import (
@@ -82,11 +83,15 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> di
 
     merges = ("logits", "product", "adapters")
     logits, product, adapters = (merged_by(without_pcm(model), merge, top_k) for merge in merges)
-    strengths = demo.adapter_ensemble(merge="product", dtype=base.dtype).to(base.device)
-    strengths.load_pcm(arguments.pcm)
+
+    @cache
+    def with_strengths() -> PCMEnsembleForCausalLM:
+        ensemble = demo.adapter_ensemble(merge="product", dtype=base.dtype).to(base.device)
+        ensemble.load_pcm(arguments.pcm)
+        return ensemble
 
     def controlled(merge: str) -> PCMEnsembleForCausalLM:
-        return merged_by(strengths, merge, top_k)
+        return merged_by(with_strengths(), merge, top_k)
 
     def average(name: str) -> Baseline:
         source = demo.fetch_smollm2()
@@ -148,7 +153,7 @@ def make_test(model: PCMEnsembleForCausalLM, lines: list[Line], arguments: argpa
 
 
 def measure(arguments: argparse.Namespace):
-    """Measure the ways that were asked for, or all, and write a file of results for each; or what they cost."""
+    """Measure the ways that were asked for, or all, and what those cost that have been measured."""
     model = demo.trained_ensemble(dtype=demo.fast_dtype(DEVICE)).to(DEVICE)
     lines = make_lines({name: dimension for name, (dimension, _) in demo.PREFERENCES.items()})
     if arguments.quick:  # of one dimension, of two, and of three
@@ -160,21 +165,23 @@ def measure(arguments: argparse.Namespace):
         raise ValueError(f"There is no way {', '.join(map(repr, unknown))}. There are {', '.join(map(repr, ways))}.")
 
     test = make_test(model, lines, arguments)
-    for name in wanted if not arguments.costs else ():
-        result = test.measure(ways[name](name), arguments.output / "answers" / name)
-        write_text(arguments.output / "results" / f"{name}.json", json.dumps(result) + "\n")
+    results = arguments.output / "results"
+    if not arguments.costs:
+        for name in wanted:
+            result = test.measure(ways[name](name), arguments.output / "answers" / name)
+            write_text(results / f"{name}.json", json.dumps(result) + "\n")
 
     if arguments.costs or arguments.quick or not arguments.ways:
+        measured = [make(name) for name, make in ways.items() if (results / f"{name}.json").exists()]
         plain = PlainModel("one plain model", model.backbones[0], model.tokenizer, arguments.tokens)
-        costs = test.measure_costs(plain, [ways[name](name) for name in wanted])
-        write_text(arguments.output / "results" / "costs.json", json.dumps(costs, indent=1) + "\n")
+        write_text(results / "costs.json", json.dumps(test.measure_costs(plain, measured), indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("evaluation/steering"))
     parser.add_argument("--ways", nargs="*", help="these alone, by name, without a report; by default all")
-    parser.add_argument("--costs", action="store_true", help="measure what a token costs, and nothing else")
+    parser.add_argument("--costs", action="store_true", help="of what was measured before, in turns; no way anew")
     parser.add_argument("--report", action="store_true", help="write the report of what was measured before")
     parser.add_argument("--against", default="static mixture", help="the way that the others are compared with")
     parser.add_argument("--pcm", type=Path, default=demo.ARTIFACTS / demo.PCM_OF_STRENGTHS, help="of strengths")
@@ -187,6 +194,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
 
     arguments = parser.parse_args()
+    if arguments.costs and arguments.ways:
+        parser.error("--costs measures all ways that have results, in turns; leave out --ways")
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.answers, arguments.tokens = 2, 1, 24

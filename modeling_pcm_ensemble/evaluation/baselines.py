@@ -20,6 +20,7 @@ from ..preference import Preference
 from ..rows import stack_padded
 
 Conversation = list[dict[str, str]]
+USUAL_SCALE = 2.0  # lora_alpha / r, of an adapter whose scale is not written in settings
 GenerativeModel = Any  # of transformers, or PEFT's around one: no type of theirs has `generate` and `device`
 
 
@@ -198,12 +199,19 @@ class WeightAverage(Baseline):
             self.model.load_adapter(adapters[expert], adapter_name=expert)
 
     def settings(self) -> str:
-        scales = {
-            name: [adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.rank_pattern, adapter.alpha_pattern]
-            for name, adapter in self.model.peft_config.items()
-            if name != "average"
-        }
-        return json.dumps([self.max_new_tokens, self.top_k, digest(self.model), scales])
+        asked: list[Any] = [self.max_new_tokens, self.top_k, digest(self.model)]
+        if scales := self._scales():
+            asked.append(scales)
+        return json.dumps(asked)
+
+    def _scales(self) -> dict[str, list]:
+        """What no weights say of the adapters' scales, where they are not the usual one; see `EnsembleBaseline`."""
+        scales = {}
+        for name, adapter in cast(dict[str, Any], self.model.peft_config).items():
+            patterns = [adapter.use_rslora, adapter.rank_pattern, adapter.alpha_pattern]
+            if name != "average" and (any(patterns) or adapter.lora_alpha / adapter.r != USUAL_SCALE):
+                scales[name] = [adapter.r, adapter.lora_alpha, *patterns]
+        return scales
 
     def generate(self, prompts: list[Conversation], preferences: list[Preference]) -> list[str]:
         rows_of: dict[str, list[int]] = {}

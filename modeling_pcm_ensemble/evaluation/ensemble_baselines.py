@@ -14,14 +14,13 @@ from ..configuration_pcm_ensemble import ADDITIVE
 from ..lora import adapted_layers
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
-from .baselines import Baseline, Conversation, chat_inputs, digest, sample_answers, wordings
+from .baselines import USUAL_SCALE, Baseline, Conversation, chat_inputs, digest, sample_answers, wordings
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 # What an expert's answers depend on, beside its weights
 EXPERT_FACTS = ("name", "backbone", "prompt_ids", "description_ids")
-USUAL_SCALE = 2.0  # lora_alpha / r, of an adapter whose scale is not written
 
 
 @dataclass

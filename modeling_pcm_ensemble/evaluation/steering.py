@@ -127,7 +127,7 @@ def collect_references(base: Baseline, prompts: list[Conversation], path: Path, 
         base (`Baseline`): who answers; preferences are not read.
         prompts (`list[Conversation]`): what is asked.
         path (`Path`): a JSON file of `prompts`, `answers` and who gave them. It is made anew if it holds other
-            prompts, another number of answers to each, or answers of another length or model.
+            prompts, another number of answers to each, or those of a baseline with another name, length or top k.
         number (`int`): answers to each prompt.
     """
     asked = {name: getattr(base, name, None) for name in ("name", "max_new_tokens", "top_k")}

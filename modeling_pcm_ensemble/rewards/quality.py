@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -85,9 +85,8 @@ class TextQuality:
         keys = [(_as_json(prompt), completion) for prompt, completion in zip(prompts, completions)]
         # Completions of one prompt lie together, so that it is read once for many.
         new = sorted({key for key in keys if key not in self.known}, key=lambda key: (len(key[0]), *key))
-        if new and len(self.known) > MOST_KNOWN:  # the oldest go, but for those that are asked for
-            newest = set(list(self.known)[-MOST_KNOWN // 2 :]).union(keys)
-            self.known = {key: value for key, value in self.known.items() if key in newest}
+        if new and len(self.known) > MOST_KNOWN:
+            self.known = _newest(self.known, keys)
 
         step = 4 * self.batch_size
         starts = range(0, len(new), step)
@@ -118,7 +117,7 @@ class TextQuality:
         keys = [(_as_json(prompt), completion) for prompt, completion in zip(prompts, completions)]
         new = [key for key in dict.fromkeys(keys) if key not in self._losses]
         if len(self._losses) + len(new) > MOST_KNOWN:
-            self._losses = {key: self._losses[key] for key in keys if key in self._losses}
+            self._losses = _newest(self._losses, keys)
         if new:
             self._losses |= zip(new, self._token_nll(new))
         return [self._losses[key] for key in keys]
@@ -192,6 +191,12 @@ class TextQuality:
         written = targets >= 0
         losses = torch.nn.functional.cross_entropy(logits[written].float(), targets[written], reduction="none")
         return losses.split(written.sum(dim=1).tolist())
+
+
+def _newest(known: dict[tuple[str, str], Any], keys: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+    """Keep the newer half of what is held, and what is asked for."""
+    kept = set(list(known)[-MOST_KNOWN // 2 :]).union(keys)
+    return {key: value for key, value in known.items() if key in kept}
 
 
 def _as_json(prompt) -> str:

@@ -23,11 +23,13 @@ SETTINGS = {"world_size", "seed", "per_device_train_batch_size", "gradient_accum
 EXPERT_FACTS = ("name", "backbone", "adapter", "dimension", "prompt_ids", "description_ids")
 
 
-def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
+def digest_of(weights: Mapping[str, Any]) -> str:
     """Return a digest of weights and their names."""
     digest = hashlib.sha256()
     for name, weight in weights.items():
-        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+        digest.update(name.encode())
+        if isinstance(weight, torch.Tensor) and not weight.is_meta:  # what is quantised may have others beside
+            digest.update(weight.detach().dequantize().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

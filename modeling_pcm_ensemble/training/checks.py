@@ -203,7 +203,7 @@ def check_lengths(
     Raises:
         ValueError: with the row.
     """
-    limits = [max_positions(part.get_text_config()) for part in config.sub_config_items().values()]
+    limits = [max_positions(part) for part in config.sub_config_items().values()]
     room = min((limit for limit in limits if limit is not None), default=UNLIMITED)
     experts = config.experts or []
     own_words = len(told.preference.description_ids or ())

@@ -12,7 +12,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from ..configuration_pcm_ensemble import PRODUCT, PCMEnsembleConfig
+from ..configuration_pcm_ensemble import PRODUCT, PCMEnsembleConfig, max_positions
 from ..preference import Preference, description_of
 from .reading import Prefix, Prefixes
 from .settings import slots_of
@@ -156,7 +156,7 @@ class WishReader:
         if num_tokens > MOST_DESCRIPTION_TOKENS:
             raise ValueError(f"A description may have {MOST_DESCRIPTION_TOKENS} tokens here, and it has {num_tokens}.")
 
-        limit = getattr(self.config.pcm.get_text_config(), "max_position_embeddings", None)
+        limit = max_positions(self.config.pcm)
         longest = self.model_config.max_model_len + num_tokens
         if limit is not None and longest > limit:
             raise ValueError(
