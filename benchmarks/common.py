@@ -137,7 +137,7 @@ def summary(seconds: dict[str, list], reference: str) -> list[dict]:
     rows = []
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, seconds[reference])]
-        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
         times = {"seconds": median(values), "ratio": median(ratios), "quartiles": [low, high]}
         rows.append({"name": name, "rounds": len(values)} | times)
     return rows

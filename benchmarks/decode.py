@@ -48,13 +48,14 @@ def run(arguments):
         return
 
     backbone, experts = load_backbone(arguments), arguments.experts
-    lora = random_lora_ensemble(backbone, experts)
+    # On backbones of their own: the hooks of adapters take time.
+    lora = random_lora_ensemble(load_backbone(arguments), experts)
     models = {"plain model": backbone}
     if "prompted" in arguments.kinds:
         models["prompted experts"] = prompted_ensemble(backbone, experts)
     if "LoRA" in arguments.kinds:
         models["LoRA experts"] = lora
-        models['LoRA, merge="adapters"'] = random_lora_ensemble(backbone, experts, merge="adapters")
+        models['LoRA, merge="adapters"'] = random_lora_ensemble(load_backbone(arguments), experts, merge="adapters")
     copies = [copy.deepcopy(backbone) for _ in range(experts)]
     peft = with_peft_adapters(copy.deepcopy(backbone), lora)
     xlora = with_xlora(copy.deepcopy(backbone), lora) if arguments.xlora else None

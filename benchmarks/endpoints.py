@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -112,15 +113,25 @@ def measure(models: dict[str, PCMEnsembleForCausalLM], batch: int, arguments) ->
     Rows of one batch: seconds of a token, of a request, and the share that overlaps of what could: of the shorter one
     of a request and what a token takes from the experts here alone.
     """
-    tokenizer = models[HERE].tokenizer
-    chats = tokenizer.apply_chat_template(
-        koala_chats(batch), add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-    )
+    tokenizer, numbers = models[HERE].tokenizer, itertools.count()
 
     def decoding(model: PCMEnsembleForCausalLM, names: list[str]):
         length = arguments.tokens
         options = {"preference": names, "do_sample": False, "min_new_tokens": length, "max_new_tokens": length}
-        return lambda: model.generate(**chats, **options)
+
+        def decode():
+            # What a server has read, it has kept: each call has prompts that begin with a number of its own.
+            system = {"role": "system", "content": f"Conversation {next(numbers):05d}."}
+            chats = tokenizer.apply_chat_template(
+                [[system, *chat] for chat in koala_chats(batch)],
+                add_generation_prompt=True,
+                padding=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            model.generate(**chats, **options)
+
+        return decode
 
     steps = {}
     for name, model in models.items():

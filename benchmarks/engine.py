@@ -96,10 +96,10 @@ def run(arguments):
         rows = []
         for batch in tqdm(BATCHES, desc="engine", leave=False):
             seconds: dict[str, list[float]] = {name: [] for name in engines}
-            own_step = cached_step(own, one_token(batch))
             of_own: list[float] = []
             for done in range(arguments.rounds + 1):  # the first one warms up
                 of_round = {name: engine.step(batch, arguments.tokens) for name, engine in engines.items()}
+                own_step = cached_step(own, one_token(batch))  # anew, as the engines begin with a new context
                 of_this = interleaved({"own": own_step}, arguments.tokens, warm_up=1)["own"]
                 if done:
                     of_own.append(sum(of_this) / len(of_this))

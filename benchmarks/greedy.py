@@ -36,7 +36,7 @@ def compare(dtype: torch.dtype, chats: list, arguments) -> dict:
     """
     model = demo.trained_ensemble(dtype=dtype)
     options = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
-    options |= {"return_dict_in_generate": True, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
     equal, margins, seconds = 0, [], {"eager": [], "compiled": []}
 
     for start in range(0, len(chats), arguments.batch):
@@ -53,13 +53,14 @@ def compare(dtype: torch.dtype, chats: list, arguments) -> dict:
             seconds[name].append(time.perf_counter() - begun)
 
         new = {name: output.sequences[:, -arguments.tokens :] for name, output in found.items()}
-        top = torch.stack(found["eager"].logits, dim=1).topk(2).values  # (rows, tokens, 2)
+        scores = torch.stack(found["eager"].scores, dim=1)  # (rows, tokens, vocab)
         for row, differs in enumerate(new["eager"] != new["compiled"]):
             if not differs.any():
                 equal += 1
                 continue
             first = differs.int().argmax()
-            margins.append(float(top[row, first, 0] - top[row, first, 1]))
+            eager, compiled = (scores[row, first, tokens[row, first]] for tokens in new.values())
+            margins.append(float(eager - compiled))
 
     return {
         "dtype": str(dtype).rpartition(".")[2],

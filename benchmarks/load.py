@@ -116,6 +116,7 @@ def servers(folder: Path, arguments) -> Iterator[tuple[str, list[str], Path, dic
     """Give each server's name, the command that starts it, its checkpoint, and what requests say beside the prompt."""
     dtype = str(demo.fast_dtype()).removeprefix("torch.")
     vllm = [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", dtype, "--max-model-len", "1024"]
+    vllm += ["--no-enable-prefix-caching"]  # the same prompts come in every round
     vllm += [] if arguments.compiled else ["--enforce-eager"]
     told = {"vllm_xargs": {"preference": json.dumps(PREFERENCE)}}
 

@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--words", action="extend", nargs="+", help="preferences in words")
     parser.add_argument("--tokens", type=int, default=60, help="most tokens of an answer (default 60)")
     parser.add_argument("--output", default="ensemble", help="folder to save the ensemble in (default ensemble)")
-    arguments, console = parser.parse_args(), Console()
+    arguments, console = parser.parse_args(), Console(markup=False)
     if not (arguments.preference or arguments.words):
         arguments.preference, arguments.words = PREFERENCES, WORDS
 

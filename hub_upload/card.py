@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.configuration_pcm_ensemble import ENDPOINT
+from modeling_pcm_ensemble.routing import mergeable_names
 
 logger = logging.get_logger(__name__)
 
@@ -144,7 +145,7 @@ def code_blocks(text: str) -> list[str]:
 
 def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None, loading: dict[str, Any]) -> str:
     """How to use the model, as its tokenizer allows."""
-    names, tokenizer = model.config.weighted_names, model.tokenizer
+    names, tokenizer = mergeable_names(model.config), model.tokenizer
     preference = {names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0]
     code = TOKEN_CODE
     if tokenizer is not None:
@@ -181,7 +182,7 @@ def _row(config: PCMEnsembleConfig, expert: dict[str, Any]) -> dict[str, str]:
     if expert["prompt"]:
         parts.append("a prompt of its own")
 
-    cells = {"name": expert["name"], "dimension": expert["dimension"] or "", "description": expert["description"]}
+    cells = {name: expert[name] or "" for name in ("name", "dimension", "description")}
     cells["made_of"] = " with ".join(parts)
     return {name: " ".join(text.split()).replace("|", "\\|") for name, text in cells.items()}
 

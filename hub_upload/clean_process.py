@@ -30,13 +30,21 @@ def logits(source: str, revision: str, inputs: str, outputs: str, options: str):
 
 def run(model, input_ids, torch) -> dict:
     """Log-probabilities of a text, under two preferences, and the tokens that greedy decoding adds to it."""
-    preferences = dict(zip(LOGITS, (None, dict(zip(model.config.weighted_names, (1.0, 0.5))))))
+    preferences = dict(zip(LOGITS, (None, dict(zip(names_to_ask_for(model.config), (1.0, 0.5))))))
     with torch.no_grad():
         found = {
             name: model(input_ids, preference=preference).logits.float().contiguous()
             for name, preference in preferences.items()
         }
     return found | {"tokens": model.generate(input_ids, max_new_tokens=8, do_sample=False).contiguous()}
+
+
+def names_to_ask_for(config) -> list[str]:
+    """The experts that may have a weight: where adapters are added up, those that are an adapter and nothing else."""
+    experts = [expert for expert in config.experts if expert["name"] in config.weighted_names]
+    if config.merge == "adapters":  # by the checkpoint's own code, which may be older than this
+        experts = [expert for expert in experts if expert["adapter"] and not expert["prompt_ids"]]
+    return [expert["name"] for expert in experts]
 
 
 def code(path: str):

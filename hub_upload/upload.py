@@ -18,11 +18,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder
+from modeling_pcm_ensemble.checkpoint_staging import TOKENIZER, finish_save, staged_folder
 from modeling_pcm_ensemble.checkpoint_trust import server_address
 
 from .card import GENERATED, code_blocks, model_card, read_report
@@ -99,7 +100,7 @@ def hub_upload(
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        staged = stage_thin(model, folder, work / "thin", token) if thin else folder
+        staged = stage_thin(model, folder, work / "thin", token, console) if thin else folder
         check_same(model, os.path.abspath(staged), work, "The folder", loading, environment=environment)
         console.print("The folder loads, generates and gives this model's logits in a clean process.")
 
@@ -144,10 +145,12 @@ def upload_files(
     api: HfApi, repo_id: str, folder: Path, names: list[str], revision: str | None, console: Console
 ) -> CommitInfo:
     """Upload files of a folder, in place of an earlier checkpoint's; a person's README.md stays."""
-    there = [name for name in api.list_repo_files(repo_id, revision=revision) if WEIGHTS.fullmatch(name)]
+    of_checkpoints = (WEIGHTS, TOKENIZER)
+    every = api.list_repo_files(repo_id, revision=revision)
+    there = [name for name in every if any(kind.fullmatch(name) for kind in of_checkpoints)]
     stale = [name for name in there if name not in names]
     if stale:
-        console.print(f"Deleted there, being of an earlier checkpoint: {', '.join(stale)}")
+        console.print(Text(f"Deleted there, being of an earlier checkpoint: {', '.join(stale)}"))
     if "README.md" in names and keeps_its_card(api, repo_id, folder, revision):
         names = [name for name in names if name != "README.md"]
         console.print("The repository's README.md was written by a person, and stays.")
@@ -252,12 +255,19 @@ def check_repository(api: HfApi, repo_id: str, private: bool | None):
             raise ValueError(f"{repo_id} holds a model of another kind ({kind}). Give another name.")
 
 
-def stage_thin(model: PCMEnsembleForCausalLM, folder: Path, target: Path, token: str | None) -> Path:
-    """Write the thin form of a folder, with what its author put beside the checkpoint, and return where."""
+def stage_thin(model: PCMEnsembleForCausalLM, folder: Path, target: Path, token: str | None, console: Console) -> Path:
+    """
+    Write the thin form of a folder, with what its author put beside the checkpoint but for links to elsewhere, and
+    return where.
+    """
     model.save_pretrained(target, thin=True, token=token)
     for path in folder.iterdir():
-        if path.is_file() and not (target / path.name).exists() and not WEIGHTS.fullmatch(path.name):
+        if not path.is_file() or (target / path.name).exists() or WEIGHTS.fullmatch(path.name):
+            continue
+        if path.resolve().is_relative_to(folder.resolve()):
             shutil.copy(path, target)
+        else:
+            console.print(Text(f"Left out, being a link to elsewhere: {path.name}"))
     return target
 
 
@@ -384,15 +394,14 @@ def show_files(folder: Path, console: Console) -> list[str]:
     table.add_column("MB", justify="right")
     sizes = {name: (folder / name).stat().st_size / 1e6 for name in kept}
     for name, size in sizes.items():
-        table.add_row(name, f"{size:.2f}")
+        table.add_row(Text(name), f"{size:.2f}")
     table.add_section()
     table.add_row(f"{len(kept)} files", f"{sum(sizes.values()):.2f}")
     console.print(table)
 
     if left_out := [name for name in every if name not in kept]:
-        console.print(
-            f"Left out (hidden files, checkpoints of training, pickles, links to elsewhere): {', '.join(left_out)}"
-        )
+        kinds = "hidden files, checkpoints of training, pickles, links to elsewhere"
+        console.print(Text(f"Left out ({kinds}): {', '.join(left_out)}"))
     return kept
 
 

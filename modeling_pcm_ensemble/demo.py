@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 from transformers.utils.quantization_config import GgufConfig
 
 from .checkpoint_staging import finish_save, staged_folder
-from .configuration_pcm_ensemble import TOP_K_MERGES
+from .configuration_pcm_ensemble import ADDITIVE, TOP_K_MERGES
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -72,6 +71,7 @@ def _find_artifacts() -> Path:
 
 ARTIFACTS = _find_artifacts()
 PCM_OF_SHARES, PCM_OF_STRENGTHS = "pcm.safetensors", "pcm-strengths.safetensors"
+PCM_LAYERS = {PCM_OF_SHARES: 4, PCM_OF_STRENGTHS: 4}  # degrees in words take more of them than who is meant
 EXPERT_TOP_K = 20  # of the trained experts: what a small model writes from its tail breaks a sentence off
 
 
@@ -110,7 +110,7 @@ def fetch_model(repository: str, make: Callable[[str], None]) -> str:
 
     try:
         return snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"])
-    except (OSError, HfHubHTTPError):
+    except Exception:  # what the HTTP library of the Hub's client raises changes, behind a proxy for example
         with WeakFileLock(f"{made}.lock"):  # all processes of a launch come here at once
             if not (made / "config.json").exists():
                 with staged_folder(str(made)) as staging:
@@ -154,8 +154,8 @@ def smollm2_ensemble(**kwargs) -> PCMEnsembleForCausalLM:
 
 def adapter_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsembleForCausalLM:
     """
-    Build six LoRA experts on one SmolLM2, from `artifacts`/<name>, and a PCM of its first four layers, untrained.
-    `kwargs` are `from_experts`'s.
+    Build six LoRA experts on one SmolLM2, from `artifacts`/<name>, and an untrained PCM of its first layers: as many
+    as that for the `merge` was trained with. `kwargs` are `from_experts`'s.
 
     Raises:
         FileNotFoundError: if an expert is missing; a clone of the repository has all, and so has the package
@@ -175,20 +175,26 @@ def adapter_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsemble
     for name, (dimension, description) in PREFERENCES.items():
         adapter = {"model": model, "adapter": str(artifacts / name)}
         experts[name] = adapter | {"description": description, "dimension": dimension}
-    options: dict[str, Any] = {"pcm": model, "pcm_layers": 4, "dtype": fast_dtype()}
+    layers = PCM_LAYERS[pcm_file(kwargs.get("merge", "probabilities"))]
+    options: dict[str, Any] = {"pcm": model, "pcm_layers": layers, "dtype": fast_dtype()}
     return PCMEnsembleForCausalLM.from_experts(experts, **options | kwargs)
+
+
+def pcm_file(merge: str) -> str:
+    """Name the PCM that was trained for a merge: of strengths where wishes add up, else of shares."""
+    return PCM_OF_STRENGTHS if merge in ADDITIVE else PCM_OF_SHARES
 
 
 def trained_ensemble(artifacts: str | Path = ARTIFACTS, **kwargs) -> PCMEnsembleForCausalLM:
     """
-    Build [`adapter_ensemble`] with the PCM that was trained for its `merge`, of `artifacts`: pcm-strengths.safetensors
-    where wishes add up, else pcm.safetensors; and the `expert_top_k` of the training, where the merge takes one.
+    Build [`adapter_ensemble`] with the PCM that was trained for its `merge`, of `artifacts`, and the `expert_top_k` of
+    the training, where the merge takes one.
     """
     of_training = {}
     if kwargs.get("merge", "probabilities") in TOP_K_MERGES:
         of_training["expert_top_k"] = EXPERT_TOP_K
     model = adapter_ensemble(artifacts, **of_training | kwargs)
-    model.load_pcm(Path(artifacts) / (PCM_OF_STRENGTHS if model.config.adds_up else PCM_OF_SHARES))
+    model.load_pcm(Path(artifacts) / pcm_file(model.config.merge))
     return model
 
 

@@ -71,10 +71,14 @@ def in_words(preference: Preference, split: str = "held_out", seed: int = 0) -> 
         seed (`int`, defaults to 0): another one has other words.
 
     Raises:
-        ValueError: if there is no such split, or an expert without adjectives.
+        ValueError: if there is no such split, an expert without adjectives, no expert, or a weight that is not above
+            0: words deny, and do not steer away.
     """
     if unknown := set(preference.weights) - set(EXPERTS):
         raise ValueError(f"There are wordings of {', '.join(EXPERTS)}, and none of {', '.join(sorted(unknown))}.")
+
+    if not preference.weights or min(preference.weights.values()) <= 0:
+        raise ValueError(f"Degrees tell weights above 0, of one expert or more, got {preference.label!r}.")
 
     generator, parts = random.Random(seed), _parts(split)
     told = {name: nearest_level(weight) for name, weight in preference.weights.items()}

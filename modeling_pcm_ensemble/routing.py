@@ -63,7 +63,7 @@ class Route:
         )
         self.weights = weights.to(device)
         if self.mixes_adapters:
-            self.expert_rows = {_adapters_backbone(config, weights != 0): [ExpertRows(None, None, len(preferences))]}
+            self.expert_rows = {adapters_backbone(config, weights != 0): [ExpertRows(None, None, len(preferences))]}
         else:
             self.expert_rows = _expert_rows(config, weights != 0, device)
 
@@ -199,7 +199,14 @@ def _column(expert: int | None) -> int:
     return -1 if expert is None else expert
 
 
-def _adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
+def mergeable_names(config: PCMEnsembleConfig) -> list[str]:
+    """The experts that may have a weight: where adapters are added up, those that are an adapter and nothing else."""
+    if config.merge != ADAPTERS:
+        return config.weighted_names
+    return [expert["name"] for expert in config.experts if expert["adapter"] and not expert["prompt_ids"]]
+
+
+def adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
     """
     The backbone of `merge="adapters"`, which adds up LoRA weights, so that all active experts must be that and nothing
     else on one backbone; rows that want none run it bare.
@@ -221,4 +228,4 @@ def _adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
     return experts[0]["backbone"] if experts else possible.pop()
 
 
-__all__ = ["ExpertRows", "Route"]
+__all__ = ["ExpertRows", "Route", "adapters_backbone", "mergeable_names"]

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -29,9 +30,11 @@ def parse_preference(text: str, names: list[str], adds_up: bool = False) -> Pref
     """
     weights = {}
     for part in text.split(","):
-        name, is_weighted, weight = part.partition("=")
+        name, is_weighted, weight = map(str.strip, part.partition("="))
+        if name in weights:
+            raise argparse.ArgumentTypeError(f"{name!r} is there twice in {text!r}. Give each expert one weight.")
         try:
-            weights[name.strip()] = float(weight) if is_weighted else 1.0
+            weights[name] = float(weight) if is_weighted else 1.0
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{part!r} must be an expert, or expert=number: friendly=0.5.") from error
 
@@ -72,10 +75,11 @@ class AnswerTable(BaseStreamer):
 
         for row, token in zip(self.tokens, value.tolist()):
             row.append(token)
-        table = Table(*self.answers(), expand=True)
-        for column in table.columns:
-            column.ratio = 1
-        table.add_row(*self.answers().values())
+        answers = self.answers()
+        table = Table(expand=True)
+        for title in answers:
+            table.add_column(Text(title), ratio=1)  # whose brackets are no markup
+        table.add_row(*map(Text, answers.values()))
         self.live.update(table)
 
     def end(self):
@@ -146,10 +150,12 @@ def weights_table(
     if model.config.adds_up:
         title, cell = "strength of each expert / nats that it adds to a token", "{:.2f} / {:+.2f}"
 
-    table = Table("expert", *preferences, title=title, expand=True)
+    table = Table(title=title, expand=True)
+    for header in ("expert", *preferences):
+        table.add_column(Text(header))
     for expert, name in enumerate(model.config.expert_names):
         pairs = zip(weights[:, expert].tolist(), shares[:, expert].tolist())
-        table.add_row(name, *(cell.format(weight, share) if round(weight, 2) else "" for weight, share in pairs))
+        table.add_row(Text(name), *(cell.format(weight, share) if round(weight, 2) else "" for weight, share in pairs))
     return table
 
 

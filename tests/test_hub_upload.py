@@ -266,6 +266,21 @@ def test_weights_of_an_earlier_checkpoint_are_deleted_and_other_files_stay(hub, 
     assert "README.md was written by a person, and stays" in result.stdout
 
 
+def test_a_tokenizers_files_of_an_earlier_checkpoint_and_what_a_link_leads_to_are_not_uploaded_thin(hub, folder):
+    (folder.parent / "old").mkdir()
+    for name, content in {"tokenizer.model": b"old", "config.json": b'{"model_type": "pcm_ensemble"}'}.items():
+        (folder.parent / "old" / name).write_bytes(content)
+    hub.add("owner/ensemble", folder.parent / "old")
+    (folder / "link.txt").symlink_to("/etc/hostname")
+    (folder / "notes.txt").write_text("mine")
+    result = upload(hub, folder, "--thin")
+    assert result.returncode == 0, result.stderr
+    stored = hub.files("owner/ensemble")
+    assert stored["notes.txt"] == b"mine"
+    assert not {"tokenizer.model", "link.txt"} & set(stored)
+    assert "Left out, being a link to elsewhere: link.txt" in result.stdout
+
+
 def test_experts_behind_an_endpoint_are_uploaded_with_their_address_and_without_their_key(hub, tmp_path, monkeypatch):
     secret = "".join(map(chr, range(97, 117)))
     monkeypatch.setenv("PCM_TEST_KEY", secret)

@@ -145,8 +145,8 @@ def test_the_shipped_pcm_follows_the_preference_and_the_context():
 
 @pytest.mark.parametrize("merge", ["product", "adapters", "probabilities"])
 def test_the_shipped_pcm_of_strengths_obeys_weights_and_words_that_it_has_not_read(merge):
-    model = demo.adapter_ensemble(dtype=torch.float32, merge=merge)
-    model.load_pcm(demo.ARTIFACTS / demo.PCM_OF_STRENGTHS)
+    model = demo.trained_ensemble(dtype=torch.float32, merge="product")
+    model.config.merge, model.config.expert_top_k = merge, None
     names = model.config.expert_names
     inputs = chat(model, QUESTIONS)
 

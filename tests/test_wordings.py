@@ -150,6 +150,8 @@ def test_a_preference_is_told_the_same_each_time_and_in_other_words_under_anothe
         (lambda: compose(random.Random(0), "test"), "`split` must be 'training' or 'held_out', got 'test'"),
         (lambda: compose(random.Random(0), "training", "odes"), "`kind` must be one of 'degrees'.* got 'odes'"),
         (lambda: in_words(Preference({"cheerful": 1.0})), "none of cheerful"),
+        (lambda: in_words(Preference({"friendly": -1.0})), "Degrees tell weights above 0"),
+        (lambda: in_words(Preference({})), "of one expert or more"),
     ],
 )
 def test_what_cannot_be_worded_is_refused(call, message):

@@ -9,7 +9,7 @@ preferences and, less often, on those of two experts; of their product on any ex
 2. Train each seed's PCM with REBEL, its head alone: rewards are noisy, and a pretrained body knows already what the
    context is.
 3. Teach it which experts descriptions and other words ask for, and how much of each (demo_wordings.py): to do when
-   told in words what it does when told weights, on the first words of prompts and answers and, one time in ten, on
+   told in words what it does when told weights, on the first words of prompts and answers and, one time in twenty, on
    whole ones. No expert runs.
 4. Write each seed's PCM, its log, and the curves of all.
 
@@ -39,7 +39,6 @@ from common import (
     with_references,
 )
 from datasets import Dataset
-from safetensors.torch import save_file
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -55,10 +54,14 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 
 # Noise on the weights that a rollout is sampled under. Shares are less sensitive: only their ratios count.
 EXPLORATION = {"product": 0.5, "probabilities": 2.0}
-DESCRIPTION_STEPS = {"product": 5000, "probabilities": 1100}  # a degree takes longer to learn than who is meant
+# Updates, rows of each, and learning rate: a degree takes longer to learn than who is meant.
+DESCRIPTIONS = {"product": (2000, 16, 8e-4), "probabilities": (1100, 8, 5e-4)}
+LEARNING_LAYERS = 4  # the last ones; what lies below knows words already that are not in training, and keeps them
 # Descriptions are learnt on the first words of prompts and answers, where many words of preferences are read in little
-# time, and on one text in ten as a whole, since they are read from afar then.
-PROMPT_WORDS, ANSWER_WORDS, WHOLE = 8, 4, 10
+# time: four in five without the chat template's own system message. One text in twenty is whole, and has that message,
+# since descriptions are read from afar then.
+PROMPT_WORDS, ANSWER_WORDS, WITH_SYSTEM, WHOLE = 3, 2, 5, 20
+SYSTEM_LENGTH = 100  # of that message, in characters
 # What users may ask for by weights, told in descriptions
 DESCRIBED = [list(names) for number in (1, 2, 3) for names in combinations(demo.PREFERENCES, number)]
 
@@ -116,19 +119,21 @@ def preference_sets(config) -> list[list[str]]:
     return sets
 
 
-def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: int):
+def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, arguments):
     """Train a PCM to do when told in words what it does when told the weights that they mean."""
+    steps, rows, learning_rate = DESCRIPTIONS[arguments.merge]
+    steps = arguments.description_steps or steps
     config = DescriptionConfig(
         output_dir=str(folder),
         seed=seed,
         max_steps=steps,
-        learning_rate=5e-4,
-        per_device_train_batch_size=8,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=rows,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
         train_sampling_strategy="group_by_length",
         save_strategy="steps",
-        save_steps=500,
+        save_steps=250,
         save_total_limit=1,
         report_to="none",
     )
@@ -137,11 +142,16 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, steps: 
         prompt, answer = row["prompt"][-1]["content"], row["reference"]
         if number % WHOLE:
             prompt, answer = first_words(prompt, PROMPT_WORDS), first_words(answer, ANSWER_WORDS)
-        return {"prompt": chats([prompt])[0], "completion": answer, "length": len(prompt) + len(answer)}
+        chat, length = chats([prompt])[0], len(prompt) + len(answer)
+        if number % WITH_SYSTEM:
+            chat.insert(0, {"role": "system", "content": ""})
+        else:
+            length += SYSTEM_LENGTH
+        return {"prompt": chat, "completion": answer, "length": length}
 
     written = dataset.filter(lambda row: row["reference"]).map(text, with_indices=True)
     generator = random.Random(seed)
-    wordings = [compose(generator, "training") for _ in range(steps * config.per_device_train_batch_size)]
+    wordings = [compose(generator, "training") for _ in range(steps * rows)]
     trainer = DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
 
@@ -151,14 +161,13 @@ def first_words(text: str, number: int) -> str:
 
 
 def save_learnt(model, path: Path):
-    """Write an ensemble's PCM without its frozen embeddings, in bfloat16, and what it was trained for."""
-    learnt = {name: p.detach().to(torch.bfloat16) for name, p in model.pcm.named_parameters() if p.requires_grad}
+    """Write what an ensemble's PCM has learnt, in bfloat16, whole or not at all."""
     with staged_folder(path.parent) as staging:
-        save_file(learnt, Path(staging) / path.name, metadata={"trained_for": model.config.merge})
+        model.save_pcm(Path(staging) / path.name, torch.bfloat16)
 
 
 def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
-    """Train one PCM and write it, without its frozen embeddings. What each part has given is kept in a file."""
+    """Train one PCM and write what has learnt. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
     rewarded, described = folder / "rewards.safetensors", folder / "pcm.safetensors"
     if arguments.rollouts and described.exists() and not rewarded.exists():
@@ -180,7 +189,8 @@ def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
     if arguments.rollouts:
         model.load_pcm(rewarded)
         model.pcm.body.requires_grad_(True)
-    teach_descriptions(model, dataset, folder / "words", seed, arguments.description_steps)
+    model.pcm.body.layers[:-LEARNING_LAYERS].requires_grad_(False)
+    teach_descriptions(model, dataset, folder / "words", seed, arguments)
     save_learnt(model, described)
     return folder
 
@@ -234,7 +244,6 @@ def main():
     )
     parser.add_argument("--quick", action="store_true", help="8 prompts, 8 completions of 16 tokens, in OUTPUT/quick")
     arguments = parser.parse_args()
-    arguments.description_steps = arguments.description_steps or DESCRIPTION_STEPS[arguments.merge]
     if arguments.quick:
         arguments.output /= "quick"
         arguments.prompts, arguments.completions, arguments.tokens = 8, 8, 16

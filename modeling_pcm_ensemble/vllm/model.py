@@ -57,7 +57,8 @@ class PCMEnsembleForCausalLM(nn.Module):
         self.longest = vllm_config.model_config.max_model_len + MOST_DESCRIPTION_TOKENS  # tokens that are read
         self.active = ActiveRows()
         self.prompts = PrefixReading(self.slots)
-        self.has_prompts = any(expert["prompt_ids"] for expert in config.experts)
+        # Adapters are added without prompts: experts that have one cannot be asked for then.
+        self.has_prompts = not self.adds_adapters and any(expert["prompt_ids"] for expert in config.experts)
         self.backbone = self._make_backbone(maybe_prefix(prefix, "backbone"))
         self.descriptions = PrefixReading()
         self.pcm = self._make_pcm(maybe_prefix(prefix, "pcm"))

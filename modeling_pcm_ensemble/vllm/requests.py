@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from ..configuration_pcm_ensemble import PRODUCT, PCMEnsembleConfig, max_positions
 from ..preference import Preference, description_of
+from ..routing import adapters_backbone, mergeable_names
 from .reading import Prefix, Prefixes
 from .settings import slots_of
 
@@ -104,7 +105,7 @@ class WishReader:
 
     def read_first_expert(self) -> Wish:
         """Return what wants the first expert that may have a weight, alone."""
-        return self._as_wish(Preference.parse(self.config.weighted_names[0], self.config.expert_names))
+        return self._as_wish(Preference({mergeable_names(self.config)[0]: 1.0}))
 
     def _check_names(self, params: SamplingParams | None):
         extra_args = (params.extra_args if params is not None else None) or {}
@@ -132,6 +133,7 @@ class WishReader:
         active = [index for index, weight in enumerate(weights) if weight]
         description = (Prefix(0, tuple(description_of(self.config, preference))),)
         if self.slots is None:  # all adapters in one row
+            adapters_backbone(self.config, torch.tensor([weights]) != 0)  # which refuses what is no adapter
             return Wish(weights, [-1], description, (Prefix(-1, ()),), [-1, -1])
 
         if len(active) > self.slots:
@@ -181,9 +183,18 @@ def _as_json(said) -> str:
 
 def _from_json(name: str, text: str):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once_each)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"`{name}` is no JSON: {text!r:.200} ({error}).") from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that is there twice, of which JSON would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} is there twice. Give each expert one weight.")
+    return found
 
 
 def check_default(vllm_config: VllmConfig):

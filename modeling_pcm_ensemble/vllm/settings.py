@@ -49,6 +49,7 @@ def _check_settings(vllm_config: VllmConfig):
         "a `kv_cache_dtype` of its own": vllm_config.cache_config.cache_dtype
         not in ("auto", "float16", "bfloat16", "float32"),
         "`--runner pooling`": vllm_config.model_config.runner_type != "generate",
+        "`--enable-prompt-embeds`": vllm_config.model_config.enable_prompt_embeds,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
         "`--enable-lora`, since the experts' adapters are the ensemble's own": vllm_config.lora_config is not None,

@@ -64,6 +64,10 @@ def prompts() -> list[list[int]]:
     return texts
 
 
+# One expert that cannot be added, which a request may not ask for
+OTHERS_TOO = {"merge": "adapters", "prompts": {"plain": "Be yourself."}, "default_preference": {"kind": 1.0}}
+
+
 def make_ensemble(
     backbone, folder: Path, repository: str | None = None, prompts: dict[str, str] | None = None, **options
 ) -> PCMEnsembleForCausalLM:
@@ -155,6 +159,11 @@ def main(folder: Path):
         "product-top-k": (llama, {"merge": "product", "expert_top_k": 8}, ASKED + SIGNED),
         "reference": (llama, {"merge": "product", "reference": "plain"}, [{"preference": "kind"}, *SIGNED]),
         "adapters": (llama, {"merge": "adapters"}, ASKED + SIGNED),
+        "adapters-and-a-prompt": (
+            llama,
+            OTHERS_TOO,
+            [{"preference": "kind"}, {"preference": {"brief": 0.5, "rude": -1}}],
+        ),
         "prompted": (llama, {"prompts": PROMPTS}, ASKED),
         "prompted-product": (llama, {"prompts": PROMPTS, "merge": "product", "reference": "plain"}, SIGNED),
         "qwen2": (tiny_qwen2(2, **SIZES), {"default_preference": {"kind": 1.0, "rude": 0.5}}, ASKED),

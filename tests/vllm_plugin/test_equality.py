@@ -5,7 +5,7 @@ from conftest import ask, check_equal, engine, metric, references
 from vllm.sampling_params import StructuredOutputsParams
 
 MIXTURES = ["probabilities", "top-k", "logits", "qwen2", "zeroed"]
-ADDITIVE = ["product", "product-top-k", "reference", "adapters"]
+ADDITIVE = ["product", "product-top-k", "reference", "adapters", "adapters-and-a-prompt"]
 PROMPTED = ["prompted", "prompted-product", "bos"]
 
 

@@ -75,6 +75,7 @@ def test_the_model_and_its_runner_have_one_table():
         pytest.param({"preference": "knd"}, "unknown expert 'knd'. Did you mean 'kind'?", id="unknown"),
         pytest.param({"preference": {"kind": -1}}, "finite numbers of at least 0", id="negative"),
         pytest.param({"preference": '{"kind": 1'}, "`preference` is no JSON", id="json"),
+        pytest.param({"preference": '{"kind": 1, "kind": 0}'}, "'kind' is there twice", id="twice"),
         pytest.param({"preference": 3.0}, "must be an expert's name, a mapping", id="kind"),
         pytest.param({"preference": [1.0, 2.0]}, "has 2 weights, but the ensemble has 4 experts", id="number"),
         pytest.param({"preference_text": 5}, "must be a string", id="text"),
@@ -94,6 +95,14 @@ def test_the_model_and_its_runner_have_one_table():
 def test_a_bad_request_is_refused_where_it_arrives(two_slots, extra_args, message):
     with pytest.raises(ValueError, match=message):
         two_slots.validate_params(params(**extra_args))
+
+
+def test_what_cannot_be_added_up_is_refused_where_it_arrives():
+    check = getattr(PROCESSORS, front_end_processor(engine_config("adapters-and-a-prompt")).rpartition(".")[2])
+    for extra_args in ({"preference": "kind"}, {}):
+        check.validate_params(params(**extra_args))
+    with pytest.raises(ValueError, match="cannot mix expert 'plain'"):
+        check.validate_params(params(preference=["kind", "plain"]))
 
 
 def test_each_engine_of_a_process_checks_by_its_own_ensemble():
