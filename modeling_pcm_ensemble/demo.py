@@ -71,7 +71,7 @@ def _find_artifacts() -> Path:
 
 ARTIFACTS = _find_artifacts()
 PCM_OF_SHARES, PCM_OF_STRENGTHS = "pcm.safetensors", "pcm-strengths.safetensors"
-PCM_LAYERS = {PCM_OF_SHARES: 4, PCM_OF_STRENGTHS: 4}  # degrees in words take more of them than who is meant
+PCM_LAYERS = {PCM_OF_SHARES: 4, PCM_OF_STRENGTHS: 16}  # degrees in words take more of them than who is meant
 EXPERT_TOP_K = 20  # of the trained experts: what a small model writes from its tail breaks a sentence off
 
 
