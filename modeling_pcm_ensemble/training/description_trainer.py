@@ -5,7 +5,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +194,14 @@ class DescriptionTrainer(CheckpointTrainer):
 
     def _draw_batch(self, rows: int) -> list[ToldPreference]:
         """
-        Draw what a batch is told: descriptions, or wordings of about one length; in one way, since texts before a
+        Draw what a batch is told: descriptions, or wordings of about one length in one way, since texts before a
         prompt and in it would both be padded.
         """
-        generator, way = self._generator, self._generator.choice(WORDS)
+        generator = self._generator
         if self._plainly(generator):
-            return [replace(self.preferences.draw(generator), way=way) for _ in range(rows)]
+            return [self.preferences.draw(generator) for _ in range(rows)]
 
-        neighbours = NEIGHBOURS * rows
+        way, neighbours = generator.choice(WORDS), NEIGHBOURS * rows
         start = generator.randrange(len(self.wordings)) // neighbours * neighbours
         drawn = generator.choices(self.wordings[start : start + neighbours], k=rows)
         return [ToldPreference(wording, way) for wording in drawn]
