@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.configuration_pcm_ensemble import ENDPOINT
-from modeling_pcm_ensemble.routing import mergeable_names
+
+from .clean_process import names_to_ask_for
 
 logger = logging.get_logger(__name__)
 
@@ -145,7 +146,7 @@ def code_blocks(text: str) -> list[str]:
 
 def _code(model: PCMEnsembleForCausalLM, repo_id: str, revision: str | None, loading: dict[str, Any]) -> str:
     """How to use the model, as its tokenizer allows."""
-    names, tokenizer = mergeable_names(model.config), model.tokenizer
+    names, tokenizer = names_to_ask_for(model.config), model.tokenizer
     preference = {names[0]: 1.0, names[1]: 0.5} if len(names) > 1 else names[0]
     code = TOKEN_CODE
     if tokenizer is not None:

@@ -40,9 +40,9 @@ def run(model, input_ids, torch) -> dict:
 
 
 def names_to_ask_for(config) -> list[str]:
-    """The experts that may have a weight: where adapters are added up, those that are an adapter and nothing else."""
+    """Name the experts that may have a weight; `config` is of the checkpoint's own code, which may be an older one."""
     experts = [expert for expert in config.experts if expert["name"] in config.weighted_names]
-    if config.merge == "adapters":  # by the checkpoint's own code, which may be older than this
+    if config.merge == "adapters":
         experts = [expert for expert in experts if expert["adapter"] and not expert["prompt_ids"]]
     return [expert["name"] for expert in experts]
 

@@ -354,6 +354,15 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if nothing of the PCM learns.
+
+        Example:
+
+        ```python
+        >>> file = os.path.join(folder, "pcm.safetensors")
+        >>> model.save_pcm(file)
+        >>> model.load_pcm(file)
+
+        ```
         """
         learnt = {name: p.detach().to(dtype or p.dtype) for name, p in self.pcm.named_parameters() if p.requires_grad}
         if not learnt:
@@ -375,6 +384,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
             ValueError: if its PCM has another number of layers, is of other experts, or was trained for shares of a
                 mixture where this ensemble adds tilts.
+
+        Example: see [`save_pcm`].
         """
         with safe_open(path, "pt") as file:
             metadata, stored = file.metadata() or {}, set(file.keys())

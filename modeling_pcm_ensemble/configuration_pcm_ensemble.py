@@ -454,9 +454,8 @@ def check_is_causal_lm(config: PreTrainedConfig, label: str):
 
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Longest text that a part can read; None without a limit, which some configurations write as -1 or 0."""
-    if not isinstance(config, PreTrainedConfig):  # which is refused by name later on
-        return None
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else None  # which is refused later on
+    limit = getattr(text, "max_position_embeddings", None) or 0
     return limit if limit > 0 else None
 
 

@@ -200,10 +200,15 @@ def _column(expert: int | None) -> int:
 
 
 def mergeable_names(config: PCMEnsembleConfig) -> list[str]:
-    """The experts that may have a weight: where adapters are added up, those that are an adapter and nothing else."""
+    """Name the experts that may have a weight under `config.merge`."""
     if config.merge != ADAPTERS:
         return config.weighted_names
-    return [expert["name"] for expert in config.experts if expert["adapter"] and not expert["prompt_ids"]]
+    return [expert["name"] for expert in config.experts if _adds_up(expert)]
+
+
+def _adds_up(expert: dict) -> bool:
+    """Whether an expert is an adapter and nothing else."""
+    return expert["adapter"] is not None and not expert["prompt_ids"]
 
 
 def adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
@@ -211,7 +216,7 @@ def adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
     The backbone of `merge="adapters"`, which adds up LoRA weights, so that all active experts must be that and nothing
     else on one backbone; rows that want none run it bare.
     """
-    possible = {expert["backbone"] for expert in config.experts if expert["adapter"] and not expert["prompt_ids"]}
+    possible = {expert["backbone"] for expert in config.experts if _adds_up(expert)}
     if not active.any(dim=1).all() and len(possible) != 1:
         raise ValueError(
             'Without an expert `merge="adapters"` is the bare backbone, and the adapters of this ensemble are on '
@@ -220,7 +225,7 @@ def adapters_backbone(config: PCMEnsembleConfig, active: torch.Tensor) -> int:
 
     experts = [expert for expert, is_active in zip(config.experts, active.any(dim=0)) if is_active]
     for expert in experts:
-        if expert["adapter"] is None or expert["prompt_ids"] or expert["backbone"] != experts[0]["backbone"]:
+        if not _adds_up(expert) or expert["backbone"] != experts[0]["backbone"]:
             raise ValueError(
                 f'`merge="adapters"` cannot mix expert {expert["name"]!r}: it needs experts that are LoRA adapters on '
                 'one backbone, without prompts. Use `merge="product"`.'

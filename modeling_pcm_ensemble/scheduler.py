@@ -42,13 +42,10 @@ class Scheduler:
     Runs requests as rows of one batch, greedily, one token of each at a step.
 
     Args:
-        model (`PCMEnsembleForCausalLM`): the ensemble, with a tokenizer.
+        model (`PCMEnsembleForCausalLM`): the ensemble.
         max_rows (`int`): most requests that run at once.
         joins (`bool`): whether requests join a running batch; else they wait until it has ended.
         compile_config (`CompileConfig`, *optional*): how steps are compiled; prompts are read by eager ones.
-
-    Raises:
-        ValueError: if the ensemble has no tokenizer.
 
     Attributes:
         waiting, running (`list[Request]`): requests that have not ended.
@@ -71,10 +68,7 @@ class Scheduler:
         joins: bool = True,
         compile_config: CompileConfig | None = None,
     ):
-        if model.tokenizer is None:
-            raise ValueError("The ensemble has no tokenizer, which pads prompts. Build or save it with one.")
         self.model = model
-        self.tokenizer = model.tokenizer
         self.max_rows = max_rows
         self.joins = joins
         self.compiled = compile_config is not None

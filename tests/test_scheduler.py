@@ -143,8 +143,8 @@ def test_all_may_be_cancelled_and_others_come(scheduler):
     check_answered(scheduler, second)
 
 
-def test_a_request_ends_at_an_end_token_0_and_needs_no_padding_token(scheduler):
-    scheduler.model._tokenizer.pad_token = None
+def test_a_request_ends_at_an_end_token_0_and_needs_no_tokenizer(scheduler):
+    scheduler.model._tokenizer = None
     free = Request([21, 22], "e1", max_new_tokens=8)
     scheduler.add(free)
     run(scheduler)

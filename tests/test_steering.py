@@ -294,7 +294,9 @@ def test_ways_of_tiny_models_are_measured_and_reported(model, steering, tmp_path
     alone = {name: SingleExpert(f"{name} alone", model, 16, name) for name in "abc"}
     found = {"experts": steering.measure_experts(alone, tmp_path / "alone")}
     found |= {way.name: steering.measure(way, tmp_path / way.name) for way in ways}
+    calls = ways[-1].calls
     found["costs"] = steering.measure_costs(Parrot("plain"), ways)
+    assert ways[-1].calls == calls + 3, "one batch in each of three rounds"
     for name, entry in found.items():
         (results / f"{name}.json").write_text(json.dumps(entry))
 

@@ -232,6 +232,10 @@ class SteeringTest:
         r"""
         Let one plain model and all ways answer in turns, so that what they cost can be compared.
 
+        Args:
+            plain (`Baseline`): the unit of `time`.
+            ways (`Sequence[Baseline]`): as for [`SteeringTest.measure`].
+
         Returns:
             `dtype`, which the machine computed in; and `costs`, for each way what [`measure_cost`] gives, and `time`,
             that of a token as a multiple of the plain model's.
