@@ -12,7 +12,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from warm_python import warm_python
 
 # Builds an ensemble of two experts on one repository and a third on another, and pushes it.
 PUSH_ENSEMBLE = """
@@ -482,7 +482,7 @@ def start_client(
     head = "".join(f"{name} = {value!r}\n" for name, value in values.items())
     settings = client_environment(hub, home, token) | (environment or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", head + script], env=settings, **pipes)
+    return subprocess.Popen([warm_python(), "-c", head + script], env=settings, **pipes)
 
 
 def client_environment(hub: LocalHub, home, token: str | None) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from endpoint_server import EndpointServer, save_one_here_one_there
 from huggingface_hub import ModelCard
 from local_hub import Fault, client_environment
 from safetensors.torch import load
+from warm_python import warm_python
 
 from hub_upload.card import code_blocks
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
@@ -42,7 +42,7 @@ def upload(
     hub, folder, *options, token="hf_owner", repo_id="owner/ensemble", **settings: str
 ) -> subprocess.CompletedProcess:
     environment = client_environment(hub, folder.parent / "home", token) | settings
-    command = [sys.executable, "-m", "hub_upload", str(folder), repo_id, *options]
+    command = [warm_python(), "-m", "hub_upload", str(folder), repo_id, *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
