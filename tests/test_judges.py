@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import fmean, pstdev
 
 import pytest
-from conftest import HEADS, SIZES, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from conftest import HEADS, SIZES, VOCAB, tiny_tokenizer
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from modeling_pcm_ensemble import Preference
 from modeling_pcm_ensemble.evaluation import (
@@ -89,6 +89,14 @@ def test_a_reward_model_judges():
     (verdict,) = RewardJudge("model", {"a": reward}).judge([Comparison(PROMPT, Preference({"a": 1.0}), "yes", "no")])
     one, other = reward([PROMPT] * 2, [[{"role": "assistant", "content": text}] for text in ("yes", "no")])
     assert verdict.winner == float(one > other)
+
+
+def test_a_text_that_a_reward_model_cannot_read_is_refused():
+    config = GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=4, n_positions=16, num_labels=1)
+    reward = ModelReward(GPT2ForSequenceClassification(config), tiny_tokenizer())
+    assert len(reward(["a"], ["b" * 15])) == 1
+    with pytest.raises(ValueError, match="are 17 tokens, but the reward model reads at most 16"):
+        reward(["a", "a"], ["b" * 16, "b"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from typing import cast
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration_pcm_ensemble import max_positions
+
 
 class ModelReward:
     r"""
@@ -43,7 +45,12 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
-        """Return the model's output for each prompt and completion."""
+        """
+        Return the model's output for each prompt and completion.
+
+        Raises:
+            ValueError: if a text is longer than the model or its tokenizer allows.
+        """
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions)]
 
         rewards: list[float] = []
@@ -54,9 +61,19 @@ class ModelReward:
                 padding=True,
                 return_tensors="pt",
             ).to(self.model.device)
+            self._check_length(batch["input_ids"].shape[1])
             logits = self.model(**batch).logits  # (batch, 1)
             rewards += logits[:, 0].float().tolist()
         return rewards
+
+    def _check_length(self, length: int):
+        # RoBERTa's tokenizer names two tokens fewer than there are positions; other tokenizers name a huge number.
+        limit = min(max_positions(self.model.config) or length, self.tokenizer.model_max_length)
+        if length > limit:
+            raise ValueError(
+                f"A prompt and its completion are {length} tokens, but the reward model reads at most {limit}. Leave "
+                "out long prompts, or train with a smaller `max_completion_length`."
+            )
 
     def _text(self, prompt, completion) -> str:
         if isinstance(prompt, str):
