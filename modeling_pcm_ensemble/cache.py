@@ -282,25 +282,14 @@ class PCMEnsembleCache(Cache):
 
         ```
         """
-        check_kind("room", room, int, optional=True)
-        if room is not None and not 0 < room <= MOST_TOKENS:
-            raise ValueError(f"`room` must be at least 1, or None for a cache that grows, got {room}.")
-        check_kind("caches", caches, (list, tuple))
-        for cache in caches:
-            if not has_class(cache, "PCMEnsembleCache"):
-                raise TypeError(f"`caches` must be a list of `PCMEnsembleCache`, got a {type(cache).__name__} in it.")
-        if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
-            raise ValueError("`caches` must be one or more caches that one ensemble has filled.")
-        if not all(memory.takes_prefixes for cache in caches for memory in cache.memories):
-            raise ValueError(
-                "`join` takes dynamic and static caches of full attention: others have no room for padding, or "
-                "none that they could leave out."
-            )
+        _check_joinable(caches, room)
 
         # By backbone, or None for the PCM
         parts: dict[int | None, list[Memory]] = {None: [cache.pcm for cache in caches]}
-        for backbone in dict.fromkeys(backbone for cache in caches for backbone in cache.backbones):
-            parts[backbone] = [cache.backbones[backbone] for cache in caches if backbone in cache.backbones]
+        for cache in caches:
+            for backbone, memory in cache.backbones.items():
+                parts.setdefault(backbone, []).append(memory)
+
         masks = {key: [_mask(memory) for memory in memories] for key, memories in parts.items()}
         widths = {key: max(map(_needed, of_parts)) for key, of_parts in masks.items()}
 
@@ -322,6 +311,24 @@ class PCMEnsembleCache(Cache):
             else:
                 joined.backbones[key] = memory
         return joined
+
+
+def _check_joinable(caches: list[PCMEnsembleCache], room: int | None):
+    """Refuse what [`PCMEnsembleCache.join`] cannot take."""
+    check_kind("room", room, int, optional=True)
+    if room is not None and not 0 < room <= MOST_TOKENS:
+        raise ValueError(f"`room` must be at least 1, or None for a cache that grows, got {room}.")
+    check_kind("caches", caches, (list, tuple))
+    for cache in caches:
+        if not has_class(cache, "PCMEnsembleCache"):
+            raise TypeError(f"`caches` must be a list of `PCMEnsembleCache`, got a {type(cache).__name__} in it.")
+    if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
+        raise ValueError("`caches` must be one or more caches that one ensemble has filled.")
+    if not all(memory.takes_prefixes for cache in caches for memory in cache.memories):
+        raise ValueError(
+            "`join` takes dynamic and static caches of full attention: others have no room for padding, or "
+            "none that they could leave out."
+        )
 
 
 def _order(routes: list[Route], backbone: int | None) -> list[int]:

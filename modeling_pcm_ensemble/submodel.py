@@ -258,32 +258,47 @@ def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingP
     if memory.length > 0 or isinstance(rows.adapters, torch.Tensor):
         return plan
 
-    num_tokens, readings = rows.input_ids.shape[1], rows.readings()
-    if memory.copies_rows and (len(rows) - 1) * num_tokens >= MIN_TOKENS_SAVED:
-        row_sets = equal_rows(rows)
-        firsts = [row_sets.index(number) for number in range(max(row_sets) + 1)]
-        saved = (len(rows) - len(firsts)) * num_tokens
-        if saved > 0 and saved >= MIN_TOKENS_SAVED:
-            plan.row_sets, plan.firsts = row_sets, firsts
-            readings = [readings[first] for first in firsts]
+    readings = rows.readings()
+    if memory.copies_rows:
+        plan.row_sets, plan.firsts = _rows_read_once(rows)
+        if plan.firsts:
+            readings = [readings[first] for first in plan.firsts]
 
     # Owners of shards must make the same calls, and each sees its own rows. An endpoint reads nothing ahead.
     weights = list(model.parameters())
     sharded = any(hasattr(weight, "to_local") for weight in weights)
-    if torch.is_grad_enabled() or not memory.takes_prefixes or sharded or not weights:
-        return plan
+    if memory.takes_prefixes and weights and not sharded and not torch.is_grad_enabled():
+        # Under autocast, and under dropout, the same weights make other states.
+        makes_others = model.training or torch.is_autocast_enabled(rows.input_ids.device.type)
+        plan.prefixes_apart, plan.keeps_prefixes = _prefixes_read_once(readings, may_keep=not makes_others)
+    return plan
 
+
+def _rows_read_once(rows: Rows) -> tuple[list[int], list[int]]:
+    """The set of equal rows that each row is of, and each set's first row; none where that saves too little."""
+    num_tokens = rows.input_ids.shape[1]
+    if (len(rows) - 1) * num_tokens < MIN_TOKENS_SAVED:  # nor is it worth comparing them
+        return [], []
+
+    row_sets = equal_rows(rows)
+    firsts = [row_sets.index(number) for number in range(max(row_sets) + 1)]
+    saved = (len(rows) - len(firsts)) * num_tokens
+    return (row_sets, firsts) if _is_worth_it(saved) else ([], [])
+
+
+def _prefixes_read_once(readings: list[Reading], may_keep: bool) -> tuple[list[Reading], bool]:
+    """The distinct prefixes, none where reading them apart saves too little; and whether later calls find them."""
     shortened = _without_last_token(readings)
     distinct = list(dict.fromkeys(shortened))
     lengths = [len(prefix) for _, prefix in distinct]
-    saved = (len(shortened) - len(distinct)) * max(lengths)
 
-    # Under autocast, and under dropout, the same weights make other states.
-    makes_others = model.training or torch.is_autocast_enabled(rows.input_ids.device.type)
-    plan.keeps_prefixes = sum(lengths) >= MIN_TOKENS_KEPT and not makes_others
-    if plan.keeps_prefixes or (saved > 0 and saved >= MIN_TOKENS_SAVED):
-        plan.prefixes_apart = distinct
-    return plan
+    keeps = may_keep and sum(lengths) >= MIN_TOKENS_KEPT
+    saved = (len(shortened) - len(distinct)) * max(lengths)
+    return (distinct if keeps or _is_worth_it(saved) else []), keeps
+
+
+def _is_worth_it(saved: int) -> bool:
+    return saved > 0 and saved >= MIN_TOKENS_SAVED
 
 
 def _without_last_token(readings: list[Reading]) -> list[Reading]:

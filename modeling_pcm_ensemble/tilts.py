@@ -127,6 +127,8 @@ def _put_candidates(
 ) -> torch.Tensor:
     """The sum of logits, `(batch, seq, vocab)`, where what no model keeps comes below what one does."""
     tokens, is_repeated, least_kept = candidates(expert_logits, coefficients, expert_top_k)
+
+    # To a model that did not keep a candidate, it is worth as much as the last one that it kept.
     values = torch.zeros_like(tokens, dtype=total.dtype)  # (batch, seq, candidates)
     for entry, least in zip(expert_logits, least_kept):
         active = slice(None) if entry.rows is None else entry.rows
@@ -136,6 +138,8 @@ def _put_candidates(
 
     # A candidate that stands there twice is written twice, but has its gradient once.
     values = torch.where(is_repeated, values.detach(), values)
+
+    # Other tokens keep their order, moved as a whole to below the lowest candidate.
     highest = total.amax(dim=-1, keepdim=True)
     highest = highest.masked_fill(highest.isneginf(), 0)  # where each token is impossible for one of them
     below = values.amin(dim=-1, keepdim=True) - highest - DROPPED
