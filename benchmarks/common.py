@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -172,7 +173,8 @@ def write_results(
             "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
         )
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        # Without AVX-512, a step has other proportions
+        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "device": "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -198,6 +200,13 @@ def write_results(
         figure.suptitle(f"{model}, {where}, {dtype}")
         figure.savefig(folder / f"{stem}.png", dpi=120)
         plt.close(figure)
+
+
+def processor() -> str:
+    """Return the processor's name, or its architecture where the system does not name it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", flags=re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def grouped_bars(axes, rows: list[dict], group: str, label: str):

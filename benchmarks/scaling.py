@@ -1,5 +1,6 @@
 """One decode step against the number of experts, the batch and the context, eager and compiled, above its floor."""
 
+import gc
 from functools import partial
 
 import torch
@@ -47,6 +48,7 @@ def run(arguments):
 
     rows = []
     for experts, batch, context in tqdm(points):
+        gc.collect()  # an ensemble's cycles would keep its weights, packed ones too, beside those of the next
         token, rounds = one_token(batch), arguments.rounds
         ensemble = random_lora_ensemble(load_backbone(arguments), experts)
         steps = {
@@ -58,6 +60,7 @@ def run(arguments):
         title = f"{experts} experts, batch {batch}, context {context}"
         measured = summary(interleaved(steps, rounds, warm_up=2, title=title), PLAIN)
         rows += [{"experts": experts, "batch": batch, "context": context} | row for row in measured]
+        del ensemble, steps
 
     columns = ["experts", "batch", "context", "name", "seconds", "ratio"]
     write_results("scaling", rows, columns, arguments, partial(draw, rows=rows), panels=len(AXES))

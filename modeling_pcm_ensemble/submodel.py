@@ -277,7 +277,7 @@ def plan_reading(rows: Rows, memory: Memory, model: PreTrainedModel) -> ReadingP
 def _rows_read_once(rows: Rows) -> tuple[list[int], list[int]]:
     """The set of equal rows that each row is of, and each set's first row; none where that saves too little."""
     num_tokens = rows.input_ids.shape[1]
-    if (len(rows) - 1) * num_tokens < MIN_TOKENS_SAVED:  # nor is it worth comparing them
+    if not _is_worth_it((len(rows) - 1) * num_tokens):  # the most that could be saved
         return [], []
 
     row_sets = equal_rows(rows)
@@ -298,6 +298,7 @@ def _prefixes_read_once(readings: list[Reading], may_keep: bool) -> tuple[list[R
 
 
 def _is_worth_it(saved: int) -> bool:
+    """Whether so many tokens outweigh the work of finding and copying what is the same."""
     return saved > 0 and saved >= MIN_TOKENS_SAVED
 
 

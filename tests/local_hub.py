@@ -12,6 +12,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -471,18 +472,24 @@ def run_client(
     script: str, hub: LocalHub, home, token: str | None = "hf_owner", environment: dict | None = None, **values
 ) -> subprocess.CompletedProcess:
     """Run a script in a new process whose Hub is this one, with `values` as its variables."""
-    client = start_client(script, hub, home, token, environment, **values)
+    client = start_client(script, hub, home, token, environment, warm_python(), **values)
     stdout, stderr = client.communicate()
     return subprocess.CompletedProcess(client.args, client.returncode, stdout, stderr)
 
 
 def start_client(
-    script: str, hub: LocalHub, home, token: str | None = "hf_owner", environment: dict | None = None, **values
+    script: str,
+    hub: LocalHub,
+    home,
+    token: str | None = "hf_owner",
+    environment: dict | None = None,
+    python: str = sys.executable,
+    **values,
 ) -> subprocess.Popen:
     head = "".join(f"{name} = {value!r}\n" for name, value in values.items())
     settings = client_environment(hub, home, token) | (environment or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([warm_python(), "-c", head + script], env=settings, **pipes)
+    return subprocess.Popen([python, "-c", head + script], env=settings, **pipes)
 
 
 def client_environment(hub: LocalHub, home, token: str | None) -> dict[str, str]:

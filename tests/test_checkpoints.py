@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from interruptions import WAYS, killed_at, stopped_at
 from safetensors.torch import load_file
 from test_training import PROMPTS, make_trainer, tiny_ensemble
 from transformers import TrainerCallback
-from warm_python import warm_python
 
 RUN = """
 import sys
@@ -52,7 +52,7 @@ torch.distributed.destroy_process_group()
 
 def run_to_its_end(folder: Path, kill_at: int | None = None) -> None:
     """Train in a process of its own, killed at once when checkpoint number `kill_at` stands there."""
-    command = [warm_python(), "-c", RUN, str(Path(__file__).parent), str(folder)]
+    command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)]
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
         while kill_at is not None and process.poll() is None:
             if (folder / f"checkpoint-{kill_at}").exists():
@@ -87,7 +87,7 @@ def test_a_run_killed_and_resumed_ends_bit_equal_to_one_never_killed(tmp_path):
 def test_a_reward_that_fails_in_one_of_two_processes_ends_both_with_a_checkpoint_to_go_on_from(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES)
-    launch = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     ended = {}
     for name, folder, breaks_at in (("whole", "a", 9), ("broken", "b", 2), ("resumed", "b", -1)):
         arguments = [str(Path(__file__).parent), str(tmp_path / folder), str(breaks_at), str(tmp_path / name)]

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import tiny_llama, tiny_tokenizer
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import Preference
 from modeling_pcm_ensemble.evaluation import (
@@ -247,7 +247,7 @@ distributed_state().destroy_process_group()
 def test_two_processes_answer_and_read_as_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(PARALLEL)
-    launch = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     command = [*launch, str(Path(__file__).parent), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr

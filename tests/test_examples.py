@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
 from safetensors.torch import save_file
 from transformers import set_seed
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
 
@@ -89,7 +89,7 @@ def test_variance_of_alpha_is_ascribed_to_what_it_depends_on(example):
 @pytest.mark.slow
 def test_training_and_evaluation_run_from_end_to_end(tmp_path):
     def run(name: str, *options: str):
-        command = [warm_python(), str(SMOLLM2 / f"{name}.py"), *options]
+        command = [sys.executable, str(SMOLLM2 / f"{name}.py"), *options]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
 
@@ -155,7 +155,7 @@ def test_prompts_are_spread_over_all_lengths(example):
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_new_preferences_are_of_every_kind_and_judged(tmp_path):
-    command = [warm_python(), str(SMOLLM2 / "new_preferences.py"), "--quick"]
+    command = [sys.executable, str(SMOLLM2 / "new_preferences.py"), "--quick"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "evaluation" / "new" / "quick" / "new_preferences.json").read_text())
@@ -166,7 +166,7 @@ def test_new_preferences_are_of_every_kind_and_judged(tmp_path):
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_a_quick_evaluation_of_the_shipped_pcm_writes_its_report(tmp_path):
-    command = [warm_python(), str(SMOLLM2 / "evaluate.py"), "--quick"]
+    command = [sys.executable, str(SMOLLM2 / "evaluate.py"), "--quick"]
     for _ in range(2):  # the second time all answers are there already
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
@@ -214,7 +214,7 @@ def test_a_script_for_newcomers_is_short_and_listed(script):
     ],
 )
 def test_a_script_for_newcomers_runs(script, words, tmp_path):
-    command = [warm_python(), str(EXAMPLES / f"{script}.py"), "--quick"]
+    command = [sys.executable, str(EXAMPLES / f"{script}.py"), "--quick"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert words in result.stdout

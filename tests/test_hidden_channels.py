@@ -5,6 +5,7 @@ fails when the reason is gone.
 
 import inspect
 import subprocess
+import sys
 from contextvars import ContextVar
 
 import pytest
@@ -13,7 +14,6 @@ from conftest import make_ensemble, tiny_gpt2, tiny_llama
 from test_lora import lora_ensemble, peft_adapter
 from transformers import CompileConfig, GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import PCMEnsembleCache
 from modeling_pcm_ensemble.lora import _traced
@@ -27,7 +27,7 @@ def test_importing_the_package_hooks_no_optimizer():
         "import modeling_pcm_ensemble; from torch.optim.optimizer import _global_optimizer_post_hooks as hooks; "
         "assert not hooks, hooks"
     )
-    subprocess.run([warm_python(), "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("options", [{}, COMPILED], ids=["eager", "compiled"])
@@ -107,7 +107,7 @@ before = weight._version
 optimizer.step()
 assert weight._version == before
 """
-    subprocess.run([warm_python(), "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_attention_is_chosen_by_the_configuration_alone():

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,10 @@ def folder(hub, whole, tmp_path) -> Path:
 
 
 def upload(
-    hub, folder, *options, token="hf_owner", repo_id="owner/ensemble", **settings: str
+    hub, folder, *options, token="hf_owner", repo_id="owner/ensemble", python: str | None = None, **settings: str
 ) -> subprocess.CompletedProcess:
     environment = client_environment(hub, folder.parent / "home", token) | settings
-    command = [warm_python(), "-m", "hub_upload", str(folder), repo_id, *options]
+    command = [python or warm_python(), "-m", "hub_upload", str(folder), repo_id, *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
@@ -59,7 +60,8 @@ def test_what_was_checked_and_described_is_uploaded(hub, folder, tmp_path):
     for name, licence in (("llama", "apache-2.0"), ("gpt2", "mit")):
         models = hub.repositories[f"someone/{name}"]
         models.commits[models.resolve("main")]["README.md"] = (f"---\nlicense: {licence}\n---\n".encode(), False)
-    result = upload(hub, folder, "--private", "--results", str(tmp_path / "report.json"), "--datasets", "a/b")
+    options = ["--private", "--results", str(tmp_path / "report.json"), "--datasets", "a/b"]
+    result = upload(hub, folder, *options, python=sys.executable)
     assert result.returncode == 0, result.stderr
     assert "gives this model's logits in a clean process" in result.stdout
     assert re.search(r"model.safetensors\s+│\s+0.\d+", result.stdout)

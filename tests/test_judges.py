@@ -9,7 +9,16 @@ from statistics import fmean, pstdev
 
 import pytest
 from conftest import HEADS, SIZES, VOCAB, tiny_tokenizer
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from modeling_pcm_ensemble import Preference
 from modeling_pcm_ensemble.evaluation import (
@@ -83,20 +92,46 @@ def test_what_suits_one_dimension_more_than_it_hurts_another_wins():
     assert (equal.winner, other.winner) == (1.0, 0.0)
 
 
+def llama_reward(positions: int):
+    return LlamaForSequenceClassification(
+        LlamaConfig(**SIZES | HEADS, max_position_embeddings=positions, num_labels=1)
+    )
+
+
+def gpt2_reward(positions: int):
+    config = GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=4, n_positions=positions, num_labels=1)
+    return GPT2ForSequenceClassification(config)
+
+
+def roberta_reward(positions: int):
+    sizes = SIZES | {"num_attention_heads": 4, "pad_token_id": 1, "max_position_embeddings": positions}
+    return RobertaForSequenceClassification(RobertaConfig(**sizes, num_labels=1))
+
+
+def deberta_reward(positions: int):
+    """Positions are relative, and `positions` is no limit."""
+    sizes = SIZES | {"num_attention_heads": 4, "max_position_embeddings": positions, "position_biased_input": False}
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**sizes, relative_attention=True, num_labels=1))
+
+
 def test_a_reward_model_judges():
-    config = LlamaConfig(**SIZES | HEADS, num_labels=1)
-    reward = ModelReward(LlamaForSequenceClassification(config), tiny_tokenizer())
+    reward = ModelReward(llama_reward(64), tiny_tokenizer())
     (verdict,) = RewardJudge("model", {"a": reward}).judge([Comparison(PROMPT, Preference({"a": 1.0}), "yes", "no")])
     one, other = reward([PROMPT] * 2, [[{"role": "assistant", "content": text}] for text in ("yes", "no")])
     assert verdict.winner == float(one > other)
 
 
-def test_a_text_that_a_reward_model_cannot_read_is_refused():
-    config = GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=4, n_positions=16, num_labels=1)
-    reward = ModelReward(GPT2ForSequenceClassification(config), tiny_tokenizer())
-    assert len(reward(["a"], ["b" * 15])) == 1
-    with pytest.raises(ValueError, match="are 17 tokens, but the reward model reads at most 16"):
-        reward(["a", "a"], ["b" * 16, "b"])
+@pytest.mark.parametrize(
+    ("make", "positions", "most"),
+    [(gpt2_reward, 16, 16), (roberta_reward, 16, 14), (deberta_reward, 8, None), (llama_reward, 8, None)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_text_that_a_reward_model_cannot_read_is_refused(make, positions, most):
+    reward = ModelReward(make(positions), tiny_tokenizer())
+    assert len(reward(["a"], ["b" * ((most or 40) - 1)])) == 1
+    if most is not None:
+        with pytest.raises(ValueError, match=f"are {most + 1} tokens, but the reward model reads at most {most}"):
+            reward(["a", "a"], ["b" * most, "b"])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
-from warm_python import warm_python
 
 from benchmarks.common import random_adapter
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
@@ -171,8 +170,8 @@ def test_the_shipped_pcm_of_strengths_obeys_weights_and_words_that_it_has_not_re
     assert means["very"] > 1.5 * means["a little"] > 3 * means["not named"], means
 
 
-def run(*command: str, cwd, python: str = sys.executable) -> str:
-    result = subprocess.run([python, *command], capture_output=True, text=True, cwd=cwd)
+def run(*command: str, cwd) -> str:
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stderr
     for message in ("Warning", "[transformers]", "Traceback"):
         assert message not in result.stderr
@@ -190,7 +189,7 @@ def test_the_quickstart_runs_without_a_warning_and_checks_itself(tmp_path):
 
 
 def test_the_quickstart_refuses_an_unknown_preference_before_it_loads_a_model(tmp_path):
-    command = [warm_python(), str(ROOT / "examples" / "quickstart.py"), "--preference", "frendly"]
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--preference", "frendly"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     assert "unknown expert 'frendly'. Did you mean 'friendly'" in result.stderr
@@ -206,7 +205,7 @@ def code_of(page: str) -> str:
 
 def test_the_readmes_code_prints_what_stands_there(tmp_path):
     (tmp_path / "readme.py").write_text(code_of("README.md"))
-    printed = run("readme.py", cwd=tmp_path, python=warm_python()).strip().splitlines()
+    printed = run("readme.py", cwd=tmp_path).strip().splitlines()
     shown = re.findall(r"^# (.*)$", code_of("README.md"), flags=re.MULTILINE)
     assert len(shown) == 2
     # The first words alone: which ones follow depends on how a machine rounds.
@@ -217,7 +216,7 @@ def test_the_readmes_code_prints_what_stands_there(tmp_path):
 def test_a_pages_code_runs_after_the_readmes(page, tmp_path):
     before = code_of("README.md").partition("for preference in")[0]
     (tmp_path / "page.py").write_text(before + code_of(page))
-    run("page.py", cwd=tmp_path, python=warm_python())
+    run("page.py", cwd=tmp_path)
 
 
 def test_every_page_with_code_is_run():
@@ -237,7 +236,7 @@ def test_two_processes_that_fetch_the_model_at_once_both_have_it(tmp_path):
     environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ASSETS_CACHE": str(tmp_path / "assets")}
     script = "from modeling_pcm_ensemble import demo; print(demo.fetch_smollm2())"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    clients = [subprocess.Popen([warm_python(), "-c", script], env=environment, **pipes) for _ in range(2)]
+    clients = [subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) for _ in range(2)]
     outcomes = [client.communicate() for client in clients]
     assert [client.returncode for client in clients] == [0, 0], outcomes
     (folder,) = {out.splitlines()[-1] for out, _ in outcomes}

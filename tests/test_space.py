@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from endpoint_server import EndpointServer, save_one_here_one_there
 from huggingface_hub import RepoCard
 from playwright.sync_api import expect, sync_playwright
 from test_lora import lora_ensemble, peft_adapter
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
 from modeling_pcm_ensemble.evaluation import HumanVotes
@@ -41,7 +41,7 @@ def space(tmp_path_factory):
     settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     environment = os.environ | settings | {"VOTES": str(folder / "votes.csv")}
     with (folder / "log").open("w") as log:
-        command = [warm_python(), "app.py", str(folder / "ensemble")]
+        command = [sys.executable, "app.py", str(folder / "ensemble")]
         app = subprocess.Popen(command, cwd=SPACE, env=environment, stdout=log, stderr=log)
     try:
         wait_for(port, app, folder / "log")
@@ -157,7 +157,7 @@ def test_the_spaces_card_names_what_the_tests_ran_with():
 
 def test_an_app_without_an_ensemble_says_what_to_do():
     environment = {name: value for name, value in os.environ.items() if name != "ENSEMBLE"}
-    result = subprocess.run([warm_python(), "app.py"], cwd=SPACE, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "app.py"], cwd=SPACE, env=environment, capture_output=True, text=True)
     assert "Name an ensemble: as argument, or, in a Space, by the variable ENSEMBLE." in result.stderr
 
 

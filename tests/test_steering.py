@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from scipy.stats import spearmanr
 from test_baselines import PROMPTS, folders, model  # noqa: F401
 from test_comparison import Parrot
 from transformers import set_seed
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import Preference, demo
 from modeling_pcm_ensemble.evaluation import (
@@ -385,7 +385,7 @@ def test_long_settings_do_not_stand_in_every_line(tmp_path):
 def test_a_quick_measurement_of_the_shipped_experts_writes_its_report(tmp_path):
     script = Path(__file__).parents[1] / "examples" / "smollm2" / "steer.py"
     for _ in range(2):  # the second time all answers are there already
-        run = subprocess.run([warm_python(), str(script), "--quick"], capture_output=True, text=True, cwd=tmp_path)
+        run = subprocess.run([sys.executable, str(script), "--quick"], capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
 
     folder = tmp_path / "evaluation" / "steering" / "quick"

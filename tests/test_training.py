@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from conftest import HEADS, SIZES, make_ensemble, tiny_llama, tiny_tokenizer
 from datasets import Dataset
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForSequenceClassification
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.rewards import ModelReward
@@ -294,7 +294,7 @@ def test_two_processes_learn_as_one_with_the_same_global_batch(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(PARALLEL)
     # `accelerate launch` starts CPU processes through MPI only; torchrun starts what accelerate then finds.
-    launch = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     results = []
     for processes in (1, 2):
         end = tmp_path / f"{processes}.pt"

@@ -1,7 +1,11 @@
 """
-A Python that starts in a third of the time, for tests that start it often: its processes are forked from one that has
-imported what takes long. That one knows neither this package nor transformers nor the Hub, whose settings are read as
-they are imported. To the program inside it is Python. When the one who asked for it is killed, so is the program.
+A Python that starts fast, for clients of the local Hub, which are many: its processes are forked from one that has
+imported torch and other libraries that are slow to import. That one knows neither this package nor transformers nor
+huggingface_hub, which read the Hub's settings as they are imported.
+
+A forked program is not in every respect a Python that was started: it has one thread and the hash seed of all others,
+it ends without finalization, and what is imported already cannot be missing. So what trains, compiles, launches ranks,
+is killed, or stands for a newcomer's first run is started as users start it.
 """
 
 import atexit
@@ -20,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from contextlib import suppress
 
 SLOW = (
     "torch._inductor.compile_fx",
@@ -29,6 +34,8 @@ SLOW = (
     "sklearn.metrics",
     "hqq.core.quantize",
 )
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # no test's own
+DIED = 70
 
 
 @functools.cache
@@ -39,38 +46,42 @@ def warm_python() -> str:
 
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # whole messages
-    listener.bind(f"{folder}/socket")
-    listener.listen()
-    # Who asks before the slow imports are done waits for them.
-    command = [sys.executable, __file__, "serve", str(listener.fileno())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # torch reads it once
-    server = subprocess.Popen(command, env=environment, pass_fds=[listener.fileno()])
-    atexit.register(server.kill)
-
     executable = f"{folder}/python"
     with open(executable, "w", encoding="utf-8") as file:
         file.write(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" ask "{executable}" "$@"\n')
     os.chmod(executable, 0o755)
+
+    # Who asks before the slow imports are done waits for them.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"{folder}/socket")
+        listener.listen()
+        command = [sys.executable, __file__, "serve", str(listener.fileno()), str(os.getpid())]
+        server = subprocess.Popen(command, env=ENVIRONMENT, pass_fds=[listener.fileno()])
+    atexit.register(server.kill)
     return executable
 
 
 def ask(executable: str, arguments: list[str]) -> int:
     """Have a program run with this process's folder, environment and files, and return its exit status."""
     told = {"executable": executable, "arguments": arguments, "cwd": os.getcwd(), "environment": dict(os.environ)}
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+    answer = b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, suppress(ConnectionError):
         connection.connect(f"{os.path.dirname(executable)}/socket")
         socket.send_fds(connection, [json.dumps(told).encode()], [0, 1, 2])
-        return int(connection.recv(16))
+        answer = connection.recv(16)
+    if not answer:
+        print("The process that tests fork others from has died.", file=sys.stderr)
+        return DIED
+    return int(answer)
 
 
-def serve(listener: socket.socket):
+def serve(listener: socket.socket, parent: int):
     """Fork a process for each that asks, until the one that started this one is gone."""
     for name in SLOW:
-        importlib.import_module(name)
+        with suppress(ImportError):  # some come with libraries that a test may do without
+            importlib.import_module(name)
     gc.freeze()  # or each process would copy what the collector looks at
     listener.settimeout(1)
-    parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for programs
 
     while os.getppid() == parent:
@@ -79,10 +90,12 @@ def serve(listener: socket.socket):
         except TimeoutError:
             continue
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            listener.close()
-            become(connection)
-            os._exit(0)
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                listener.close()
+                become(connection)
+            finally:
+                os._exit(0)
         connection.close()
 
 
@@ -100,6 +113,7 @@ def become(connection: socket.socket):
 
 
 def run(descriptors: list[int], executable: str, arguments: list[str], cwd: str, environment: dict[str, str]):
+    """Take over files, folder and environment, and be the program."""
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
         os.close(descriptor)
@@ -108,8 +122,6 @@ def run(descriptors: list[int], executable: str, arguments: list[str], cwd: str,
     os.environ.update(environment)
     sys.executable = executable  # what the program starts is warm, too
 
-    if arguments[0] == "-u":
-        del arguments[0]
     first, *rest = arguments
     sys.modules["__main__"] = types.ModuleType("__main__")
     if first == "-c":
@@ -119,11 +131,11 @@ def run(descriptors: list[int], executable: str, arguments: list[str], cwd: str,
         sys.argv, sys.path[0] = rest, os.getcwd()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = arguments, os.path.dirname(first)
-        runpy.run_path(first, run_name="__main__")
+        sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.realpath(first))
+        runpy.run_path(os.path.abspath(first), run_name="__main__")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "ask":
         sys.exit(ask(sys.argv[2], sys.argv[3:]))
-    serve(socket.socket(fileno=int(sys.argv[2])))
+    serve(socket.socket(fileno=int(sys.argv[2])), parent=int(sys.argv[3]))

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from ..configuration_pcm_ensemble import max_positions
 
 
 class ModelReward:
@@ -42,6 +41,7 @@ class ModelReward:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         loaded.config.pad_token_id = self.tokenizer.pad_token_id
+        self.max_length = learned_positions(loaded)
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
@@ -49,7 +49,7 @@ class ModelReward:
         Return the model's output for each prompt and completion.
 
         Raises:
-            ValueError: if a text is longer than the model or its tokenizer allows.
+            ValueError: if a text is longer than a model with learned positions can read.
         """
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions)]
 
@@ -67,18 +67,25 @@ class ModelReward:
         return rewards
 
     def _check_length(self, length: int):
-        # RoBERTa's tokenizer names two tokens fewer than there are positions; other tokenizers name a huge number.
-        limit = min(max_positions(self.model.config) or length, self.tokenizer.model_max_length)
-        if length > limit:
+        if self.max_length is not None and length > self.max_length:
             raise ValueError(
-                f"A prompt and its completion are {length} tokens, but the reward model reads at most {limit}. Leave "
-                "out long prompts, or train with a smaller `max_completion_length`."
+                f"A prompt and its completion are {length} tokens, but the reward model reads at most "
+                f"{self.max_length}. Leave out long prompts, or train with a smaller `max_completion_length`."
             )
 
     def _text(self, prompt, completion) -> str:
         if isinstance(prompt, str):
             return prompt + completion
         return cast(str, self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a table of positions has room for; None for a model without one, as rotary ones are."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
+            # RoBERTa's positions begin behind the one of padding
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def reward_function(name: str, reward, device: torch.device) -> Callable:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -11,7 +12,6 @@ import torch
 from conftest import left_pad, tiny_gpt2, tiny_llama, tiny_qwen2
 from scipy.stats import chisquare
 from transformers import StoppingCriteria, WatermarkDetector, WatermarkingConfig
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
@@ -188,7 +188,7 @@ def test_processes_that_wait_for_one_another_generate_to_the_longest(ensemble, t
         torch.distributed.destroy_process_group()
     """
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    command = [warm_python(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += [str(tmp_path / "script.py"), str(tmp_path / "ensemble")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

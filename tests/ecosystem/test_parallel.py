@@ -3,6 +3,7 @@
 import inspect
 import os
 import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -11,7 +12,6 @@ from conftest import make_ensemble, tiny_gpt2, tiny_llama, tiny_qwen2
 from test_lora import lora_ensemble, peft_adapter
 from torch.testing import assert_close
 from transformers import Phi3Config, Phi3ForCausalLM
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
@@ -32,7 +32,7 @@ def launch(tmp_path, script: str, *arguments: str) -> subprocess.CompletedProces
     """Run a script in two processes."""
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(START) + textwrap.dedent(script))
-    command = [warm_python(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=180)
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import subprocess
+import sys
 from inspect import signature
 from pathlib import Path
 from types import MethodType
@@ -17,7 +18,6 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
-from warm_python import warm_python
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.training import add_mixture_head
@@ -123,7 +123,7 @@ def test_supervised_fine_tuning_in_two_processes_is_that_of_one(ensemble, tmp_pa
     trainer = fine_tuning(ensemble, tmp_path)
     trainer.train()
     (tmp_path / "run.py").write_text(IN_TWO_PROCESSES)
-    launch = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     here = Path(__file__).parent
     run = subprocess.run([*launch, str(tmp_path / "run.py"), str(here.parent), str(here), str(tmp_path)],
                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip

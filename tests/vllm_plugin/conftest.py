@@ -18,6 +18,8 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 REFERENCES = Path(os.environ.get("VLLM_REFERENCES", "build/vllm"))
+if "PYTEST_XDIST_WORKER" in os.environ:  # each compiles into a folder of its own
+    os.environ["VLLM_CACHE_ROOT"] = str(REFERENCES.absolute() / "cache" / os.environ["PYTEST_XDIST_WORKER"])
 
 
 @dataclass
