@@ -65,7 +65,7 @@ def ask(executable: str, arguments: list[str]) -> int:
     """Have a program run with this process's folder, environment and files, and return its exit status."""
     told = {"executable": executable, "arguments": arguments, "cwd": os.getcwd(), "environment": dict(os.environ)}
     answer = b""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, suppress(ConnectionError):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, suppress(OSError):
         connection.connect(f"{os.path.dirname(executable)}/socket")
         socket.send_fds(connection, [json.dumps(told).encode()], [0, 1, 2])
         answer = connection.recv(16)
@@ -123,16 +123,18 @@ def run(descriptors: list[int], executable: str, arguments: list[str], cwd: str,
     sys.executable = executable  # what the program starts is warm, too
 
     first, *rest = arguments
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
     if first == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
-        exec(compile(rest[0], "<string>", "exec"), vars(sys.modules["__main__"]))
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
     elif first == "-m":
         sys.argv, sys.path[0] = rest, os.getcwd()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.realpath(first))
-        runpy.run_path(os.path.abspath(first), run_name="__main__")
+        main.__file__ = os.path.abspath(first)
+        with open(first, "rb") as file:
+            exec(compile(file.read(), main.__file__, "exec"), vars(main))
 
 
 if __name__ == "__main__":
