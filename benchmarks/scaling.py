@@ -48,7 +48,7 @@ def run(arguments):
 
     rows = []
     for experts, batch, context in tqdm(points):
-        gc.collect()  # an ensemble's cycles would keep its weights, packed ones too, beside those of the next
+        gc.collect()  # until then, compiled submodels of the last point stay, with their packed weights
         token, rounds = one_token(batch), arguments.rounds
         ensemble = random_lora_ensemble(load_backbone(arguments), experts)
         steps = {

@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
+from hub_clients import PUSH_ENSEMBLE, output, run_client
 from hypothesis import settings
-from local_hub import PUSH_ENSEMBLE, LocalHub, output, run_client
+from local_hub import LocalHub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,

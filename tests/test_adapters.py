@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
-from local_hub import output, run_client
+from hub_clients import output, run_client
 from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda

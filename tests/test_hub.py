@@ -6,7 +6,8 @@ import textwrap
 import pytest
 import torch
 from conftest import tiny_llama
-from local_hub import PUSH_ENSEMBLE, Fault, output, run_client
+from hub_clients import PUSH_ENSEMBLE, output, run_client
+from local_hub import Fault
 from safetensors.torch import load
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
 from endpoint_server import EndpointServer, save_one_here_one_there
+from hub_clients import client_environment
 from huggingface_hub import ModelCard
-from local_hub import Fault, client_environment
+from local_hub import Fault
 from safetensors.torch import load
 from warm_python import warm_python
 

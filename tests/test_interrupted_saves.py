@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama, tiny_tokenizer
+from hub_clients import output, run_client
 from interruptions import WAYS, killed_at, stopped_at
-from local_hub import output, run_client
 from test_saving import run_without_the_package
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging

@@ -3,7 +3,8 @@
 import time
 
 import pytest
-from local_hub import Fault, LocalHub, output, run_client, start_client
+from hub_clients import output, run_client, start_client
+from local_hub import Fault, LocalHub
 
 PUSH = """
 from huggingface_hub import HfApi

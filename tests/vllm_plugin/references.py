@@ -21,7 +21,8 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 from conftest import tiny_llama, tiny_qwen2, tiny_tokenizer  # noqa: E402
-from local_hub import LocalHub, client_environment  # noqa: E402
+from hub_clients import client_environment  # noqa: E402
+from local_hub import LocalHub  # noqa: E402
 from test_lora import peft_adapter  # noqa: E402
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo  # noqa: E402

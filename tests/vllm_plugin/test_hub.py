@@ -8,7 +8,8 @@ from pathlib import Path
 from conftest import REFERENCES
 
 sys.path.append(str(Path(__file__).parents[1]))
-from local_hub import LocalHub, client_environment
+from hub_clients import client_environment
+from local_hub import LocalHub
 
 CLIENT = """
 import sys
