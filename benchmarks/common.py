@@ -46,6 +46,7 @@ def load_backbone(arguments) -> PreTrainedModel:
             num_hidden_layers=arguments.layers,
             num_attention_heads=arguments.hidden // 64,
             num_key_value_heads=max(1, arguments.hidden // 256),
+            max_position_embeddings=8192,  # as SmolLM2 has
             tie_word_embeddings=True,
         )
         with torch.device(DEVICE):

@@ -72,7 +72,7 @@ def run(arguments):
             context = some_ids(batch)
             steps["PEFT X-LoRA"] = lambda context=context: xlora(context, use_cache=False)
 
-        rounds = arguments.rounds if batch < 32 else arguments.rounds // 2
+        rounds = arguments.rounds if batch < 32 else max(1, arguments.rounds // 2)
         measured = summary(interleaved(steps, rounds, title=f"batch {batch}"), "plain model")
         rows += [{"batch": batch, "experts": experts} | row for row in measured]
 

@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 import torch
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.compile_steps import CompiledStep
@@ -36,8 +36,7 @@ def run(arguments):
     compiled = {PLAIN: load_backbone(arguments)}
     for kind in arguments.kinds:
         compiled[f"{kind} experts"] = ENSEMBLES[kind.lower()](load_backbone(arguments), experts)
-    weights = WeightSnapshot(compiled[PLAIN])
-    plain = CompiledStep(compiled[PLAIN], run_without_adapters, clear_traced, COMPILED, weights)
+    plain = compiled_plain(compiled[PLAIN])
 
     rows = []
     for batch in arguments.batches:
@@ -94,8 +93,13 @@ def compiled_step(model: PCMEnsembleForCausalLM, token: torch.Tensor, rounds: in
     return lambda: call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
+def compiled_plain(model: PreTrainedModel) -> CompiledStep:
+    """Return a plain model's compiled call, as an ensemble compiles its submodels."""
+    return CompiledStep(model, run_without_adapters, clear_traced, COMPILED, WeightSnapshot(model))
+
+
 def compiled_plain_step(call: CompiledStep, token: torch.Tensor, rounds: int, context: int = CONTEXT):
-    """Return a plain model's step, compiled as an ensemble compiles its submodels'."""
+    """Return a step of [`compiled_plain`] as `compiled_step` does."""
     batch, length = len(token), static_length(rounds, context)
     cache = StaticCache(call.model.config, max_cache_len=length)
     call.model(some_ids(batch, context), past_key_values=cache, use_cache=True, logits_to_keep=1)

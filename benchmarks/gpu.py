@@ -12,9 +12,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
-from modeling_pcm_ensemble.compile_steps import CompiledStep
-from modeling_pcm_ensemble.lora import clear_traced
-from modeling_pcm_ensemble.weight_changes import WeightSnapshot
 
 from .common import (
     DEVICE,
@@ -28,7 +25,7 @@ from .common import (
     summary,
     write_results,
 )
-from .fast import COMPILED, compiled_plain_step, compiled_step, run_without_adapters
+from .fast import compiled_plain, compiled_plain_step, compiled_step
 
 logger = logging.get_logger(__name__)
 
@@ -193,7 +190,7 @@ def measure_compiled(shape: str, arguments) -> list[dict]:
     """Measure compiled steps, which are CUDA graphs on a GPU."""
     backbone, rows = make_backbone(shape), []
     ensemble = random_lora_ensemble(make_backbone(shape), EXPERTS)
-    plain = CompiledStep(backbone, run_without_adapters, clear_traced, COMPILED, WeightSnapshot(backbone))
+    plain = compiled_plain(backbone)
 
     mode = "CUDA graphs" if DEVICE == "cuda" else "compiled"
     for batch in arguments.batches:

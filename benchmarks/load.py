@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from modeling_pcm_ensemble import demo
 
-from .common import grouped_bars, summary, write_results
+from .common import grouped_bars, koala_chats, summary, write_results
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "smollm2"
 PLAIN = "plain vLLM"
@@ -98,9 +98,7 @@ def rows_of(results: dict[str, list[dict]], rate: float) -> list[dict]:
 
 def write_requests(path: Path, arguments):
     """Write the client's requests: Koala's prompts, and lengths by chance."""
-    prompts = [
-        entry["prompt"] for entry in json.loads((EXAMPLES / "data/evaluation_only/koala_eval_50.json").read_text())
-    ]
+    prompts = [chat[0]["content"] for chat in koala_chats()]
     chance = random.Random(0)
     requests = [
         {"prompt": prompts[number % len(prompts)], "output_tokens": chance.randint(8, arguments.tokens)}

@@ -6,10 +6,6 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from modeling_pcm_ensemble.compile_steps import CompiledStep
-from modeling_pcm_ensemble.lora import clear_traced
-from modeling_pcm_ensemble.weight_changes import WeightSnapshot
-
 from .common import (
     EXPERTS,
     cached_step,
@@ -20,7 +16,7 @@ from .common import (
     summary,
     write_results,
 )
-from .fast import COMPILED, compiled_plain_step, compiled_step, run_without_adapters
+from .fast import compiled_plain, compiled_plain_step, compiled_step, static_length
 
 PLAIN = "plain model"
 FLOOR = "plain model of as many rows, compiled"  # all experts as rows of one batch, and nothing else
@@ -30,7 +26,7 @@ AXES = {"experts": "experts", "batch": "requests", "context": "tokens of context
 def add_arguments(parser):
     parser.add_argument("--experts", type=int, nargs="+", default=[1, 2, 3, 6, 12, 24])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 2048, 4096, 8192])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 2048, 4096, 8000])
     parser.add_argument("--rounds", type=int, default=8)
 
 
@@ -38,9 +34,14 @@ def add_arguments(parser):
 def run(arguments):
     """From three experts, one request and the shortest context, each of the three grows alone."""
     backbone, compiled_backbone = load_backbone(arguments), load_backbone(arguments)
-    plain = CompiledStep(
-        compiled_backbone, run_without_adapters, clear_traced, COMPILED, WeightSnapshot(compiled_backbone)
+    plain = compiled_plain(compiled_backbone)
+    needed, positions = (
+        static_length(arguments.rounds, max(arguments.contexts)),
+        backbone.config.max_position_embeddings,
     )
+    if needed > positions:
+        raise ValueError(f"--contexts: the longest and its rounds take {needed} tokens; the model has {positions}.")
+
     shortest = min(arguments.contexts)
     points = [(experts, 1, shortest) for experts in arguments.experts]
     points += [(EXPERTS, batch, shortest) for batch in arguments.batches if batch > 1]
@@ -62,8 +63,8 @@ def run(arguments):
         rows += [{"experts": experts, "batch": batch, "context": context} | row for row in measured]
         del ensemble, steps
 
-    columns = ["experts", "batch", "context", "name", "seconds", "ratio"]
-    write_results("scaling", rows, columns, arguments, partial(draw, rows=rows), panels=len(AXES))
+        columns = ["experts", "batch", "context", "name", "seconds", "ratio"]
+        write_results("scaling", rows, columns, arguments, partial(draw, rows=rows), panels=len(AXES))
 
 
 def draw(panels, rows: list[dict]):

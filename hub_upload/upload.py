@@ -147,7 +147,7 @@ def upload_files(
     """Upload files of a folder, in place of an earlier checkpoint's; a person's README.md stays."""
     of_checkpoints = (WEIGHTS, TOKENIZER)
     every = api.list_repo_files(repo_id, revision=revision)
-    there = [name for name in every if any(kind.fullmatch(name) for kind in of_checkpoints)]
+    there = [name for name in every if any(kind.fullmatch(name.partition("/")[0]) for kind in of_checkpoints)]
     stale = [name for name in there if name not in names]
     if stale:
         console.print(Text(f"Deleted there, being of an earlier checkpoint: {', '.join(stale)}"))
@@ -257,17 +257,17 @@ def check_repository(api: HfApi, repo_id: str, private: bool | None):
 
 def stage_thin(model: PCMEnsembleForCausalLM, folder: Path, target: Path, token: str | None, console: Console) -> Path:
     """
-    Write the thin form of a folder, with what its author put beside the checkpoint but for links to elsewhere, and
-    return where.
+    Write the thin form of a folder, with what its author put beside the checkpoint and an upload takes, and return
+    where.
     """
     model.save_pretrained(target, thin=True, token=token)
-    for path in folder.iterdir():
-        if not path.is_file() or (target / path.name).exists() or WEIGHTS.fullmatch(path.name):
-            continue
-        if path.resolve().is_relative_to(folder.resolve()):
-            shutil.copy(path, target)
-        else:
-            console.print(Text(f"Left out, being a link to elsewhere: {path.name}"))
+    kept, left_out = files_of(folder)
+    for name in kept:
+        if not (target / name).exists() and not WEIGHTS.fullmatch(name):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, target / name)
+
+    print_left_out(left_out, console)
     return target
 
 
@@ -382,13 +382,24 @@ def clean_process(
     return result.stdout
 
 
-def show_files(folder: Path, console: Console) -> list[str]:
-    """Show what will be uploaded, and what is left out, and return the names of the first."""
+def files_of(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the files in a folder that an upload takes, and of those that it leaves out."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     every = sorted(path.relative_to(folder).as_posix() for path in paths)
     inside = [name for name in every if (folder / name).resolve().is_relative_to(folder.resolve())]
     kept = list(filter_repo_objects(inside, ignore_patterns=list(LEFT_OUT)))
+    return kept, [name for name in every if name not in kept]
 
+
+def print_left_out(names: list[str], console: Console):
+    if names:
+        kinds = "hidden files, checkpoints of training, pickles, links to elsewhere"
+        console.print(Text(f"Left out ({kinds}): {', '.join(names)}"))
+
+
+def show_files(folder: Path, console: Console) -> list[str]:
+    """Show what will be uploaded, and what is left out, and return the names of the first."""
+    kept, left_out = files_of(folder)
     table = Table(title="To be uploaded")
     table.add_column("file")
     table.add_column("MB", justify="right")
@@ -399,9 +410,7 @@ def show_files(folder: Path, console: Console) -> list[str]:
     table.add_row(f"{len(kept)} files", f"{sum(sizes.values()):.2f}")
     console.print(table)
 
-    if left_out := [name for name in every if name not in kept]:
-        kinds = "hidden files, checkpoints of training, pickles, links to elsewhere"
-        console.print(Text(f"Left out ({kinds}): {', '.join(left_out)}"))
+    print_left_out(left_out, console)
     return kept
 
 

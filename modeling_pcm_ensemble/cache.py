@@ -101,8 +101,7 @@ class PCMEnsembleCache(Cache):
         Start under `route` where that has not been done. If what runs inside fails, then begin anew or, in the middle
         of a text, which some submodels have read further than others, refuse to go on.
         """
-        if self.is_broken:
-            raise RuntimeError("The last call with this cache failed on its way. Start the text anew, without it.")
+        self.check_whole()
         begins = self.pcm.length == 0
         if self.route is None:
             self.start(route)
@@ -114,6 +113,16 @@ class PCMEnsembleCache(Cache):
             else:
                 self.is_broken = True
             raise
+
+    def check_whole(self):
+        """
+        Refuse to go on with a text that some submodels have read further than others.
+
+        Raises:
+            RuntimeError: if the last call failed in the middle of a text.
+        """
+        if self.is_broken:
+            raise RuntimeError("The last call with this cache failed on its way. Start the text anew, without it.")
 
     def _new_memory(self, config: PreTrainedConfig, prefix_length: int) -> Memory:
         if config.model_type == ENDPOINT:  # whose cache holds tokens, as they are and no more
@@ -223,6 +232,7 @@ class PCMEnsembleCache(Cache):
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int):
+        self.check_whole()
         for memory in self.memories:
             memory.crop(memory.length + tokens_to_remove)
         super().crop(tokens_to_remove)
@@ -243,6 +253,7 @@ class PCMEnsembleCache(Cache):
 
     def _select(self, rows: torch.Tensor):
         """Make row `rows[i]` the cache's row i."""
+        self.check_whole()
         rows = rows.to(self.known_route.weights.device)
         self.route, pairs = self.known_route.select(rows)
         self.pcm.copy_rows(rows)
@@ -270,6 +281,7 @@ class PCMEnsembleCache(Cache):
         Raises:
             ValueError: if there are none, one is empty or of another ensemble than the first, `room` is below 1, or
                 caches are quantised, offloaded, of sliding windows, or keep states.
+            RuntimeError: if the last call with one failed in the middle of a text.
 
         Example:
 
@@ -329,6 +341,8 @@ def _check_joinable(caches: list[PCMEnsembleCache], room: int | None):
             "`join` takes dynamic and static caches of full attention: others have no room for padding, or "
             "none that they could leave out."
         )
+    for cache in caches:
+        cache.check_whole()
 
 
 def _order(routes: list[Route], backbone: int | None) -> list[int]:

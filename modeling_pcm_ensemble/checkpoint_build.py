@@ -151,9 +151,10 @@ def expert_specs(
     served: list[Any] = list(known)  # experts that name one endpoint alike share it
     specs = {}
     for name, spec in experts.items():
+        name = _expert_name(name)
         if isinstance(spec, Mapping) and "endpoint" in spec:
-            spec = _served_spec(_expert_name(name), {**asked, **spec}, served)
-        specs[_expert_name(name)] = _expert_spec(name, spec)
+            spec = _served_spec(name, {**asked, **spec}, served)
+        specs[name] = _expert_spec(name, spec)
     return specs
 
 
@@ -249,7 +250,7 @@ def _expert_spec(name: str, spec) -> dict[str, Any]:
         spec = {"model": spec}
     _check_fields(name, spec, SPEC_FIELDS)
 
-    for text_field in ("prompt", "description", "dimension"):
+    for text_field in BESIDE_MODEL:
         if not isinstance(spec.get(text_field), str | None):
             raise TypeError(f"`{text_field}` of expert {name!r} must be a string, got {spec[text_field]!r}.")
 
@@ -318,4 +319,12 @@ def _for_contexts(tokenizer: PreTrainedTokenizerBase | None, experts: list[dict]
     return of_ensemble
 
 
-__all__ = ["Parts", "build_expert", "build_parts", "expert_specs", "joined_end_tokens", "set_end_tokens"]
+__all__ = [
+    "Parts",
+    "all_end_tokens",
+    "build_expert",
+    "build_parts",
+    "expert_specs",
+    "joined_end_tokens",
+    "set_end_tokens",
+]

@@ -372,7 +372,9 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             "layers": str(self.config.num_hidden_layers),
             "experts": json.dumps(self.config.expert_names),
         }
-        save_file(learnt, path, metadata=metadata)
+        folder, name = os.path.split(path)
+        with staged_folder(folder) as staging:
+            save_file(learnt, os.path.join(staging, name), metadata=metadata)
 
     def load_pcm(self, path: str | os.PathLike):
         """
@@ -381,9 +383,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         One that does not say what it was trained for is of a mixture of probabilities.
 
         Raises:
-            RuntimeError: if the file holds a weight that the PCM has not, or that has another shape there.
-            ValueError: if its PCM has another number of layers, is of other experts, or was trained for shares of a
-                mixture where this ensemble adds tilts.
+            ValueError: if its PCM has another number of layers, weights that this one has not or has in other shapes,
+                is of other experts, or was trained for shares of a mixture where this ensemble adds tilts.
 
         Example: see [`save_pcm`].
         """
@@ -396,7 +397,13 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
         config.pcm_trained_for = trained_for
         config.validate_merge()
 
-        self.pcm.load_state_dict(self.pcm.state_dict() | load_file(path))
+        weights, own = load_file(path), self.pcm.state_dict()
+        if unlike := [name for name in weights if name not in own or own[name].shape != weights[name].shape]:
+            raise ValueError(
+                f"{path} holds a PCM of another architecture or size: this one has no {unlike[0]} of the shape "
+                f"{tuple(weights[unlike[0]].shape)}. Build the ensemble with the `pcm` that it was trained with."
+            )
+        self.pcm.load_state_dict(own | weights)
         self.config.pcm_trained_for = trained_for
 
     def _check_pcm_file(self, path: str | os.PathLike, metadata: dict[str, str], stored: set[str]):
@@ -458,7 +465,13 @@ def _of_backbones(quantization: QuantizationConfigMixin | dict) -> QuantizationC
     else:
         whole = copy.deepcopy(quantization)
 
-    name = next(n for n in ("llm_int8_skip_modules", "modules_to_not_convert") if hasattr(whole, n))
+    names = [name for name in ("llm_int8_skip_modules", "modules_to_not_convert") if hasattr(whole, name)]
+    if not names:
+        raise ValueError(
+            f"`quantization_config` is a {type(whole).__name__}, which would quantise the PCM and output layers. "
+            "Use one that has `modules_to_not_convert` (torchao, quanto, …) or `llm_int8_skip_modules` (bitsandbytes)."
+        )
+    name = names[0]
     setattr(whole, name, [*(getattr(whole, name) or ()), *FULL_PRECISION])
     return whole
 

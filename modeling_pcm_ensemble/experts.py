@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .backbones import ExpertBackbones
 from .cache import PCMEnsembleCache
-from .checkpoint_build import build_expert, build_parts, joined_end_tokens, set_end_tokens
+from .checkpoint_build import all_end_tokens, build_expert, build_parts, joined_end_tokens, set_end_tokens
 from .checkpoint_io import PCMEnsemblePreTrainedModel
 from .configuration_pcm_ensemble import ADAPTERS, PRODUCT, PCMEnsembleConfig
 from .lora_peft_format import write_adapter
@@ -212,7 +212,8 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
 
     def remove_expert(self, name: str):
         """
-        Remove an expert, with its adapter, its row of the PCM's head and a backbone that no other expert needs.
+        Remove an expert, with its adapter, its row of the PCM's head and a backbone that no other expert needs. Where
+        the end tokens are those of all backbones, they become those of the ones that stay.
 
         Raises:
             ValueError: if there is no such expert, it is the last or the reference, or the default preference names
@@ -232,6 +233,10 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
 
         experts = [self.config.experts[index] for index in kept]
         used = sorted({expert["backbone"] for expert in experts})
+        if joined_end_tokens([self.generation_config.eos_token_id]) == all_end_tokens(list(self.backbones)):
+            self.config.eos_token_id = all_end_tokens([self.backbones[index] for index in used])
+            set_end_tokens(self.generation_config, self.config.eos_token_id)
+
         experts = [expert | {"backbone": used.index(expert["backbone"])} for expert in experts]
         self._set_experts(experts, [self.backbones[index] for index in used], kept, {})
 

@@ -126,24 +126,11 @@ class Memory:
                 all.
             bos_token_id (`int`, *optional*): masked out of a context whose prefix begins with it.
         """
-        input_ids, attention_mask, context_mask = rows.input_ids, rows.attention_mask, None
-        num_tokens, length = input_ids.shape[1], self.length
-        if attention_mask is not None:
-            context_mask, attention_mask = attention_mask[:, :-num_tokens], attention_mask[:, -num_tokens:]
-
-        prefixes = rows.prefixes or []
-        has_prefixes = any(prefixes)
-        if has_prefixes:
-            joined, mask = join_prefixes(prefixes, input_ids, attention_mask, bos_token_id)
-            self.prefix_length = joined.shape[1] - num_tokens
-            input_ids, attention_mask = joined[:, length:], mask[:, length:]
-
-        begins = length == 0 or has_prefixes
-        if begins and attention_mask is not None and attention_mask.all():
-            attention_mask = None
+        num_tokens = rows.input_ids.shape[1]
+        input_ids, attention_mask, context_mask = self._with_prefixes(rows, bos_token_id)
         if attention_mask is None and self.attention_mask is None:
             kept = last_positions(logits_to_keep, num_tokens, input_ids.shape[1])
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + length  # (1, tokens)
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + self.length  # (1, tokens)
             return SubmodelInputs(input_ids, None, position_ids, kept)
 
         if attention_mask is None:
@@ -155,9 +142,36 @@ class Memory:
         past_mask = self.past_mask(context_mask, len(input_ids), input_ids.device)
         self.attention_mask = torch.cat([past_mask, attention_mask], dim=1)  # (rows, cached tokens + tokens)
         if order is not None:
-            self.orders.append((length, order))
+            self.orders.append((self.length, order))
         position_ids = (self.attention_mask.cumsum(dim=1)[:, -input_ids.shape[1] :] - 1).clamp(min=0)
         return SubmodelInputs(input_ids, self.attention_mask, position_ids, kept, order)
+
+    def _with_prefixes(
+        self, rows: Rows, bos_token_id: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Put the prefixes before the context, and note how wide they are.
+
+        Returns:
+            The tokens to read, of which what is held is left out; their mask, None where all of them count; and the
+            mask of the cached context, None where none was given.
+        """
+        input_ids, attention_mask, context_mask = rows.input_ids, rows.attention_mask, None
+        num_tokens = input_ids.shape[1]
+        if attention_mask is not None:
+            context_mask, attention_mask = attention_mask[:, :-num_tokens], attention_mask[:, -num_tokens:]
+
+        prefixes = rows.prefixes or []
+        has_prefixes = any(prefixes)
+        if has_prefixes:
+            joined, mask = join_prefixes(prefixes, input_ids, attention_mask, bos_token_id)
+            self.prefix_length = joined.shape[1] - num_tokens
+            input_ids, attention_mask = joined[:, self.length :], mask[:, self.length :]
+
+        begins = self.length == 0 or has_prefixes
+        if begins and attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        return input_ids, attention_mask, context_mask
 
     def past_mask(self, context_mask: torch.Tensor | None, num_rows: int, device: torch.device) -> torch.Tensor:
         """

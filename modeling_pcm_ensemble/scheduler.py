@@ -83,10 +83,10 @@ class Scheduler:
 
     def add(self, request: Request):
         """
-        Let a request wait for its turn.
+        Let a request wait for its turn. One that was cancelled goes on behind the tokens that it has.
 
         Raises:
-            TypeError, ValueError: if it could not be answered. The others do not notice.
+            TypeError, ValueError: if it could not be answered, or has ended. The others do not notice.
         """
         if any(request is other for other in self.waiting + self.running):
             raise ValueError("The request has been added already.")
@@ -94,6 +94,9 @@ class Scheduler:
             raise ValueError(f"`max_new_tokens` must be a number from 1 on, got {request.max_new_tokens!r}.")
         if not isinstance(request.input_ids, list) or not all(type(token) is int for token in request.input_ids):
             raise TypeError(f"`input_ids` must be a list of token ids, got {request.input_ids!r}.")
+
+        if self._is_over(request):
+            raise ValueError("The request has ended. To ask again, make another one.")
 
         check_ids(self.model.config, "input_ids", torch.tensor([request.input_ids], dtype=torch.long))
         length = len(request.input_ids) + request.max_new_tokens - 1  # the last token is not read
@@ -109,10 +112,18 @@ class Scheduler:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Give every running request its next token, let waiting ones in, and return those that have ended by it."""
+        """
+        Give every running request its next token, let waiting ones in, and return those that have ended by it. After a
+        step that has failed, the next one reads the requests that were running anew.
+        """
         if self.running:
             tokens = torch.tensor([[request.tokens[-1]] for request in self.running], device=self.model.device)
-            self._take(self.running, self.decode(tokens, past_key_values=self.cache, logits_to_keep=1).logits)
+            try:
+                logits = self.decode(tokens, past_key_values=self.cache, logits_to_keep=1).logits
+            except BaseException:  # some submodels have read the tokens, and others have not
+                self.waiting, self.running, self.cache = self.running + self.waiting, [], None
+                raise
+            self._take(self.running, logits)
             self._leave()
 
         room = self.max_rows - len(self.running) if self.joins or not self.running else 0
@@ -130,8 +141,8 @@ class Scheduler:
         return Preference.parse_batch(self.model.config, 1, request.preference)[0]
 
     def _read_prompts(self, requests: list[Request], cache: PCMEnsembleCache) -> torch.Tensor:
-        """Fill a cache with prompts; gives the logits of what comes next, `(requests, 1, vocab)`."""
-        ids, mask = stack_padded([request.input_ids for request in requests], self.model.device)
+        """Fill a cache with what there is of requests; gives the logits of what comes next, `(requests, 1, vocab)`."""
+        ids, mask = stack_padded([request.input_ids + request.tokens for request in requests], self.model.device)
         preferences = [self._preference(request) for request in requests]
         return self.model(ids, mask, past_key_values=cache, preference=preferences, logits_to_keep=1).logits
 
@@ -154,9 +165,12 @@ class Scheduler:
 
     def _leave(self):
         """Let requests go that are over."""
-        is_over = [len(r.tokens) >= r.max_new_tokens or r.tokens[-1] in self.ends for r in self.running]
+        is_over = [self._is_over(request) for request in self.running]
         self.ended += [request for request, over in zip(self.running, is_over) if over]
         self._keep([not over for over in is_over])
+
+    def _is_over(self, request: Request) -> bool:
+        return len(request.tokens) >= request.max_new_tokens or not self.ends.isdisjoint(request.tokens[-1:])
 
     def _keep(self, wanted: list[bool]):
         """Let the other rows go, and with them the columns that they alone needed."""

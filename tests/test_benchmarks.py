@@ -48,6 +48,15 @@ def test_a_benchmark_measures_every_variant(command, names, tmp_path):
         assert command[0] == "training" or list(tmp_path.glob("*.png"))
 
 
+def test_a_context_that_the_model_has_no_room_for_is_refused_before_anything_is_measured(tmp_path):
+    size = ["--layers", "1", "--hidden", "64", "--contexts", "16", "8192", "--output", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "scaling", *size], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "take 8208 tokens; the model has 8192" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.real_model
 def test_experts_behind_a_server_are_measured_beside_those_here(tmp_path):
     size = ["--batches", "2", "--tokens", "2", "--rounds", "1", "--output", str(tmp_path)]

@@ -163,6 +163,26 @@ def test_a_reward_that_fails_after_a_save_leaves_that_checkpoint_as_it_is(tmp_pa
     assert [weights.stat().st_ino] == saved
 
 
+def test_a_run_keeps_its_own_newest_checkpoint_beside_one_of_more_updates(tmp_path):
+    make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=3).train()
+    os.utime(tmp_path / "checkpoint-3", (0, 0))  # transformers trusts no times that are within a second
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_the_reason_why_a_run_ended_is_told_where_its_checkpoint_cannot_be_written(tmp_path, monkeypatch):
+    def breaks(prompts, completions, **columns):
+        monkeypatch.setattr(torch, "save", full)
+        return [float("nan")] * len(prompts)
+
+    def full(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    trainer = make_trainer(tmp_path, rewards=dict.fromkeys(("e0", "e1", "e2"), breaks), save_strategy="no")
+    with pytest.raises(ValueError, match="gave nan"):
+        trainer.train()
+
+
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     trainer = make_trainer(
         tmp_path, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,

@@ -222,6 +222,19 @@ def test_what_the_pcm_does_under_weights_it_keeps_and_does_when_told_in_words(tm
         assert (answer(**told) - before).abs().mean() < 0.04, told
 
 
+def test_a_reference_is_not_taught_and_has_no_share(tmp_path):
+    model = tiny_ensemble()
+    model.config.merge, model.config.reference = "product", "e1"
+    trainer = make_trainer(tmp_path, model, preference_sets=[["e0"]], max_steps=40, logging_steps=1)
+    trainer.train()
+
+    first = next(entry for entry in trainer.state.log_history if "described_share" in entry)
+    assert first["described_share"] == pytest.approx(0.5, abs=0.01)  # e0 and e2 alike, and no third
+    head = model.pcm.head.weight
+    assert not head[1].any()
+    assert head[2].any()  # whom the words leave out
+
+
 def test_the_losses_equal_their_formulas():
     logits = torch.tensor([[[1.0, 2.0, 3.0]]])
     probs = logits.softmax(-1)[0, 0]

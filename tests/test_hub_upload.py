@@ -19,6 +19,7 @@ from hub_upload.card import code_blocks
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 ROOT = Path(__file__).parent.parent
+CONFIG = b'{"model_type": "pcm_ensemble"}'
 RESULTS = {
     "title": "Win rates on ten prompts",
     "command": "python examples/smollm2/evaluate.py --quick",
@@ -252,9 +253,7 @@ def test_a_pull_that_brings_other_numbers_is_noticed(hub, folder):
 def test_weights_of_an_earlier_checkpoint_are_deleted_and_other_files_stay(hub, folder):
     shards = {f"model-0000{i}-of-00002.safetensors": b"old" for i in (1, 2)} | {"notes/model.safetensors": b"other"}
     (folder.parent / "old" / "notes").mkdir(parents=True)
-    for name, content in (
-        shards | {"README.md": b"# By hand", "config.json": b'{"model_type": "pcm_ensemble"}'}
-    ).items():
+    for name, content in (shards | {"README.md": b"# By hand", "config.json": CONFIG}).items():
         (folder.parent / "old" / name).write_bytes(content)
     hub.add("owner/ensemble", folder.parent / "old")
     (folder / "link.txt").symlink_to("/etc/hostname")
@@ -271,17 +270,22 @@ def test_weights_of_an_earlier_checkpoint_are_deleted_and_other_files_stay(hub, 
 
 def test_a_tokenizers_files_of_an_earlier_checkpoint_and_what_a_link_leads_to_are_not_uploaded_thin(hub, folder):
     (folder.parent / "old").mkdir()
-    for name, content in {"tokenizer.model": b"old", "config.json": b'{"model_type": "pcm_ensemble"}'}.items():
+    templates = "additional_chat_templates/rag.jinja"
+    (folder.parent / "old" / templates).parent.mkdir()
+    for name, content in {"tokenizer.model": b"old", templates: b"old", "config.json": CONFIG}.items():
         (folder.parent / "old" / name).write_bytes(content)
     hub.add("owner/ensemble", folder.parent / "old")
     (folder / "link.txt").symlink_to("/etc/hostname")
     (folder / "notes.txt").write_text("mine")
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "a.png").write_bytes(b"seen")
     result = upload(hub, folder, "--thin")
     assert result.returncode == 0, result.stderr
     stored = hub.files("owner/ensemble")
     assert stored["notes.txt"] == b"mine"
-    assert not {"tokenizer.model", "link.txt"} & set(stored)
-    assert "Left out, being a link to elsewhere: link.txt" in result.stdout
+    assert stored["pictures/a.png"] == b"seen"
+    assert not {"tokenizer.model", templates, "link.txt"} & set(stored)
+    assert re.search(r"Left out \(.*links to elsewhere\): link.txt", result.stdout)
 
 
 def test_experts_behind_an_endpoint_are_uploaded_with_their_address_and_without_their_key(hub, tmp_path, monkeypatch):

@@ -125,3 +125,27 @@ def test_caches_without_room_for_padding_are_refused():
             PCMEnsembleCache.join(refused)
     with pytest.raises(ValueError, match="`room` must be at least 1"):
         PCMEnsembleCache.join([PCMEnsembleCache(full.config)], room=0)
+
+
+def test_a_cache_that_some_submodels_have_read_further_than_others_is_refused_everywhere(model):
+    ids = torch.tensor([REQUESTS[0][0]])
+    cache = model(ids, preference=torch.tensor([REQUESTS[0][1]])).past_key_values
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = model.backbones[0].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(ids[:, :1], past_key_values=cache)
+    hook.remove()
+
+    uses = (
+        lambda: model(ids[:, :1], past_key_values=cache),
+        lambda: PCMEnsembleCache.join([cache]),
+        lambda: cache.batch_select_indices(torch.tensor([0])),
+        lambda: cache.reorder_cache(torch.tensor([0])),
+        lambda: cache.crop(-1),
+    )
+    for use in uses:
+        with pytest.raises(RuntimeError, match="failed on its way"):
+            use()

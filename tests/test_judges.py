@@ -16,6 +16,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -108,6 +110,12 @@ def roberta_reward(positions: int):
     return RobertaForSequenceClassification(RobertaConfig(**sizes, num_labels=1))
 
 
+def opt_reward(positions: int):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=positions, num_labels=1)
+    return OPTForSequenceClassification(config)
+
+
 def deberta_reward(positions: int):
     """Positions are relative, and `positions` is no limit."""
     sizes = SIZES | {"num_attention_heads": 4, "max_position_embeddings": positions, "position_biased_input": False}
@@ -123,7 +131,13 @@ def test_a_reward_model_judges():
 
 @pytest.mark.parametrize(
     ("make", "positions", "most"),
-    [(gpt2_reward, 16, 16), (roberta_reward, 16, 14), (deberta_reward, 8, None), (llama_reward, 8, None)],
+    [
+        (gpt2_reward, 16, 16),
+        (roberta_reward, 16, 14),
+        (opt_reward, 16, 16),
+        (deberta_reward, 8, None),
+        (llama_reward, 8, None),
+    ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_text_that_a_reward_model_cannot_read_is_refused(make, positions, most):

@@ -191,3 +191,43 @@ def test_a_prefill_that_fails_loses_no_request(scheduler):
     hook.remove()
     assert {*run(scheduler)} == {running, ending, waiting}
     check_answered(scheduler, running, ending, waiting)
+
+
+def test_requests_go_on_after_a_step_that_failed_on_its_way(scheduler):
+    short, long, waiting = (
+        Request([21, 22], "e0", 6),
+        Request([41, 42, 43], {"e1": 1.0, "e2": 0.5}, 6),
+        Request([5], "e1", 2),
+    )
+    for request in (short, long, waiting):
+        scheduler.add(request)
+    scheduler.step()
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = scheduler.model.backbones[1].register_forward_pre_hook(fail)  # the PCM has read the token by then
+    with pytest.raises(MemoryError):
+        scheduler.step()
+    hook.remove()
+
+    scheduler.cancel(waiting)
+    assert {*run(scheduler)} == {short, long}
+    check_answered(scheduler, short, long)
+
+
+def test_a_cancelled_request_may_go_on_and_one_that_has_ended_may_not(scheduler):
+    stopped, other = Request([21, 22], {"e0": 1.0, "e2": 0.5}, 6), Request([41], "e1", 3)
+    scheduler.add(stopped)
+    scheduler.add(other)
+    scheduler.step()
+    scheduler.step()
+    scheduler.cancel(stopped)
+    scheduler.step()
+
+    scheduler.add(stopped)
+    assert run(scheduler)[-1] is stopped
+    assert len(stopped.tokens) == 6
+    check_answered(scheduler, stopped, other)
+    with pytest.raises(ValueError, match="has ended"):
+        scheduler.add(stopped)

@@ -232,6 +232,20 @@ def test_an_expert_that_comes_later_leaves_the_end_tokens_that_a_user_has_set():
     assert model.generation_config.eos_token_id == model.config.eos_token_id == [2, 19, 7]
 
 
+def test_an_expert_that_goes_takes_its_end_token_along_unless_a_user_has_set_others():
+    model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1)}, pcm=tiny_llama(9))
+    other = tiny_llama(2)
+    other.generation_config.eos_token_id = 7
+    model.add_expert("b", other)
+    model.remove_expert("b")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == 2
+
+    model.add_expert("b", other)
+    model.generation_config.eos_token_id = [7, 19]
+    model.remove_expert("b")
+    assert model.generation_config.eos_token_id == [7, 19]
+
+
 def test_an_expert_that_a_default_preference_does_not_go_with_is_refused():
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_llama(2)}, pcm=tiny_llama(9))
     model.config.default_preference = [1.0, 0.5]

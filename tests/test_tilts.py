@@ -1,6 +1,7 @@
 """Tilts that add up: the product by the formula, by property, and in a model; strengths; what is refused."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CompileConfig
 
-from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM, checkpoint_io
 from modeling_pcm_ensemble.merging import MIXTURES, ExpertLogits
 from modeling_pcm_ensemble.tilts import product_log_probs, token_tilts
 from modeling_pcm_ensemble.weighting import expert_strengths
@@ -479,8 +480,32 @@ def test_a_pcm_is_saved_without_what_is_frozen_and_loads_where_it_has_as_many_la
     with pytest.raises(ValueError, match="PCM of the experts e1, e0, and this ensemble has e0, e1"):
         deep.load_pcm(tmp_path / "reversed.safetensors")
 
+    wide = PCMEnsembleForCausalLM.from_experts(
+        experts, pcm=tiny_llama(6, intermediate_size=64), merge="product", reference="e0"
+    )
+    before = copy.deepcopy(wide.pcm.state_dict())
+    with pytest.raises(ValueError, match=r"has no body.layers.1.mlp.\w+.weight of the shape"):
+        wide.load_pcm(tmp_path / "pcm.safetensors")
+    assert all(torch.equal(weight, before[name]) for name, weight in wide.pcm.state_dict().items())
+
     with pytest.raises(ValueError, match="All of the PCM is frozen"):
         deep.requires_grad_(False).save_pcm(tmp_path / "nothing.safetensors")
+
+
+def test_a_pcm_that_cannot_be_written_leaves_the_file_that_was_there(tmp_path, product, monkeypatch):
+    file = tmp_path / "pcm.safetensors"
+    product.save_pcm(file)
+    before = file.read_bytes()
+
+    def broken(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint_io, "save_file", broken)
+    with pytest.raises(OSError, match="No space left"):
+        product.save_pcm(file)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_the_reference_runs_as_one_more_row_of_the_same_pass():

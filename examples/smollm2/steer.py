@@ -194,6 +194,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
 
     arguments = parser.parse_args()
+    if not arguments.pcm.exists():
+        parser.error(f"--pcm: there is no file {arguments.pcm}")
     if arguments.costs and arguments.ways:
         parser.error("--costs measures all ways that have results, in turns; leave out --ways")
     if arguments.quick:

@@ -43,7 +43,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
-from modeling_pcm_ensemble.checkpoint_staging import finish_save, staged_folder, write_text
+from modeling_pcm_ensemble.checkpoint_staging import finish_save, write_text
 from modeling_pcm_ensemble.demo_wordings import compose
 from modeling_pcm_ensemble.evaluation.pictures import save
 from modeling_pcm_ensemble.rewards.answering import AnsweringReward
@@ -160,12 +160,6 @@ def first_words(text: str, number: int) -> str:
     return " ".join(text.split()[:number])
 
 
-def save_learnt(model, path: Path):
-    """Write what an ensemble's PCM has learnt, in bfloat16, whole or not at all."""
-    with staged_folder(path.parent) as staging:
-        model.save_pcm(Path(staging) / path.name, torch.bfloat16)
-
-
 def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
     """Train one PCM and write what has learnt. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
@@ -184,14 +178,14 @@ def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
         trainer = make_trainer(model, rewards, answering, dataset, folder, seed, arguments)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
         write_text(folder / "history.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
-        save_learnt(model, rewarded)
+        model.save_pcm(rewarded, torch.bfloat16)
 
     if arguments.rollouts:
         model.load_pcm(rewarded)
         model.pcm.body.requires_grad_(True)
     model.pcm.body.layers[:-LEARNING_LAYERS].requires_grad_(False)
     teach_descriptions(model, dataset, folder / "words", seed, arguments)
-    save_learnt(model, described)
+    model.save_pcm(described, torch.bfloat16)
     return folder
 
 

@@ -27,6 +27,7 @@ from textblob import TextBlob
 from wordfreq import top_n_list
 
 from ..rewards.proxies import moments, weighted_proxy
+from ..rewards.quality import answer_texts
 
 PROXIES: dict[str, dict[str, int]] = {
     "elementary": {"uncommon": -1, "abstract": -1, "clauses": -1},
@@ -91,7 +92,7 @@ def _held_out_reward(
     name: str, constants: Mapping[str, tuple[float, float]], prompts: list, completions: list, **columns
 ) -> list[float]:
     mean, deviation = constants[name]
-    texts = [entry if isinstance(entry, str) else entry[-1]["content"] for entry in completions]
+    texts = answer_texts(completions)
     values = [weighted_proxy(PROXIES[name], held_out_features(text), constants) for text in texts]
     return [(value - mean) / deviation for value in values]
 

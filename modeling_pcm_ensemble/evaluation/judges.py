@@ -167,16 +167,13 @@ class LanguageModelJudge(Judge):
     def judge(self, comparisons: list[Comparison]) -> list[Verdict | None]:
         questions = [(c, name) for c in comparisons for name in c.preference.weights]
         with ThreadPoolExecutor(self.workers) as pool:
-            asked = pool.map(lambda question: self._won(*question), questions)
-            try:
-                won = iter(list(tqdm(asked, self.name, len(questions), disable=len(questions) < 32)))
-            except Exception:
-                pool.shutdown(cancel_futures=True)
-                raise
+            answers = pool.map(lambda question: self._won(*question), questions)  # one that fails cancels the rest
+            won = iter(list(tqdm(answers, self.name, len(questions), disable=len(questions) < 32)))
 
         verdicts: list[Verdict | None] = []
         for c in comparisons:
-            verdicts.append(weighted_verdict(c.preference, {name: next(won) for name in c.preference.weights}))
+            by_dimension = dict(zip(c.preference.weights, won))  # takes as many answers as it has dimensions
+            verdicts.append(weighted_verdict(c.preference, by_dimension))
         return verdicts
 
     def _won(self, comparison: Comparison, dimension: str) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..preference import Preference
+from ..rewards.quality import answer_texts
 from .embeddings import SentenceEmbedder
 from .judges import Comparison, Judge, RewardJudge, Verdict
 from .statistics import adjust_p_values, bootstrap_interval, permutation_p_value
@@ -156,7 +157,7 @@ class LearnedJudge(Judge):
 def _learned_reward(
     head: torch.Tensor, embedder: SentenceEmbedder, prompts: list, completions: list, **columns
 ) -> list[float]:
-    texts = [entry if isinstance(entry, str) else entry[-1]["content"] for entry in completions]
+    texts = answer_texts(completions)
     return (embedder(texts) @ head).tolist() if texts else []
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .proxies import CLIP, moments
-from .quality import TextQuality, as_messages
+from .quality import TextQuality, answer_texts, as_messages
 
 CONSTANTS = Path(__file__).with_name("smollm2_answering.json")
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -91,7 +91,7 @@ class AnsweringReward:
         answer. Completions are texts or conversations, of which the last message counts.
         """
         mean, deviation = self.constant
-        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        texts = answer_texts(completions)
         return [min(max((saved - mean) / deviation, -CLIP), CLIP) for saved in self.saved(prompts, texts)]
 
     def saved(self, prompts: list, completions: list[str]) -> list[float]:

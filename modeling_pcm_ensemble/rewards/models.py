@@ -83,8 +83,9 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     """Return how many tokens a table of positions has room for; None for a model without one, as rotary ones are."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
-            # RoBERTa's positions begin behind the one of padding
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            # RoBERTa's positions begin behind the one of padding, OPT's behind an offset
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - getattr(module, "offset", unused)
     return None
 
 

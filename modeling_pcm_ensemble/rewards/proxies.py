@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from statistics import fmean, pstdev
 
 from .features import text_features
-from .quality import TextQuality
+from .quality import TextQuality, answer_texts
 
 # The proxy of each preference: the features whose weighted mean it is.
 HARD = ("ari", "coleman_liau", "lix", "rix", "syllables", "rarity")
@@ -46,7 +46,7 @@ class ProxyReward:
         """
         constants = self.quality.constants
         mean, deviation = constants[self.name]
-        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        texts = answer_texts(completions)
 
         proxies = [(proxy(self.name, text_features(text), constants) - mean) / deviation for text in texts]
         penalties = self.quality.penalties(prompts, texts)

@@ -32,6 +32,11 @@ def as_messages(prompt: str | list[dict]) -> list[dict]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
+def answer_texts(completions: list) -> list[str]:
+    """Return completions, in TRL's plain or conversational form, as texts."""
+    return [entry if isinstance(entry, str) else entry[-1]["content"] for entry in completions]
+
+
 class TextQuality:
     r"""
     Measures answers as text, and fines those that are worse than the base model's: for being surprising to it given

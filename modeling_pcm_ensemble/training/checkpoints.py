@@ -90,6 +90,7 @@ class CheckpointTrainer(PCMTrainer):
                 output_dir=str(self._output_dir),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,  # an earlier run may have left one of more updates here
             )
         self.accelerator.wait_for_everyone()
 

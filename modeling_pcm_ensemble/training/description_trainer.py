@@ -131,6 +131,8 @@ class DescriptionTrainer(CheckpointTrainer):
             compute_metrics=_means_over_tokens,
         )
         self._tokenizer = tokenizer
+        names = model.config.expert_names
+        self._weighted = [names.index(name) for name in model.config.weighted_names]  # a reference has no strength
         untrained = not model.pcm.head.weight.any()
         self._before = None if untrained else copy.deepcopy(model.pcm).eval()  # h is 0 where it is untrained
         self._generator = random.Random(args.seed + 7919 * args.process_index)
@@ -164,7 +166,7 @@ class DescriptionTrainer(CheckpointTrainer):
         Returns:
             `dict`: `texts`, what [`_expert_weight_logits`] takes; `mask`, `(rows, kept)`, the tokens that stand after
             the words; `targets`, `(rows, kept, experts)`, the strengths or, in mixtures, the weights that are wanted;
-            and `wanted`, `(rows, experts)`, whether an expert is.
+            and `wanted`, `(rows, experts)`, whether an expert is. Experts are those that have weights.
         """
         by_weights = [ToldPreference(Preference(wish.preference.weights)) for wish in told]
         texts, texts_by_weights = self._texts(rows, told), self._texts(rows, by_weights)
@@ -176,8 +178,7 @@ class DescriptionTrainer(CheckpointTrainer):
         mask = after_words * texts["attention_mask"][:, -texts["kept"] :]
 
         before = self._logits_before(texts_by_weights | {"kept": texts["kept"]})
-        names = self.preferences.names
-        adds_up = self.ensemble.config.adds_up
+        names, adds_up = self.ensemble.config.weighted_names, self.ensemble.config.adds_up
         meant = preference_weights([wish.preference for wish in told], names, len(told), adds_up).to(self.args.device)
         targets = self._opinions(before, meant)
         if adds_up:
@@ -187,10 +188,10 @@ class DescriptionTrainer(CheckpointTrainer):
     def _logits_before(self, texts: dict[str, Any]) -> torch.Tensor:
         """Compute h, `(rows, kept, experts)`, as it was before training."""
         if self._before is None:
-            shape = (len(texts["ids"]), texts["kept"], len(self.preferences.names))
+            shape = (len(texts["ids"]), texts["kept"], len(self._weighted))
             return torch.zeros(shape, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return _expert_weight_logits(self._before, **texts)
+            return self._expert_weight_logits(self._before, **texts)
 
     def _draw_batch(self, rows: int) -> list[ToldPreference]:
         """
@@ -214,6 +215,12 @@ class DescriptionTrainer(CheckpointTrainer):
 
     def _plainly(self, generator: random.Random) -> bool:
         return not self.wordings or generator.random() < PLAINLY
+
+    def _expert_weight_logits(
+        self, pcm, ids: torch.Tensor, attention_mask: torch.Tensor, prefixes: list[tuple[int, ...]], kept: int
+    ) -> torch.Tensor:
+        """Compute h at the last `kept` tokens, `(rows, kept, experts)`; `pcm` may be wrapped."""
+        return pcm(ids, attention_mask, descriptions=prefixes, logits_to_keep=kept)[0][..., self._weighted]
 
     def _opinions(self, expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the strengths or, in mixtures, α under weights `(rows, experts)`."""
@@ -241,7 +248,7 @@ class DescriptionTrainer(CheckpointTrainer):
         experts have, and of the absolute difference from what is wanted.
         """
         targets, wanted, mask = inputs["targets"], inputs["wanted"], inputs["mask"]
-        expert_weight_logits = _expert_weight_logits(model, **inputs["texts"])  # (rows, kept, experts)
+        expert_weight_logits = self._expert_weight_logits(model, **inputs["texts"])  # (rows, kept, experts)
         cross_entropy = expert_strength_cross_entropy if self.ensemble.config.adds_up else expert_weight_cross_entropy
         loss = (cross_entropy(expert_weight_logits, targets) * mask).sum() / mask.sum()
 
@@ -268,13 +275,6 @@ class DescriptionTrainer(CheckpointTrainer):
             told = self._told(inputs, [self._draw(generator) for generator in generators])
             loss, metrics = self.compute_loss(model, told, return_outputs=True)
         return (loss, None, None) if prediction_loss_only else (loss, metrics, told["mask"].sum(dim=1))
-
-
-def _expert_weight_logits(
-    pcm, ids: torch.Tensor, attention_mask: torch.Tensor, prefixes: list[tuple[int, ...]], kept: int
-) -> torch.Tensor:
-    """Compute h at the last `kept` tokens, `(rows, kept, experts)`; `pcm` may be wrapped."""
-    return pcm(ids, attention_mask, descriptions=prefixes, logits_to_keep=kept)[0]
 
 
 def _means_over_tokens(prediction: EvalPrediction) -> dict[str, float]:

@@ -321,7 +321,7 @@ class RebelTrainer(CheckpointTrainer):
         if self.is_in_train and self._micro_batches_done > self._micro_batches_saved:
             try:
                 self._save_checkpoint(self.model_wrapped, trial=None)
-            except OSError as unsaved:
+            except Exception as unsaved:  # torch's and safetensors' errors of a full disk are no OSError
                 raise error from unsaved
         raise error
 

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_llama, tiny_qwen2, tiny_tokenizer
 from torch.testing import assert_close
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
-from transformers import LlamaForCausalLM, TorchAoConfig
+from transformers import HqqConfig, LlamaForCausalLM, TorchAoConfig
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
@@ -89,3 +89,8 @@ def test_an_ensemble_of_quantised_experts_keeps_its_pcm_whole_and_says_how_it_ca
     assert_close(logits(model), logits(alone).float().log_softmax(-1))
     with pytest.raises(ValueError, match="load that with `quantization_config`"):
         model.save_pretrained(tmp_path / "ensemble")
+
+
+def test_a_quantisation_that_leaves_no_module_out_is_refused_by_name(folder):
+    with pytest.raises(ValueError, match="is a HqqConfig, which would quantise the PCM and output layers"):
+        PCMEnsembleForCausalLM.from_pretrained(folder, quantization_config=HqqConfig(nbits=4))
