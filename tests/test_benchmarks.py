@@ -23,13 +23,20 @@ ROOT = Path(__file__).parent.parent
             {"plain model, compiled", "LoRA experts, compiled"},
         ),
         (["serve", "--requests", "3", "--tokens", "4", "--rounds", "1"], {"this library", "one plain model"}),
-        (
+        pytest.param(
             ["scaling", "--experts", "1", "2", "--batches", "2", "--contexts", "16", "--rounds", "2"],
             {"LoRA experts, compiled"},
+            marks=pytest.mark.slow,
         ),
-        (["training", "--rounds", "2"], {"the same, 6 experts", "the same, experts 4 times as large"}),
+        pytest.param(
+            ["training", "--rounds", "2"],
+            {"the same, 6 experts", "the same, experts 4 times as large"},
+            marks=pytest.mark.slow,
+        ),
         (["prefill", "--context", "64", "--rounds", "2"], {"plain model", "prompted experts", "LoRA experts"}),
-        (["memory", "--tokens", "4"], {"one plain model", "six LoRA experts and the PCM"}),
+        pytest.param(
+            ["memory", "--tokens", "4"], {"one plain model", "six LoRA experts and the PCM"}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -57,6 +64,7 @@ def test_a_context_that_the_model_has_no_room_for_is_refused_before_anything_is_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_experts_behind_a_server_are_measured_beside_those_here(tmp_path):
     size = ["--batches", "2", "--tokens", "2", "--rounds", "1", "--output", str(tmp_path)]
