@@ -17,7 +17,7 @@ from threading import get_ident
 import torch
 from transformers import CompileConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .cache import PCMEnsembleCache
 from .call_arguments import check_kind
@@ -172,22 +172,17 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         if cache is not None and cache.room is None:
             cache.room = longest_context(self.config, route, cache)
 
-        run = partial(self._run, route, input_ids, attention_mask, cache, logits_to_keep)
-        with nullcontext() if cache is None else cache.started(route), self._asked(route, run) as asked:
-            weights, pcm_output = self._weighted(
+        with nullcontext() if cache is None else cache.started(route):
+            weights, pcm_output, expert_logits = self._predicted(
                 route,
                 input_ids,
                 attention_mask,
                 cache,
-                0 if route.mixes_adapters else logits_to_keep,
+                logits_to_keep,
                 compile_config,
                 output_hidden_states=_or_default(output_hidden_states, self.config.output_hidden_states),
                 output_attentions=_or_default(output_attentions, self.config.output_attentions),
             )
-            strengths = weights if route.mixes_adapters else None
-            found = {here: run(here, strengths, compile_config) for here in route.expert_rows if here not in asked}
-            found |= dict(zip(asked, results(asked.values())))
-            expert_logits = list(chain.from_iterable(found[backbone] for backbone in route.expert_rows))
 
         dropped = None
         if self.backbones.endpoints:
@@ -212,6 +207,23 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             expert_logits=expert_logits if output_expert_logits and not route.mixes_adapters else None,
             dropped_experts=dropped,
         )
+
+    def _predicted(
+        self, route, input_ids, attention_mask, cache, logits_to_keep, compile_config, **options
+    ) -> tuple[torch.Tensor, ModelOutput, list[ExpertLogits]]:
+        """Run the PCM and all backbones that the route needs; what [`_weighted`] gives, and every expert's logits."""
+        run = partial(self._run, route, input_ids, attention_mask, cache, logits_to_keep)
+
+        with self._asked(route, run) as asked:  # endpoints, which answer while what is here runs
+            kept = 0 if route.mixes_adapters else logits_to_keep  # added adapters have strengths at every token
+            weights, pcm_output = self._weighted(
+                route, input_ids, attention_mask, cache, kept, compile_config, **options
+            )
+            strengths = weights if route.mixes_adapters else None
+            found = {here: run(here, strengths, compile_config) for here in route.expert_rows if here not in asked}
+            found |= dict(zip(asked, results(asked.values())))
+
+        return weights, pcm_output, list(chain.from_iterable(found[backbone] for backbone in route.expert_rows))
 
     def _weighted(
         self, route, input_ids, attention_mask, cache=None, logits_to_keep=0, compile_config=None, **options
