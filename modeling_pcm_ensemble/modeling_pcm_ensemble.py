@@ -16,8 +16,8 @@ from threading import get_ident
 
 import torch
 from transformers import CompileConfig, PreTrainedTokenizerBase
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .cache import PCMEnsembleCache
 from .call_arguments import check_kind
@@ -210,7 +210,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
 
     def _predicted(
         self, route, input_ids, attention_mask, cache, logits_to_keep, compile_config, **options
-    ) -> tuple[torch.Tensor, ModelOutput, list[ExpertLogits]]:
+    ) -> tuple[torch.Tensor, BaseModelOutput, list[ExpertLogits]]:
         """Run the PCM and all backbones that the route needs; what [`_weighted`] gives, and every expert's logits."""
         run = partial(self._run, route, input_ids, attention_mask, cache, logits_to_keep)
 
