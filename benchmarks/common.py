@@ -182,6 +182,7 @@ def write_results(
         "transformers": transformers.__version__,
         "dtype": str(dtype),
         "model": model,
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     }
 
     where = f"{machine['threads']} CPU threads" if DEVICE == "cpu" else machine["device"]

@@ -68,7 +68,7 @@ class AnsweringReward:
                 f"{type(quality.tokenizer).__name__} cannot say. Use a fast tokenizer."
             )
 
-        self.pool = list({json.dumps(as_messages(prompt)): prompt for prompt in pool}.values())
+        self.pool = {json.dumps(as_messages(prompt)): prompt for prompt in pool}
         if not 1 <= others < len(self.pool):
             raise ValueError(
                 f"Each prompt is compared with {others} others, out of a pool of {len(self.pool)} different prompts. "
@@ -121,7 +121,7 @@ class AnsweringReward:
     def _others(self, prompt) -> list:
         """Draw the prompts that one is compared with."""
         key = json.dumps(as_messages(prompt))
-        rest = [other for other in self.pool if json.dumps(as_messages(other)) != key]
+        rest = [other for of_key, other in self.pool.items() if of_key != key]
         return random.Random(key).sample(rest, self.others)
 
     def _of_new_words(self, prompt, completion: str) -> torch.Tensor:
