@@ -52,8 +52,9 @@ def check_cache_folders():
             if _others_can_write(path, is_way=path in ways):
                 raise PermissionError(
                     f"torch keeps compiled code in {folder}, and others than this user can write to {path}: what they "
-                    "put there would be run. Clear it (`python -m modeling_pcm_ensemble.compile_cache --clear`), or "
-                    "set TORCHINDUCTOR_CACHE_DIR and TMPDIR to folders that only you can write to."
+                    f"put there would be run. Call `chmod go-w {path}` and clear what is there (`python -m "
+                    "modeling_pcm_ensemble.compile_cache --clear`), or set TORCHINDUCTOR_CACHE_DIR and TMPDIR to "
+                    "folders that only you can write to."
                 )
 
 
@@ -79,23 +80,31 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--clear", action="store_true", help="delete what is kept; it is compiled again when needed")
     is_cleared = parser.parse_args(arguments).clear
 
-    for folder in filter(Path.exists, cache_folders()):
+    folders = [folder for folder in cache_folders() if folder.exists()]
+    for folder in folders:
         size = sum(os.stat(Path(root, name)).st_size for root, _, files in os.walk(folder) for name in files)
         print(f"{folder}: {size / 1e6:.0f} MB")
-        if is_cleared:
+    if is_cleared:
+        for folder in folders:
+            _check_torchs(folder)
+        for folder in folders:
             _clear(folder)
 
 
-def _clear(folder: Path):
+def _check_torchs(folder: Path):
+    """End the program if there is something in a folder that is not torch's."""
     names = [path.name for path in folder.iterdir()]
     others = [name for name in names if name not in TORCHS and not DIGEST.fullmatch(name)]
     if others or (names and not set(names) & set(TORCHS)):
         sys.exit(f"Nothing was deleted: {', '.join(others[:3] or names[:3])} in {folder} is not torch's.")
+
+
+def _clear(folder: Path):
     try:
         shutil.rmtree(folder)
     except OSError as error:
         sys.exit(f"{folder} could not be deleted: {error}")
-    print("Cleared.")
+    print(f"Cleared: {folder}")
 
 
 __all__ = ["cache_folders", "check_cache_folders"]

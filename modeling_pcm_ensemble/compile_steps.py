@@ -12,7 +12,6 @@ from transformers.utils.logging import tqdm
 
 from .compile_attention import grouped_attention
 from .compile_blocks import CompiledBlocks, find_blocks
-from .compile_cache import check_cache_folders
 from .compile_linears import can_pack
 from .requirements import check_compiles
 from .weight_changes import WeightSnapshot
@@ -116,8 +115,8 @@ class CompiledStep:
             return self._compiled(adapter_masks, **inputs)
 
         rows = "one row" if single else "any number of rows"
-        title = f"Compiling the step of {type(self.model).__name__} for {rows}"
-        with tqdm(total=1, desc=title, bar_format="{desc}: {elapsed}"):
+        title = f"Compiling the step of {type(self.model).__name__} for {rows}, which may take a minute"
+        with tqdm(total=1, desc=title, bar_format="{desc}"):  # a clock would stand still
             return self._compiled(adapter_masks, **inputs)
 
     def _compiled(self, adapter_masks: list[torch.Tensor], **inputs) -> ModelOutput:
@@ -177,6 +176,8 @@ def _copied(output: ModelOutput) -> ModelOutput:
 
 
 def _may_keep_code(model: PreTrainedModel) -> bool:
+    from .compile_cache import check_cache_folders  # late, or it could not be run as a program without a warning
+
     try:
         check_cache_folders()
     except OSError as error:

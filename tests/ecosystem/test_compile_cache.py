@@ -159,9 +159,17 @@ def test_the_folder_is_told_measured_and_cleared(folder, capsys):
     assert not any(path.exists() for path in cache_folders())
 
 
-def test_a_folder_with_other_things_in_it_is_not_deleted(folder):
+def test_a_folder_with_other_things_in_it_is_not_deleted_and_neither_is_the_other_folder(folder):
+    (headers,) = set(cache_folders()) - {folder}
+    (headers / "precompiled_headers").mkdir(parents=True)
     for name in ("thesis.tex", "de"):
         (folder / name).mkdir(parents=True)
         with pytest.raises(SystemExit, match=rf"{name} in .* is not torch's"):
             main(["--clear"])
+        assert (headers / "precompiled_headers").exists()
         (folder / name).rmdir()
+
+
+def test_the_program_starts_without_a_warning():
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "modeling_pcm_ensemble.compile_cache", "--help"]
+    assert "--clear" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
