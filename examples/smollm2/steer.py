@@ -174,7 +174,8 @@ def measure(arguments: argparse.Namespace):
     if arguments.costs or arguments.quick or not arguments.ways:
         measured = [make(name) for name, make in ways.items() if (results / f"{name}.json").exists()]
         plain = PlainModel("one plain model", model.backbones[0], model.tokenizer, arguments.tokens)
-        write_text(results / "costs.json", json.dumps(test.measure_costs(plain, measured), indent=1) + "\n")
+        costs = test.measure_costs(plain, measured, rounds=1 if arguments.quick else 3)
+        write_text(results / "costs.json", json.dumps(costs, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:

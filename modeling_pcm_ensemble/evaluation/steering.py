@@ -228,19 +228,20 @@ class SteeringTest:
             "text": self._text(answers),
         }
 
-    def measure_costs(self, plain: Baseline, ways: Sequence[Baseline]) -> dict:
+    def measure_costs(self, plain: Baseline, ways: Sequence[Baseline], rounds: int = 3) -> dict:
         r"""
         Let one plain model and all ways answer in turns, so that what they cost can be compared.
 
         Args:
             plain (`Baseline`): the unit of `time`.
             ways (`Sequence[Baseline]`): as for [`SteeringTest.measure`].
+            rounds (`int`): how often each answers.
 
         Returns:
             `dtype`, which the machine computed in; and `costs`, for each way what [`measure_cost`] gives, and `time`,
             that of a token as a multiple of the plain model's.
         """
-        costs = measure_cost([plain, *ways], self.cases, self.quality.tokenizer)
+        costs = measure_cost([plain, *ways], self.cases, self.quality.tokenizer, rounds)
         unit = costs[plain.name]["seconds_per_token"]
         return {
             "dtype": str(self.quality.model.dtype).removeprefix("torch."),
