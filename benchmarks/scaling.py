@@ -35,10 +35,9 @@ def run(arguments):
     """From three experts, one request and the shortest context, each of the three grows alone."""
     backbone, compiled_backbone = load_backbone(arguments), load_backbone(arguments)
     plain = compiled_plain(compiled_backbone)
-    needed, positions = (
-        static_length(arguments.rounds, max(arguments.contexts)),
-        backbone.config.max_position_embeddings,
-    )
+
+    needed = static_length(arguments.rounds, max(arguments.contexts))
+    positions = backbone.config.max_position_embeddings
     if needed > positions:
         raise ValueError(f"--contexts: the longest and its rounds take {needed} tokens; the model has {positions}.")
 

@@ -330,10 +330,12 @@ def _check_joinable(caches: list[PCMEnsembleCache], room: int | None):
     check_kind("room", room, int, optional=True)
     if room is not None and not 0 < room <= MOST_TOKENS:
         raise ValueError(f"`room` must be at least 1, or None for a cache that grows, got {room}.")
+
     check_kind("caches", caches, (list, tuple))
     for cache in caches:
         if not has_class(cache, "PCMEnsembleCache"):
             raise TypeError(f"`caches` must be a list of `PCMEnsembleCache`, got a {type(cache).__name__} in it.")
+
     if not caches or any(cache.route is None or cache.config is not caches[0].config for cache in caches):
         raise ValueError("`caches` must be one or more caches that one ensemble has filled.")
     if not all(memory.takes_prefixes for cache in caches for memory in cache.memories):
@@ -341,6 +343,7 @@ def _check_joinable(caches: list[PCMEnsembleCache], room: int | None):
             "`join` takes dynamic and static caches of full attention: others have no room for padding, or "
             "none that they could leave out."
         )
+
     for cache in caches:
         cache.check_whole()
 

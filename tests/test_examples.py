@@ -9,9 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
-from safetensors.torch import save_file
 from transformers import set_seed
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, Preference, demo
@@ -174,24 +172,6 @@ def test_a_quick_evaluation_of_the_shipped_pcm_writes_its_report(tmp_path):
     assert set(report["judges"]["held-out proxies"]) == {"vanilla", "prompting", "uniform mixture"}
     assert len((tmp_path / "evaluation" / "quick" / "answers-0.jsonl").read_text().splitlines()) == 4 * 10 * 2
     assert (tmp_path / "evaluation" / "quick" / "report.md").exists()
-
-
-def test_a_pcm_is_loaded_from_what_training_has_written(tmp_path):
-    experts = {"a": tiny_llama(1), "b": tiny_llama(2)}
-    models = [PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(seed)) for seed in (3, 4)]
-    torch.nn.init.normal_(models[0].pcm.head.weight)
-    models[0].pcm.body.embed_tokens.requires_grad_(False)
-    models[0].save_pcm(tmp_path / "pcm.safetensors", torch.bfloat16)
-
-    embeddings = models[1].pcm.body.embed_tokens.weight.clone()
-    models[1].load_pcm(tmp_path / "pcm.safetensors")
-    for name, weight in models[1].pcm.named_parameters():
-        learnt = models[0].pcm.get_parameter(name).to(torch.bfloat16).float()
-        assert torch.equal(weight, embeddings if "embed_tokens" in name else learnt), name
-
-    save_file({"head.bias": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"another architecture or size: this one has no head\.bias"):
-        models[1].load_pcm(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
