@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .backbones import ExpertBackbones
 from .checkpoint_hub import HUB_OPTIONS
 from .checkpoint_sources import load_tokenizer
-from .checkpoint_staging import check_no_adapter, finish_save, last_saved, staged_folder
+from .checkpoint_staging import WEIGHTS, check_no_adapter, finish_save, last_saved, staged_folder
 from .checkpoint_structure import check_loading, check_not_injected, check_structure, load_with_info
 from .checkpoint_thin import thin_checkpoint, whole_state
 from .checkpoint_trust import check_endpoints, check_weight_names, endpoint_addresses
@@ -353,7 +353,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             dtype (`torch.dtype`, *optional*): of the weights in the file; that of the PCM if not given.
 
         Raises:
-            ValueError: if nothing of the PCM learns.
+            ValueError: if nothing of the PCM learns, or the file has the name of a checkpoint's weights.
 
         Example:
 
@@ -373,6 +373,8 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             "experts": json.dumps(self.config.expert_names),
         }
         folder, name = os.path.split(path)
+        if WEIGHTS.fullmatch(name):
+            raise ValueError(f"{name} is what a whole checkpoint is called. Call a PCM's file pcm.safetensors, or so.")
         with staged_folder(folder) as staging:
             save_file(learnt, os.path.join(staging, name), metadata=metadata)
 

@@ -233,4 +233,4 @@ def _stale(found: list[str], written: list[str]) -> list[str]:
     return [name for name in found if name not in written and is_read(name)]
 
 
-__all__ = ["TOKENIZER", "check_no_adapter", "finish_save", "last_saved", "staged_folder", "write_text"]
+__all__ = ["TOKENIZER", "WEIGHTS", "check_no_adapter", "finish_save", "last_saved", "staged_folder", "write_text"]

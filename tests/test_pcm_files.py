@@ -106,3 +106,10 @@ def test_a_pcm_in_bfloat16_is_loaded_and_a_weight_that_the_pcm_has_not_is_refuse
     save_file({"head.bias": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"another architecture or size: this one has no head\.bias"):
         models[1].load_pcm(tmp_path / "other.safetensors")
+
+
+def test_a_pcm_does_not_take_the_place_of_a_checkpoint(product, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is what a whole checkpoint is called"):
+        product.save_pcm(tmp_path / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
