@@ -196,6 +196,20 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     assert torch.equal(learnt["head.weight"], trainer.model.head.weight)
 
 
+def test_a_best_step_that_was_not_saved_is_not_looked_for(tmp_path):
+    def falls(prompts, completions, **columns):
+        return [-float(trainer.state.global_step)] * len(prompts)
+
+    trainer = make_trainer(
+        tmp_path, rewards=dict.fromkeys(("e0", "e1", "e2"), falls), max_steps=4, save_strategy="steps", save_steps=2,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, save_total_limit=1,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert trainer.state.best_model_checkpoint is None
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 def test_a_reward_that_fails_in_an_evaluation_leaves_a_checkpoint(tmp_path):
     def breaks(prompts, completions, **columns):
         return [float("nan") if trainer.state.global_step == 2 else 1.0] * len(prompts)

@@ -58,6 +58,12 @@ def test_described_experts_are_chosen_and_no_expert_runs(tmp_path):
     assert model.compute_expert_weights(within)[0, -1, 1] > 0.8
 
 
+def test_a_machine_with_several_gpus_trains_on_one_unless_processes_are_launched(tmp_path):
+    config = DescriptionConfig(str(tmp_path), report_to="none", use_cpu=True)
+    config._n_gpu = 2
+    assert DescriptionTrainer(tiny_ensemble(), config, Dataset.from_dict(TEXTS)).args.n_gpu == 1
+
+
 def test_experts_are_chosen_from_other_words_and_from_their_descriptions(tmp_path):
     model = tiny_ensemble()
     names = [model.tokenizer.decode(expert["description_ids"]) for expert in model.config.experts]

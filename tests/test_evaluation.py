@@ -27,13 +27,13 @@ def test_runs_that_differ_widen_the_interval():
 
 def test_the_permutation_test_counts_sign_changes_and_seldom_cries_wolf():
     # Of the 8 ways to sign 1, 2 and 3, two give a mean as far from 0 as all of one sign.
-    assert permutation_p_value(np.array([[1.0, 2.0, 3.0]])) == pytest.approx(2 / 8)
-    assert permutation_p_value(np.zeros((2, 5))) == 1.0
-    assert permutation_p_value(np.ones((2, 1))) == 1.0
+    assert permutation_p_value(np.array([1.0, 2.0, 3.0])) == pytest.approx(2 / 8)
+    assert permutation_p_value(np.zeros(5)) == 1.0
+    assert permutation_p_value(np.ones(1)) == 1.0
     rng = np.random.default_rng(0)
-    found = [permutation_p_value(rng.normal(size=(1, 30)), samples=199) <= 0.05 for _ in range(300)]
+    found = [permutation_p_value(rng.normal(size=30), samples=199) <= 0.05 for _ in range(300)]
     assert 0.02 <= np.mean(found) <= 0.09
-    assert permutation_p_value(0.5 + rng.normal(size=(1, 60))) < 0.01
+    assert permutation_p_value(0.5 + rng.normal(size=60)) < 0.01
 
 
 def test_p_values_are_adjusted_in_order():

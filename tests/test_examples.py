@@ -105,6 +105,14 @@ def test_training_and_evaluation_run_from_end_to_end(tmp_path):
     assert 0 < report["in words"]["system"]["share of wanted experts"] < 1
 
 
+def test_a_pcm_of_other_options_is_not_taken_for_one_of_these(example, tmp_path):
+    check_options, begun = example("train_pcm").check_options, {"merge": "product", "eta": 16.0, "output": tmp_path}
+    for options in (begun, begun | {"output": tmp_path / "elsewhere"}):
+        check_options(tmp_path, Namespace(**options))
+    with pytest.raises(ValueError, match=r"was begun with eta=16\.0\. Take these options, or another --output"):
+        check_options(tmp_path, Namespace(**begun | {"eta": 4.0}))
+
+
 def test_new_preferences_are_what_their_kind_says(example):
     module = example("new_preferences")
     paper = [module.equal(names) for names in (("elementary", "concise", "friendly"), ("knowledgeable",))]

@@ -57,6 +57,16 @@ def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, t
     assert "a alone" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_what_is_compared_shares_no_random_numbers(model, tmp_path):  # noqa: F811
+    base, cases = model.backbones[0], make_cases(PROMPTS, [Preference({"a": 1.0})])
+    ours, *others = (PlainModel(name, base, model.tokenizer, 6) for name in ("ours", "vanilla", "again"))
+    evaluate(ours, others, cases, [LONG], tmp_path, model=model, quality=TextQuality(base, model.tokenizer))
+    lines = [json.loads(line) for line in (tmp_path / "answers-0.jsonl").read_text().splitlines()]
+    answers = {name: [line["answer"] for line in lines if line["baseline"] == name] for name in ("ours", "again")}
+    assert len(answers["ours"]) == len(cases)
+    assert not set(answers["ours"]) & set(answers["again"])
+
+
 def test_how_far_a_top_k_may_be_from_the_whole_is_told_over_answers(model):  # noqa: F811
     cases = make_cases(PROMPTS, [Preference({"a": 1.0, "b": 1.0})])
     answers = ["hello", None, *["world"] * (len(cases) - 2)]

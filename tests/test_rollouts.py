@@ -61,6 +61,17 @@ def test_rewards_are_compared_with_several_completions_of_the_chosen_base_model(
         assert all(round(win * 6, 6).is_integer() for win in scores.wins)  # of 3 references in 2 dimensions
 
 
+def test_references_of_other_prompts_are_drawn_from_other_random_numbers(tmp_path):
+    trainer = make_trainer(tmp_path, num_references=3)
+    torch.nn.init.zeros_(trainer.ensemble.backbones[0].lm_head.weight)  # any token, whatever is read
+    found = []
+    for prompt in ("hello", "world", "hello"):
+        trainer.scorer.references.clear()
+        trainer.rollouts._add_references([{"prompt": prompt}])
+        found += trainer.scorer.references.values()
+    assert found[0] == found[2] != found[1]
+
+
 def test_drawn_tokens_follow_the_distribution():
     torch.manual_seed(0)
     probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])

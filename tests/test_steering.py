@@ -271,6 +271,30 @@ def test_a_killed_run_goes_on_where_it_stopped(steering, tmp_path):
     assert whole["lines"] == result["lines"]
 
 
+def test_what_was_measured_of_the_same_way_is_not_measured_again(steering, tmp_path):
+    class Wordy(Parrot):
+        def settings(self):
+            return "others"
+
+    path = tmp_path / "parrot.json"
+    assert not steering.has_measured(Parrot("parrot"), path)
+    path.write_text(json.dumps(steering.measure(Parrot("parrot"), tmp_path / "parrot")))
+    assert steering.has_measured(Parrot("parrot"), path)
+    assert not steering.has_measured(Wordy("parrot"), path)
+    steering.answers += 1
+    assert not steering.has_measured(Parrot("parrot"), path)
+
+
+def test_lines_without_a_pair_have_no_fronts(steering, tmp_path):
+    steering = SteeringTest([TRIPLE], PROMPTS, JUDGES, steering.references, steering.quality)
+    alone = {name: Parrot(f"{name} alone") for name in "abc"}
+    found = {"experts": steering.measure_experts(alone, tmp_path), "way": steering.measure(Parrot("way"), tmp_path)}
+    for name, entry in found.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(entry))
+    write_steering_report(tmp_path, tmp_path / "report", "way", "the command")
+    assert "Fronts" not in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_what_cannot_be_measured_is_refused_before_it_is_asked(steering, tmp_path):
     with pytest.raises(ValueError, match="'picky' must answer at every point"):
         steering.measure(Parrot("picky"), tmp_path)

@@ -46,7 +46,6 @@ from modeling_pcm_ensemble.evaluation import (
     StaticWeights,
     ToldInWords,
     TrainedEnsemble,
-    adjust_p_values,
     bootstrap_interval,
     collect_answers,
     collect_text_features,
@@ -54,7 +53,6 @@ from modeling_pcm_ensemble.evaluation import (
     expert_weights_over,
     judge_answers,
     make_cases,
-    permutation_p_value,
 )
 from modeling_pcm_ensemble.rewards.proxies import proxy_rewards
 from modeling_pcm_ensemble.rewards.quality import TextQuality
@@ -82,10 +80,6 @@ def compare(arms: dict[str, list[Rewards]], labels: list[str]) -> dict:
     for label, columns in columns_of.items():
         means = {arm: values[:, :, columns].mean(axis=2) for arm, values in rewards.items()}  # (runs, prompts)
         preferences[label] = _against_others(means)
-    for other in _others(arms):  # one of eight preferences may look worse by chance
-        entries = [preferences[label] for label in labels]
-        for entry, p in zip(entries, adjust_p_values([entry[f"pcm − {other}, p"] for entry in entries])):
-            entry[f"pcm − {other}, p"] = p
 
     dimensions: dict[str, dict[str, float]] = {}
     for arm, runs in arms.items():
@@ -102,7 +96,6 @@ def _against_others(means: dict[str, np.ndarray]) -> dict:
         above = means["pcm"] - means[other]
         entry[f"pcm − {other}"] = list(bootstrap_interval(above))
         entry[f"pcm − {other}, each run"] = [list(bootstrap_interval(run[None])) for run in above]
-        entry[f"pcm − {other}, p"] = permutation_p_value(above)
     return entry
 
 

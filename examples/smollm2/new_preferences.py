@@ -36,6 +36,7 @@ from modeling_pcm_ensemble.evaluation import (
     TrainedEnsemble,
     adjust_p_values,
     collect_answers,
+    collect_text_features,
     distributed_state,
     judge_answers,
     make_cases,
@@ -86,15 +87,22 @@ def with_added(paper: list[Preference]) -> list[Preference]:
 
 
 def compare(
-    kind: str, ours: Baseline, others: list[Baseline], preferences: list[Preference], judges: list, arguments
+    kind: str,
+    ours: Baseline,
+    others: list[Baseline],
+    preferences: list[Preference],
+    judges: list[RewardJudge],
+    quality: TextQuality,
+    arguments,
 ) -> dict[str, dict]:
     """Measure, by judge, the win rates of `ours` against the others."""
     if arguments.quick:
         preferences = preferences[:1]
     cases = make_cases(chats(spread(evaluation_prompts(), arguments.prompts)), preferences)
     answers = {}
-    for baseline in [ours, *others]:
-        answers[baseline.name] = collect_answers(baseline, cases, arguments.output, 0, arguments.batch_size)
+    for seed, baseline in enumerate([ours, *others]):  # a win is of answers that share no random numbers
+        answers[baseline.name] = collect_answers(baseline, cases, arguments.output, seed, arguments.batch_size)
+    collect_text_features(quality, cases, arguments.output, *answers.values())
 
     found: dict[str, dict] = {judge.name: {} for judge in judges}
     for judge, other in itertools.product(judges, others):
@@ -104,7 +112,7 @@ def compare(
     return found
 
 
-def compare_all(model, judges: list[RewardJudge], arguments) -> list[dict]:
+def compare_all(model, judges: list[RewardJudge], quality: TextQuality, arguments) -> list[dict]:
     """Compare under every kind of preference. An expert is added to the model at the end."""
     tokens = arguments.tokens
     descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
@@ -117,19 +125,19 @@ def compare_all(model, judges: list[RewardJudge], arguments) -> list[dict]:
 
     found = []
     for kind, preferences in kinds_of_preferences(paper).items():
-        found.append(compare(kind, ours, [given, prompting(descriptions)], preferences, judges, arguments))
+        found.append(compare(kind, ours, [given, prompting(descriptions)], preferences, judges, quality, arguments))
 
     words = {}
     for preference in paper:
         words[preference.label] = " ".join(UNSEEN[name] for name in preference.weights)
     told = ToldInWords("trained PCM, other words", model, tokens, words)
     others = [given, prompting(UNSEEN)]
-    found.append(compare("other words", told, others, paper, judges, arguments))
+    found.append(compare("other words", told, others, paper, judges, quality, arguments))
 
     name, expert = ADDED["name"], {"model": demo.fetch_smollm2()} | ADDED
     model.add_expert(expert.pop("name"), expert)
     others = [given, prompting(descriptions | {name: ADDED["description"]})]
-    found.append(compare("an added expert", ours, others, with_added(paper), judges, arguments))
+    found.append(compare("an added expert", ours, others, with_added(paper), judges, quality, arguments))
     return found
 
 
@@ -148,11 +156,11 @@ def main():
         arguments.prompts, arguments.tokens = 1, 16
 
     model = demo.trained_ensemble(dtype=demo.fast_dtype(DEVICE)).to(distributed_state().device)
-    training = proxy_rewards(TextQuality(model.backbones[0], model.tokenizer, batch_size=READINGS_AT_ONCE))
+    quality = TextQuality(model.backbones[0], model.tokenizer, batch_size=READINGS_AT_ONCE)
     judges = []
-    for name, rewards in (("training rewards", training), ("held-out proxies", held_out_rewards())):
+    for name, rewards in (("training rewards", proxy_rewards(quality)), ("held-out proxies", held_out_rewards())):
         judges.append(RewardJudge(name, rewards | {ADDED["name"]: rewards["friendly"]}))
-    kinds = compare_all(model, judges, arguments)
+    kinds = compare_all(model, judges, quality, arguments)
     if not distributed_state().is_main_process:
         return
 

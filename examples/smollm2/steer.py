@@ -18,9 +18,9 @@ Do answers follow the weights? Ask every way to merge the six experts alike, on 
 Ways "in words" are told the weights by degrees, in wordings that no PCM was trained on. Ways of the PCM of strengths
 take --pcm, by default the shipped one.
 
-Run again, it goes on where it stopped; with --output examples/smollm2/artifacts/steering, from the results that ship
-and the references that they were measured against. Processes with different --ways may run at once. --quick takes two
-pairs, one triple, two prompts and two ways.
+Run again, it goes on where it stopped; with --output examples/smollm2/artifacts/steering, from the results that ship,
+which are of bfloat16, and the references that they were measured against. Processes with different --ways may run at
+once. --quick takes two pairs, one triple, two prompts and two ways.
 """
 
 import argparse
@@ -70,7 +70,7 @@ from modeling_pcm_ensemble.rewards.quality import TextQuality
 from modeling_pcm_ensemble.rewards.scoring import SHARED
 
 QUICK_WAYS = ("static mixture", "added adapters in words")
-WORDINGS = 8  # of each point
+TEXTS = 8  # of each point
 
 
 def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> dict[str, Callable[[str], Baseline]]:
@@ -79,7 +79,7 @@ def make_ways(model: PCMEnsembleForCausalLM, lines: list[Line], arguments) -> di
     descriptions = {name: description for name, (_, description) in demo.PREFERENCES.items()}
     folders = {name: str(demo.ARTIFACTS / name) for name in demo.PREFERENCES}
     preferences = [preference for line in lines for preference in line.preferences()]
-    words = {p.label: [in_words(p, seed=seed) for seed in range(WORDINGS)] for p in preferences}
+    words = {p.label: [in_words(p, seed=seed) for seed in range(TEXTS)] for p in preferences}
 
     merges = ("logits", "product", "adapters")
     logits, product, adapters = (merged_by(without_pcm(model), merge, top_k) for merge in merges)
@@ -168,8 +168,9 @@ def measure(arguments: argparse.Namespace):
     results = arguments.output / "results"
     if not arguments.costs:
         for name in wanted:
-            result = test.measure(ways[name](name), arguments.output / "answers" / name)
-            write_text(results / f"{name}.json", json.dumps(result) + "\n")
+            way, path = ways[name](name), results / f"{name}.json"
+            if not test.has_measured(way, path):
+                write_text(path, json.dumps(test.measure(way, arguments.output / "answers" / name)) + "\n")
 
     if arguments.costs or arguments.quick or not arguments.ways:
         measured = [make(name) for name, make in ways.items() if (results / f"{name}.json").exists()]

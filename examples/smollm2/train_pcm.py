@@ -164,9 +164,8 @@ def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
     """Train one PCM and write what has learnt. What each part has given is kept in a file."""
     folder = arguments.output / f"seed-{seed}"
     rewarded, described = folder / "rewards.safetensors", folder / "pcm.safetensors"
-    if arguments.rollouts and described.exists() and not rewarded.exists():
-        raise ValueError(f"{described} has learnt words alone, with --rollouts 0. Take another --output.")
     finish_save(folder)
+    check_options(folder, arguments)
     if described.exists():
         return folder
 
@@ -187,6 +186,17 @@ def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
     teach_descriptions(model, dataset, folder / "words", seed, arguments)
     model.save_pcm(described, torch.bfloat16)
     return folder
+
+
+def check_options(folder: Path, arguments):
+    """Refuse a folder that was begun with other options, whose PCM would be taken for one of these."""
+    options = {name: value for name, value in vars(arguments).items() if name not in ("output", "seeds")}
+    path = folder / "options.json"
+    begun = json.loads(path.read_text()) if path.exists() else options
+    others = [f"{name}={begun.get(name)}" for name, value in options.items() if begun.get(name) != value]
+    if others:
+        raise ValueError(f"{folder} was begun with {', '.join(others)}. Take these options, or another --output.")
+    write_text(path, json.dumps(options, indent=1) + "\n")
 
 
 def draw_curves(histories: list[list[dict]], path: Path, window: int = 8):

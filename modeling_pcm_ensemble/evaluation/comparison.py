@@ -133,7 +133,7 @@ def _summary(outcome: Outcome, labels: list[str]) -> dict:
 
 def _rate(wins: np.ndarray) -> dict:
     by_prompt = _by_prompt(wins)
-    p = permutation_p_value(by_prompt[None] - TIE) if len(by_prompt) else 1.0
+    p = permutation_p_value(by_prompt - TIE) if len(by_prompt) else 1.0
     return {"win_rate": win_rate(wins), "p": p}
 
 

@@ -101,7 +101,7 @@ def train_heads(comparisons: Mapping[str, list[tuple[str, str, str]]], embedder:
         by_prompt = np.array([of_prompts])  # (1, prompts)
         heads[dimension] = {
             "accuracy": [round(value, 4) for value in bootstrap_interval(by_prompt)],
-            "p": permutation_p_value(by_prompt - 0.5),
+            "p": permutation_p_value(by_prompt[0] - 0.5),
             "comparisons": len(triples),
             "head": [round(value, 5) for value in fit_head(wanted, other).tolist()],
         }

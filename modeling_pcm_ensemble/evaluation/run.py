@@ -1,6 +1,7 @@
 """A whole evaluation: answers, judges, text quality, cost."""
 
 import itertools
+import zlib
 from pathlib import Path
 from statistics import fmean
 from typing import cast
@@ -19,6 +20,7 @@ from .cost import measure_cost
 from .ensemble_baselines import tokenizer_of
 from .judges import Judge
 
+SEEDS = 100_000
 BOUNDED = 8  # answers over which the truncation is bounded
 
 
@@ -46,7 +48,8 @@ def evaluate(
         base (`str`): the name of the one among `others` that scores are against.
         model (`PCMEnsembleForCausalLM`): whose α is drawn over an answer of `ours`.
         quality (`TextQuality`): reads answers as text.
-        seed, batch_size (`int`): as for [`collect_answers`].
+        seed (`int`): other seeds give other answers. Each baseline draws random numbers of its own.
+        batch_size (`int`): as for [`collect_answers`].
 
     Returns:
         What [`write_report`] takes, but for `title` and `command`; None on all processes but the main one.
@@ -58,9 +61,12 @@ def evaluate(
     baselines = [ours, *others]
     _check(baselines, cases, judges, base)
 
+    # Under the same random numbers, ways that are alike would sample the same words, and those wins be more or less
+    # certain than wins over other ways.
     answers = {}
     for baseline in baselines:
-        answers[baseline.name] = collect_answers(baseline, cases, folder, seed, batch_size)
+        own_seed = zlib.crc32(f"{seed} {baseline.name}".encode()) % SEEDS
+        answers[baseline.name] = collect_answers(baseline, cases, folder, own_seed, batch_size)
     collect_text_features(quality, cases, folder, *answers.values())
     if not distributed_state().is_main_process:
         return None

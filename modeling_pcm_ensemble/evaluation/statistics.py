@@ -48,16 +48,15 @@ def permutation_p_value(differences: np.ndarray, samples: int = 9999, seed: int 
     difference could as well have had the other sign? Two-sided; exact where there are few prompts.
 
     Args:
-        differences (`np.ndarray` of shape `(runs, prompts)`): as for [`bootstrap_interval`].
+        differences (`np.ndarray` of shape `(prompts,)`): of each prompt, the mean over its answers.
 
     Source: R. A. Fisher, The Design of Experiments, 1935, chapter 3.
     """
-    by_prompt = differences.mean(axis=0)
-    if len(by_prompt) < 2 or not by_prompt.any():  # of one difference, either sign is as far from 0
+    if len(differences) < 2 or not differences.any():  # of one difference, either sign is as far from 0
         return 1.0
 
     result = stats.permutation_test(
-        (by_prompt,),
+        (differences,),
         np.mean,
         permutation_type="samples",  # which changes signs
         vectorized=True,

@@ -206,9 +206,10 @@ class SteeringTest:
                 several processes run at once.
 
         Returns:
-            `way`, its name; `asked`, what results must have in common to be compared; `dtype`, which the machine
-            computed in; for each of `lines`, `rewards` by judge, `(points, experts, prompts)`, and `shared` by judge,
-            `(points, prompts)`; and `text`, by what [`TextQuality`] reads, a mean for each prompt.
+            `way`, its name; `asked`, what results must have in common to be compared; `settings`, a digest of the
+            way's; `dtype`, which the machine computed in; for each of `lines`, `rewards` by judge,
+            `(points, experts, prompts)`, and `shared` by judge, `(points, prompts)`; and `text`, by what
+            [`TextQuality`] reads, a mean for each prompt.
 
         Raises:
             ValueError: if the way does not apply at every point.
@@ -223,10 +224,16 @@ class SteeringTest:
         return {
             "way": way.name,
             "asked": self.asked(),
+            "settings": _settings_digest(way),
             "dtype": str(self.quality.model.dtype).removeprefix("torch."),
             "lines": self._by_line(rewards, shared),
             "text": self._text(answers),
         }
+
+    def has_measured(self, way: Baseline, path: Path) -> bool:
+        """Return whether `path` holds what [`SteeringTest.measure`] gives for a way: it was the same, and so asked."""
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return (found.get("asked"), found.get("settings")) == (self.asked(), _settings_digest(way))
 
     def measure_costs(self, plain: Baseline, ways: Sequence[Baseline], rounds: int = 3) -> dict:
         r"""
@@ -357,6 +364,10 @@ class SteeringTest:
             values = np.array([entry[name] for entry in features])
             found[name] = values.reshape(-1, len(self.prompts)).mean(axis=0).round(DIGITS).tolist()
         return found
+
+
+def _settings_digest(way: Baseline) -> str:
+    return hashlib.sha256(way.settings().encode()).hexdigest()
 
 
 def _as_answer(text: str) -> list[dict[str, str]]:

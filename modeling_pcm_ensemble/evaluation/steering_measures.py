@@ -23,10 +23,10 @@ import numpy as np
 from pymoo.indicators.hv import HV
 from scipy.stats import rankdata
 
+from ..rewards.scoring import SHARED_WEIGHT
 from .statistics import draw_prompts, percentile_interval
 from .steering import Line
 
-SHARED_WEIGHT = 0.5  # of a shared reward, beside 1 for all that is wanted, as in training
 BASE = 0.5  # the base model's mean normalised reward, by symmetry
 HIGHER_IS_BETTER = {
     "moved": True,

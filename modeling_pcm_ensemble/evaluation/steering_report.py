@@ -172,7 +172,7 @@ def write_steering_report(results: Path, folder: Path, against: str, command: st
     with staged_folder(folder) as name:  # pictures and tables of one report
         staging = Path(name)
         (staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for judge, by_way in rewards.items():
+        for judge, by_way in rewards.items() if _has_pairs(report) else ():
             draw_fronts(by_way, experts["alone"][judge], judge, staging / _file("fronts", judge))
         for way in tqdm(report["text"], desc="pictures"):
             draw_rewards_by_weight(rewards, way, staging / _file("rewards", way))
@@ -194,11 +194,16 @@ def markdown(report: dict) -> str:
     ]
 
     for judge, entry in report["judges"].items():
-        parts += [f"## Fronts of pairs, judge: {judge}", f"![fronts]({_file('fronts', judge)})"]
+        if _has_pairs(report):
+            parts += [f"## Fronts of pairs, judge: {judge}", f"![fronts]({_file('fronts', judge)})"]
         parts += [f"## Hypervolume by line, judge: {judge}", _hypervolumes(entry)]
     parts += ["## Rewards by weight"]
     parts += [f"![rewards by weight, {way}]({_file('rewards', way)})" for way in report["text"]]
     return "\n\n".join(parts) + "\n"
+
+
+def _has_pairs(report: dict) -> bool:
+    return any(len(line["experts"]) == 2 for line in report["asked"]["lines"])
 
 
 def summary_tables(report: dict) -> str:

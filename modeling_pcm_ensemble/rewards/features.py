@@ -7,7 +7,7 @@ Features of a text's style, from which proxies of preferences are made.
 | syllables | syllables a word | pyphen's hyphenation |
 | rarity | how rare the content words are, in orders of magnitude of frequency | wordfreq's Zipf scale |
 | brevity, content | minus log of words; log of distinct content words (Zipf below 6) | |
-| density, redundancy | share of words that are content words; share of content words said before | |
+| density, redundancy | share of words that are content words; of content words, said before (without any: 1) | |
 | sentiment | mean compound sentiment of the sentences | VADER (Hutto and Gilbert, 2014) |
 | address | share of words of talk, such as you, we, I | list below |
 | warmth, rudeness | warm words and signs, rude words, each a sentence | lists below |

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 SHARED = "shared"  # what a reward is called that counts whatever is wanted
+SHARED_WEIGHT = 0.5  # of such a reward, beside 1 for all that is wanted
 
 
 def normalised_reward(reward: float, reference: float) -> float:
@@ -79,7 +80,7 @@ class Scorer:
     """
 
     reward_funcs: Mapping[str, Callable]
-    shared_reward_weight: float = 0.5
+    shared_reward_weight: float = SHARED_WEIGHT
     references: dict[str, list] = field(default_factory=dict)
     reference_rewards: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 

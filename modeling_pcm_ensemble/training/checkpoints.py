@@ -20,7 +20,7 @@ from .preference_sampling import PreferenceSampler
 
 WEIGHTS_FILE, STATE_FILE = "pcm.safetensors", "run_state.json"
 SETTINGS = {"world_size", "seed", "per_device_train_batch_size", "gradient_accumulation_steps"}
-EXPERT_FACTS = ("name", "backbone", "adapter", "dimension", "prompt_ids", "description_ids")
+EXPERT_SETTINGS = ("name", "backbone", "adapter", "dimension", "prompt_ids", "description_ids")
 
 
 def digest_of(weights: Mapping[str, Any]) -> str:
@@ -105,8 +105,8 @@ class CheckpointTrainer(PCMTrainer):
         (folder / f"{self.args.process_index}_{STATE_FILE}").write_text(json.dumps(state))
 
         super()._save_checkpoint(model, trial)
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -128,7 +128,7 @@ class CheckpointTrainer(PCMTrainer):
 
         settings = {name: getattr(self.args, name) for name in sorted(self.settings_kept)} | {
             "endpoints": config.endpoint_facts,
-            "experts": [{name: expert[name] for name in EXPERT_FACTS} for expert in config.experts or []],
+            "experts": [{name: expert[name] for name in EXPERT_SETTINGS} for expert in config.experts or []],
             "expert_top_k": config.expert_top_k,
             "merge": config.merge,
             "reference": config.reference,

@@ -75,6 +75,7 @@ class PCMTrainer(Trainer):
             )
         self.ensemble = ensemble
         ensemble.to(args.device)  # type: ignore[arg-type]  # its decorator hides the signature
+        args._n_gpu = min(args.n_gpu, 1)  # rows are Python lists, which `DataParallel` would not split
         if ensemble.pcm.dtype in (torch.float16, torch.bfloat16):
             ensemble.pcm.float()  # small updates vanish in half precision
         ensemble.pcm.body.get_input_embeddings().requires_grad_(train_embeddings)

@@ -5,6 +5,7 @@ from typing import cast
 
 from transformers import TrainingArguments
 
+from ..rewards.scoring import SHARED_WEIGHT
 from .losses import LOSSES
 
 WEIGHT_DISTRIBUTIONS = ("equal", "dirichlet", "signed")
@@ -85,7 +86,7 @@ class RebelConfig(TrainingArguments):
     text_only_fraction: float = field(default=0.0, metadata={"help": "Share of prompts with preferences in words."})
     exploration: float = field(default=0.0, metadata={"help": "Noise on the weights of each completion."})
 
-    shared_reward_weight: float = field(default=0.5, metadata={"help": "Weight of the shared reward."})
+    shared_reward_weight: float = field(default=SHARED_WEIGHT, metadata={"help": "Weight of the shared reward."})
 
     loss_type: str = field(default="rebel", metadata={"help": "rebel, ppo or rloo."})
     eta: float = field(default=1.0, metadata={"help": "REBEL's step size."})

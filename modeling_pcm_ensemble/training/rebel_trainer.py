@@ -134,7 +134,7 @@ class RebelTrainer(CheckpointTrainer):
 
     def _load_own_state(self, state: dict[str, Any], folder: Path):
         self._micro_batches_done = self._micro_batches_saved = state["micro_batches_done"]
-        self.scorer.references = state["references"]
+        self.scorer.references, self.scorer.reference_rewards = state["references"], {}
 
         path = folder / f"rollout_{self.args.process_index}.pt"
         found = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,5 +1,7 @@
 """From rows of a dataset and their preferences to scored rollouts."""
 
+import zlib
+
 import torch
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -115,7 +117,8 @@ class RolloutSampler:
         base = self.model.backbones[self.args.reference_backbone]
         size = self.args.generation_batch_size or len(repeated)
         texts = []
-        with random_numbers(self.args.seed, self.args.device):
+        seed = zlib.crc32(f"{self.args.seed} {next(iter(unanswered))}".encode())  # not the last rows' numbers again
+        with random_numbers(seed, self.args.device):
             for start in range(0, len(repeated), size):
                 inputs = self._inputs([row["prompt"] for row in repeated[start : start + size]])
                 sequences = generate_from(base, self.generation_config, **inputs)
