@@ -67,7 +67,7 @@ def test_rows_and_memories_know_neither_adapters_nor_the_compiler(name):
 def test_a_field_of_an_expert_is_known_to_all_who_ask_what_it_predicts():
     """Texts are there as tokens, the adapter's weights are compared, and its source changes nothing."""
     elsewhere = {"prompt", "description", "adapter", "source"}
-    assert set(EXPERT_FIELDS) == {*checkpoints.EXPERT_FACTS} | elsewhere
+    assert set(EXPERT_FIELDS) == {*checkpoints.EXPERT_SETTINGS} | elsewhere
     assert set(EXPERT_FIELDS) == {*ensemble_baselines.EXPERT_FACTS, "dimension"} | elsewhere
 
 
