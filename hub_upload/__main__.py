@@ -10,8 +10,6 @@ A failed check uploads nothing. An interrupted upload can be run again: what has
 import argparse
 import sys
 
-from huggingface_hub.errors import HfHubHTTPError
-
 from .upload import hub_upload
 
 
@@ -46,7 +44,7 @@ def main():
     arguments["endpoints"] = dict(arguments["endpoints"] or ())
     try:
         hub_upload(**arguments)
-    except (ImportError, OSError, ValueError, HfHubHTTPError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError  # of httpx or httpx2, by the client's version
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modeling_pcm_ensemble import PCMEnsembleConfig, PCMEnsembleForCausalLM
-from modeling_pcm_ensemble.checkpoint_staging import TOKENIZER, finish_save, staged_folder
+from modeling_pcm_ensemble.checkpoint_staging import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    TOKENIZER,
+    WEIGHTS,
+    finish_save,
+    staged_folder,
+)
 from modeling_pcm_ensemble.checkpoint_trust import server_address
 
 from .card import GENERATED, code_blocks, model_card, read_report
@@ -33,7 +41,8 @@ TRAINING = "pcm_training.json"  # what a trainer's `save_model` leaves beside th
 SCRIPT = Path(__file__).with_name("clean_process.py")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npz", "*.npy")
 LEFT_OUT = (".*", "*/.*", "*__pycache__/*", "checkpoint-*", *PICKLES)
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.onnx", "*.h5", "*.msgpack", *PICKLES)
+OF_MODELS = (CONFIG, ADAPTER_CONFIG, "model_index.json", *WEIGHT_FILES)
 MODEL_TYPE = PCMEnsembleConfig.model_type
 OF_TRANSFORMERS = "This model card has been automatically generated"  # by `push_to_hub`
 PRINTED = "```text\nPRINTED\n```"
@@ -56,13 +65,14 @@ def hub_upload(
     Upload an ensemble that `save_pretrained` wrote, if it works for somebody without this package.
 
     1. It is loaded in a clean process by `trust_remote_code=True`, generates, and is compared with the model here.
-    2. Its model card is written into the folder, and the card's code is run. A README.md of a person's is kept.
+    2. Its model card is written into the folder, or with `thin` into the upload alone, and the card's code is run. A
+       README.md of a person's is kept.
     3. What will be uploaded, and what is deleted there, is shown; then it is uploaded.
     4. The commit is pulled into an empty cache by a clean process, and compared once more.
 
     Args:
         folder (`str`): the ensemble's.
-        repo_id (`str`): `owner/name`; a repository that holds another kind of model is refused.
+        repo_id (`str`): `owner/name`; refused where the branch that is written to holds another kind of model.
         private (`bool`, *optional*): for a new repository; one that is public is then refused.
         thin (`bool`): upload PCM and adapters alone, see `save_pretrained`.
         revision (`str`, *optional*): the branch; made if it is not there.
@@ -78,8 +88,9 @@ def hub_upload(
 
     Raises:
         ValueError: if the folder is no ensemble, the repository is not for it, or a check fails.
-        ConnectionError: if the Hub cannot be reached, which a dry run asks too.
+        ConnectionError: if the Hub cannot be reached, which a dry run asks too, or the connection is lost.
         HfHubHTTPError: if the Hub refuses.
+        RuntimeError: if an endpoint does not answer.
     """
     validate_repo_id(repo_id)
     if repo_id.count("/") != 1:
@@ -91,14 +102,13 @@ def hub_upload(
     folder = Path(folder)
     check_folder(folder, endpoints or {})
     report = None if results is None else read_report(results)
-    with hub_asked(api):
+    with hub_asked(api), tempfile.TemporaryDirectory() as name:
         if not dry_run:
             check_owner(api.whoami(), repo_id)
-        check_repository(api, repo_id, private)
-    loading = loading_options(endpoints)
-    model = load(folder, token, loading)
+        check_repository(api, repo_id, revision, private)
+        loading = loading_options(endpoints)
+        model = load(folder, token, loading)
 
-    with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         staged = stage_thin(model, folder, work / "thin", token, console) if thin else folder
         check_same(model, os.path.abspath(staged), work, "The folder", loading, environment=environment)
@@ -130,14 +140,18 @@ def hub_upload(
 
 @contextmanager
 def hub_asked(api: HfApi) -> Iterator[None]:
-    """Say in one sentence that the Hub cannot be reached."""
+    """Say in one sentence that an exchange with the Hub failed."""
     try:
         yield
-    except (OSError, ValueError, HfHubHTTPError):
+    except OSError:  # what the Hub refuses is one, too
         raise
-    except Exception as error:  # of the HTTP library that the Hub's client is built on, which changes
+    except (HTTPError, RuntimeError) as error:
+        failure = error if isinstance(error, HTTPError) else error.__cause__  # a file's, of which the client says less
+        if not isinstance(failure, HTTPError):
+            raise
         raise ConnectionError(
-            f"The Hub at {api.endpoint} cannot be reached, which is asked whether the repository is there: {error}"
+            f"The exchange with the Hub at {api.endpoint} failed: {failure}. Check the connection and run this again: "
+            "what has arrived is not sent twice."
         ) from error
 
 
@@ -145,7 +159,7 @@ def upload_files(
     api: HfApi, repo_id: str, folder: Path, names: list[str], revision: str | None, console: Console
 ) -> CommitInfo:
     """Upload files of a folder, in place of an earlier checkpoint's; a person's README.md stays."""
-    of_checkpoints = (WEIGHTS, TOKENIZER)
+    of_checkpoints = (WEIGHTS, INDEX, TOKENIZER)
     every = api.list_repo_files(repo_id, revision=revision)
     there = [name for name in every if any(kind.fullmatch(name.partition("/")[0]) for kind in of_checkpoints)]
     stale = [name for name in there if name not in names]
@@ -236,9 +250,10 @@ def keeps_its_card(api: HfApi, repo_id: str, folder: Path, revision: str | None)
     return GENERATED not in text and OF_TRANSFORMERS not in text
 
 
-def check_repository(api: HfApi, repo_id: str, private: bool | None):
+def check_repository(api: HfApi, repo_id: str, revision: str | None, private: bool | None):
     """
-    Check that a repository that is there holds an ensemble or no model, and is private where that is wanted.
+    Check that a repository that is there is private where that is wanted, and holds an ensemble or no model where it
+    is written to.
 
     Raises:
         ValueError: if it is not so.
@@ -248,11 +263,19 @@ def check_repository(api: HfApi, repo_id: str, private: bool | None):
 
     if private and not api.repo_info(repo_id).private:
         raise ValueError(f"{repo_id} is there already, and public. Make it private, or leave `private` out.")
-    if api.file_exists(repo_id, "config.json"):
-        with open(api.hf_hub_download(repo_id, "config.json"), encoding="utf-8") as file:
+    if revision is not None and not api.revision_exists(repo_id, revision):
+        revision = None  # of which it is made
+    names = api.list_repo_files(repo_id, revision=revision)
+    kind = None
+    if CONFIG in names:
+        with open(api.hf_hub_download(repo_id, CONFIG, revision=revision), encoding="utf-8") as file:
             kind = json.load(file).get("model_type")
-        if kind != MODEL_TYPE:
-            raise ValueError(f"{repo_id} holds a model of another kind ({kind}). Give another name.")
+    of_models = list(filter_repo_objects(names, allow_patterns=list(OF_MODELS)))
+    if of_models and kind != MODEL_TYPE:
+        raise ValueError(
+            f"{repo_id} holds a model of another kind ({kind or of_models[0]}) in its branch {revision or 'main'}. "
+            "Give another name or branch."
+        )
 
 
 def stage_thin(model: PCMEnsembleForCausalLM, folder: Path, target: Path, token: str | None, console: Console) -> Path:
@@ -263,7 +286,7 @@ def stage_thin(model: PCMEnsembleForCausalLM, folder: Path, target: Path, token:
     model.save_pretrained(target, thin=True, token=token)
     kept, left_out = files_of(folder)
     for name in kept:
-        if not (target / name).exists() and not WEIGHTS.fullmatch(name):
+        if not (target / name).exists() and not any(kind.fullmatch(name) for kind in (WEIGHTS, INDEX)):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(folder / name, target / name)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
 from endpoint_server import EndpointServer, save_one_here_one_there
 from hub_clients import client_environment
@@ -16,6 +17,7 @@ from safetensors.torch import load
 from warm_python import warm_python
 
 from hub_upload.card import code_blocks
+from hub_upload.clean_process import run
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -189,6 +191,18 @@ def test_a_folder_that_is_no_ensemble_is_refused(hub, tmp_path, files, message):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "model_index.json", "theirs.gguf", "a/theirs.pt"])
+@pytest.mark.parametrize("branch", ["main", "small"])
+def test_a_branch_that_holds_another_model_is_refused(hub, folder, name, branch):
+    hub.add("owner/theirs", folder)
+    hub.repositories["owner/theirs"].commit(branch, {name: (b"theirs", True)})
+    result = upload(hub, folder, *([] if branch == "main" else ["--revision", branch]), repo_id="owner/theirs")
+    assert result.returncode == 1
+    assert f"holds a model of another kind ({name}) in its branch {branch}." in result.stderr
+    assert "Traceback" not in result.stderr
+    assert hub.files("owner/theirs", branch) == {name: b"theirs"}
+
+
 def test_a_public_repository_does_not_take_what_should_be_private(hub, folder, whole):
     hub.add("owner/ensemble", folder)
     result = upload(hub, folder, "--private")
@@ -236,7 +250,8 @@ def test_what_arrives_damaged_is_not_committed(hub, folder):
     hub.faults.append(Fault("mangle", "PUT /lfs/"))
     result = upload(hub, folder)
     assert result.returncode == 1
-    assert "400" in result.stderr
+    assert "The uploaded bytes are not those of the checksum" in result.stderr
+    assert "Traceback" not in result.stderr
     assert commits(hub) == 0
     assert upload(hub, folder).returncode == 0
 
@@ -272,19 +287,25 @@ def test_a_tokenizers_files_of_an_earlier_checkpoint_and_what_a_link_leads_to_ar
     (folder.parent / "old").mkdir()
     templates = "additional_chat_templates/rag.jinja"
     (folder.parent / "old" / templates).parent.mkdir()
-    for name, content in {"tokenizer.model": b"old", templates: b"old", "config.json": CONFIG}.items():
+    old = {"tokenizer.model": b"old", "model.fp16.safetensors": b"old", templates: b"old", "config.json": CONFIG}
+    for name, content in old.items():
         (folder.parent / "old" / name).write_bytes(content)
     hub.add("owner/ensemble", folder.parent / "old")
+    repository = hub.repositories["owner/ensemble"]
+    repository.branches["small"] = repository.branches["main"]
+    main = repository.commit("main", {"theirs.gguf": (b"theirs", True)})
     (folder / "link.txt").symlink_to("/etc/hostname")
+    (folder / "model.fp16.safetensors").write_bytes(b"whole")
     (folder / "notes.txt").write_text("mine")
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.png").write_bytes(b"seen")
-    result = upload(hub, folder, "--thin")
+    result = upload(hub, folder, "--thin", "--revision", "small")
     assert result.returncode == 0, result.stderr
-    stored = hub.files("owner/ensemble")
+    assert repository.branches["main"] == main  # which holds another model
+    stored = hub.files("owner/ensemble", "small")
     assert stored["notes.txt"] == b"mine"
     assert stored["pictures/a.png"] == b"seen"
-    assert not {"tokenizer.model", templates, "link.txt"} & set(stored)
+    assert not {"tokenizer.model", templates, "link.txt", "model.fp16.safetensors"} & set(stored)
     assert re.search(r"Left out \(.*links to elsewhere\): .*link.txt", result.stdout)
 
 
@@ -313,8 +334,36 @@ def test_experts_behind_an_endpoint_are_uploaded_with_their_address_and_without_
     assert not any(secret.encode() in content for content in stored.values())
 
 
+def test_an_endpoint_that_fails_between_two_checks_is_said_in_one_line(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("PCM_TEST_KEY", "abc")
+    backbones = {name: tiny_llama(seed, max_position_embeddings=128) for seed, name in enumerate(("here", "there"))}
+    with EndpointServer(backbones, tiny_tokenizer(), key="abc") as server:
+        save_one_here_one_there(server, tmp_path / "ensemble")
+        loading = {"allow_endpoints": [server.endpoint], "endpoint_keys": {server.endpoint: "PCM_TEST_KEY"}}
+        model = PCMEnsembleForCausalLM.from_pretrained(tmp_path / "ensemble", **loading)
+        run(model, torch.arange(3, 11)[None], torch)
+        once = len(server.asked)
+        server.fault = lambda number: "400" if number >= 2 * once else None  # behind the clean process's requests
+        result = upload(hub, tmp_path / "ensemble", "--dry-run", "--endpoints", f"{server.endpoint}=PCM_TEST_KEY")
+    assert result.returncode == 1
+    assert re.search(r"^EndpointError: .*no such model", result.stderr, re.MULTILINE)
+    assert "Traceback" not in result.stderr
+
+
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(hub, folder):
     result = upload(hub, folder, "--dry-run", HF_ENDPOINT="http://127.0.0.1:9")
     assert result.returncode == 1
-    assert "ConnectionError: The Hub at http://127.0.0.1:9 cannot be reached" in result.stderr
+    assert "ConnectionError: The exchange with the Hub at http://127.0.0.1:9 failed: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "request_", ["GET /api/models/someone/llama$", "POST /api/validate-yaml", "POST .*/create", "POST .*/branch/"]
+)
+def test_a_connection_that_is_lost_later_is_said_in_one_line(hub, folder, request_):
+    hub.faults.append(Fault("drop", request_, times=100))
+    result = upload(hub, folder, "--revision", "small")
+    assert result.returncode == 1
+    assert f"ConnectionError: The exchange with the Hub at {hub.url} failed: peer closed connection" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert commits(hub) == 0

@@ -144,7 +144,7 @@ def test_what_cannot_be_answered_is_said(page):
     move(page, "left-elementary", 1)
     page.locator("#question textarea").fill("why " * 9000)
     page.locator("#answer").click()
-    expect(page.get_by_text("too long")).to_be_visible()
+    expect(page.get_by_text("Ask in at most 1000.")).to_be_visible()
 
 
 def test_the_spaces_card_names_what_the_tests_ran_with():
@@ -233,6 +233,28 @@ def test_what_a_gpu_of_zerogpu_gives_back_can_be_pickled(app):
     both = app.answer_both(model, {"a": "#ff0000", "b": "#0000ff"}, "what", 4, 0, 1.0, 0.5, "", 0.0, 1.0, "")
     for step in (*both, *app.answer_path(model, "what", 4, 0, "a", "b")):
         pickle.loads(pickle.dumps(step))
+
+
+def test_an_answer_up_to_the_longest_context_is_explained_but_for_its_last_token(app):
+    experts = {"a": tiny_llama(1), "b": tiny_llama(3)}
+    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(2), tokenizer=tiny_tokenizer())
+    model.generation_config.eos_token_id = None
+    tokens = 62 + 1 - app.encode(model, "w").shape[1]  # two of 64 positions have the BOS and the description
+    *_, last = app.answer_both(model, {"a": "#ff0000", "b": "#0000ff"}, "w", 256, 0, 1.0, 0, "", 0, 1.0, "")
+    for carrier, coloured, chart in zip("ab", last[:2], last[2:4]):
+        assert [name for _, name in coloured] == [carrier] * (tokens - 1) + [None]
+        assert chart.axes[0].get_xlim() == (0, tokens - 1)
+    *_, boxes = app.answer_path(model, "w", 256, 0, "a", "b")
+    assert boxes[0]["value"][-1][1] is None
+
+
+def test_a_question_that_is_too_long_is_refused(app):
+    experts = {"a": tiny_llama(1), "b": tiny_llama(3)}
+    model = PCMEnsembleForCausalLM.from_experts(experts, pcm=tiny_llama(2), tokenizer=tiny_tokenizer())
+    for check, values in ((app.check_sides, (1.0, 0, "", 0, 1.0, "")), (app.check_path, ("a", "b"))):
+        check(model, "w" * app.MOST_TOKENS, 4, 0, *values)
+        with pytest.raises(gr.Error, match=r"too long: it has 1001 tokens\. Ask in at most 1000"):
+            check(model, "w" * (app.MOST_TOKENS + 1), 4, 0, *values)
 
 
 def test_an_ensemble_of_one_expert_has_no_path(app, tmp_path):

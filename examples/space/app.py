@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 COLUMNS = ("prompt", "preference", "first", "second", "choice")
 CHOICES = {"Left": "first", "Neither": "tie", "Right": "second"}
 SIDES = ("left", "right")
+MOST_TOKENS = 1000  # of a question: logits of every expert are held for all of them
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the weight, what the second expert has
 FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # what makes a spreadsheet run a cell
 WRITING = threading.Lock()
@@ -155,15 +156,19 @@ def explain(model, input_ids, answer: list[int], weights: dict[str, float], word
     given = {"preference": [weights], "preference_text": words}
     start = input_ids.shape[1] - 1
     with torch.no_grad():
-        expert_weights = model.compute_expert_weights(ids, **given)[0, start:-1].cpu()
+        expert_weights = model.compute_expert_weights(ids[:, :-1], **given)[0, start:].cpu()
         if model.config.merge == "adapters" or not weights:  # one model: no expert predicts apart
             carriers = [None] * len(answer)
         else:
-            most, experts = model.attribute(ids, **given)[0, start:].max(dim=-1)
+            try:
+                shares = model.attribute(ids, **given)
+            except ValueError:  # generation, which does not read its last token, may end behind the longest context
+                shares = model.attribute(ids[:, :-1], **given)
+            most, experts = shares[0, start:].max(dim=-1)
             names = [model.config.expert_names[index] for index in experts.tolist()]
             carriers = [name if share > 0 else None for name, share in zip(names, most.tolist())]
 
-    return list(zip(pieces(model.tokenizer, answer), carriers)), expert_weights
+    return list(itertools.zip_longest(pieces(model.tokenizer, answer), carriers)), expert_weights
 
 
 def draw(expert_weights: torch.Tensor, names: list[str], colors: dict[str, str], adds_up: bool) -> Figure:
@@ -247,13 +252,15 @@ def as_shown(model, answers: list[list[int]]) -> list[list[tuple[str, None]]]:
     return [[(model.tokenizer.decode(ids), None)] for ids in answers]
 
 
-def check_question(question: str | None):
+def check_question(model, question: str | None):
     if not (question or "").strip():
         raise gr.Error("Ask something.")
+    if (tokens := len(model.tokenizer.tokenize(question))) > MOST_TOKENS:
+        raise gr.Error(f"The question is too long: it has {tokens} tokens. Ask in at most {MOST_TOKENS}.")
 
 
 def check_sides(model, question, max_new_tokens, temperature, *values):
-    check_question(question)
+    check_question(model, question)
     weights, _ = preferences_of(model, list(values))
     if not all(weights) and not model.config.adds_up:
         raise gr.Error("Give each side an expert with a weight above 0, or words.")
@@ -280,7 +287,7 @@ def path_weights(first: str, second: str) -> list[dict[str, float]]:
 
 
 def check_path(model, question, max_new_tokens, temperature, first, second):
-    check_question(question)
+    check_question(model, question)
     names = model.config.weighted_names
     if first == second or first not in names or second not in names:
         raise gr.Error(f"Choose two experts of {', '.join(names)}.")
