@@ -125,12 +125,12 @@ class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
         """
         batch_size = self._check_call(inputs, kwargs)
         told = {"preference": preference, "preference_text": preference_text, "preference_ids": preference_ids}
-        told = _filled_in(told, generation_config)
+        told = filled_in(told, generation_config)
 
         cache = kwargs.get("past_key_values")
         cache_knows = cache is not None and cache.route is not None
         if not cache_knows or any(value is not None for value in told.values()):
-            told = _filled_in(told, self.generation_config)
+            told = filled_in(told, self.generation_config)
             kwargs["preference"] = self._preferences(batch_size, **told, tokenizer=tokenizer)
 
         if tokenizer is not None:
@@ -321,7 +321,7 @@ class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
         return partial(self, compile_config=compile_config or CompileConfig())
 
 
-def _filled_in(told: dict, config: GenerationConfig | None) -> dict:
+def filled_in(told: dict, config: GenerationConfig | None) -> dict:
     """`told`, by argument, where it says nothing with what `config` says; words and tokens are one thing."""
     held = {name: getattr(config, name, None) for name in PREFERENCE}
     if isinstance(held["preference_ids"], list):  # as in a file

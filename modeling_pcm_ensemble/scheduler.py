@@ -13,6 +13,7 @@ from transformers import CompileConfig
 
 from .cache import PCMEnsembleCache
 from .call_checks import check_ids, check_length
+from .generation import PREFERENCE, filled_in
 from .modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from .preference import Preference
 from .routing import Route
@@ -138,7 +139,8 @@ class Scheduler:
         return ended
 
     def _preference(self, request: Request) -> Preference:
-        return Preference.parse_batch(self.model.config, 1, request.preference)[0]
+        told = dict.fromkeys(PREFERENCE) | {"preference": request.preference}
+        return self.model._preferences(1, **filled_in(told, self.model.generation_config))[0]
 
     def _read_prompts(self, requests: list[Request], cache: PCMEnsembleCache) -> torch.Tensor:
         """Fill a cache with what there is of requests; gives the logits of what comes next, `(requests, 1, vocab)`."""

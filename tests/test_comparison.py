@@ -105,9 +105,19 @@ def test_an_interrupted_collection_goes_on_where_it_stopped(tmp_path):
 def test_sampled_answers_do_not_depend_on_an_interruption(tmp_path):
     plain = PlainModel("plain", tiny_llama(0), tiny_tokenizer(), 5)
     whole = collect_answers(plain, CASES, tmp_path / "whole", batch_size=2)
-    collect_answers(plain, CASES[:2], tmp_path / "parts", batch_size=2)
+    first = sorted(CASES, key=lambda case: case.preference.label)[:2]  # of one preference
+    collect_answers(plain, first, tmp_path / "parts", batch_size=2)
     assert collect_answers(plain, CASES, tmp_path / "parts", batch_size=2) == whole
     assert len(set(whole)) > 1
+
+
+def test_cases_of_one_preference_are_answered_together(tmp_path):
+    class Grouped(Parrot):
+        def generate(self, prompts, preferences):
+            assert len({preference.label for preference in preferences}) == 1
+            return super().generate(prompts, preferences)
+
+    assert collect_answers(Grouped("grouped"), CASES, tmp_path, batch_size=3)[1] == CASES[1].prompt[0]["content"]
 
 
 def test_answers_are_kept_by_name_and_settings(tmp_path):

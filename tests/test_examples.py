@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_gpt2, tiny_llama, tiny_tokenizer
@@ -142,6 +143,14 @@ def test_single_models_are_also_sampled_from_as_many_tokens_as_the_experts_keep(
     model.config.expert_top_k = 20
     names = [baseline.name for baseline in example("evaluate").ablations(model, 8)]
     assert names[2:] == [*(f"PCM, experts' top {k}" for k in (1, 5, 100)), "PCM, experts whole"]
+
+
+def test_baselines_are_chosen_by_name(example):
+    baselines = [SimpleNamespace(name=name) for name in ("ours", "vanilla", "prompting", "uniform")]
+    assert example("evaluate").chosen(baselines, []) == baselines
+    assert example("evaluate").chosen(baselines, ["uniform"]) == [*baselines[:2], baselines[3]]
+    with pytest.raises(ValueError, match=r"no baseline unifrom\. There are ours, vanilla, prompting, uniform"):
+        example("evaluate").chosen(baselines, ["unifrom"])
 
 
 @pytest.mark.parametrize("text", ['{"prompt": "a"}', '["a"]', "[]", "3", '[{"prompt": 3}]'])

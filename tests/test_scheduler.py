@@ -105,6 +105,21 @@ def test_a_request_may_have_its_preference_in_any_form(scheduler):
     check_answered(scheduler, *requests)
 
 
+@pytest.mark.parametrize(
+    "held", [{"preference": "e0"}, {"preference_text": "be quick"}, {"preference_ids": [33, 34, 35]}]
+)
+def test_what_the_generation_config_says_holds_where_a_request_says_nothing(scheduler, held):
+    scheduler.model.pcm.head.weight.data *= 3  # so that words change answers
+    requests = [Request([21, 22, 23, 24], None, 6), Request([31], "e2", 4)]
+    default = scheduler.model.generate(torch.tensor([[21, 22, 23, 24]]), max_new_tokens=6, do_sample=False)
+    vars(scheduler.model.generation_config).update(held)
+    for one in requests:
+        scheduler.add(one)
+    run(scheduler)
+    check_answered(scheduler, *requests)
+    assert requests[0].tokens != default[0, 4:].tolist()
+
+
 def test_cancelled_requests_leave_the_others_alone(scheduler):
     requests = [Request([21 + number, 22], {f"e{number % 3}": 1.0}, 6) for number in range(5)]
     for one in requests:

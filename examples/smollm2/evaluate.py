@@ -14,8 +14,9 @@ Does the trained PCM win? Compare it with what a user would do instead, and writ
 
 Run again, it goes on where it stopped; other judges judge the same answers. --model takes another ensemble of the
 paper's six experts as adapters on one model (without the average by PEFT, which needs their files), --prompt-file
-another set. --ablations compares the PCM with itself: without what it reads, and with other numbers of the experts'
-best tokens. --quick takes ten prompts, two preferences and three baselines.
+another set. --against NAMES compares with these baselines and vanilla alone. --ablations compares the PCM with itself:
+without what it reads, and with other numbers of the experts' best tokens. --quick takes ten prompts, two preferences
+and three baselines.
 """
 
 import argparse
@@ -96,6 +97,14 @@ def make_baselines(model, arguments) -> list[Baseline]:
         *experts,
         *(single_models(model, arguments, top_k) if top_k else []),
     ]
+
+
+def chosen(baselines: list[Baseline], against: list[str]) -> list[Baseline]:
+    """Leave out whatever was not asked for by name, where names are given, but for ours and vanilla, the first two."""
+    names = [baseline.name for baseline in baselines]
+    if unknown := set(against) - set(names):
+        raise ValueError(f"There is no baseline {', '.join(sorted(unknown))}. There are {', '.join(names)}.")
+    return [b for place, b in enumerate(baselines) if place < 2 or not against or b.name in against]
 
 
 def kept_tokens(model) -> int | None:
@@ -203,6 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--judge-url", help="an endpoint of OpenAI's form, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", default="judge", help="the judge's name there")
     parser.add_argument("--votes", type=Path, help="people's votes, see HumanVotes")
+    parser.add_argument("--against", nargs="+", default=[], metavar="NAME", help="these baselines alone")
     parser.add_argument("--ablations", action="store_true", help="see above; the report is in OUTPUT/ablations")
     parser.add_argument("--quick", action="store_true", help="see above; in OUTPUT/quick")
 
@@ -260,7 +270,7 @@ def main():
 
     quality = TextQuality(model.backbones[0], model.tokenizer, batch_size=READINGS_AT_ONCE)
     judges = make_judges(proxy_rewards(quality), prompts, arguments)
-    ours, *others = make_baselines(model, arguments)
+    ours, *others = chosen(make_baselines(model, arguments), arguments.against)
     report = evaluate(
         ours,
         others,

@@ -96,10 +96,12 @@ def collect_answers(
             asked.append(case.preference.description_ids)
         keys.append(json.dumps(asked) if baseline.applies(case.preference) else None)
 
+    # Cases of one preference lie together, since some ways make a model for each.
+    asked_of = sorted(zip(keys, cases), key=lambda pair: pair[1].preference.label)
     starts = range(0, len(cases), batch_size)[state.process_index :: state.num_processes]
     for start in tqdm(starts, desc=baseline.name, disable=not state.is_main_process):
-        batch = slice(start, start + batch_size)
-        new = [(k, case) for k, case in zip(keys[batch], cases[batch]) if k is not None and k not in known]
+        batch = asked_of[start : start + batch_size]
+        new = [(k, case) for k, case in batch if k is not None and k not in known]
         if new:
             set_seed(seed * len(cases) + start)
             own.add(_answered(baseline, new))

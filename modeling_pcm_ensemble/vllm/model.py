@@ -1,7 +1,7 @@
 """The ensemble as a model of vLLM: one backbone on several slots of every token, the PCM, and the merge."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +38,9 @@ class PCMEnsembleForCausalLM(nn.Module):
         vllm_config (`VllmConfig`): the engine's.
         prefix (`str`): of the names of its layers.
     """
+
+    # vLLM would load every safetensors file of the folder, such as one of `save_pcm`, and without one a pickle.
+    allow_patterns_overrides: ClassVar = ["model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors"]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -218,7 +221,7 @@ class PCMEnsembleForCausalLM(nn.Module):
     # Prediction
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Return log π, `(rows, vocab)`, of what [`forward`] has given for some tokens."""
+        """Return the merged logits, `(rows, vocab)`, of what [`forward`] has given for some tokens."""
         if self.adds_adapters:
             return self._cut(self.backbone.compute_logits(hidden_states))
 
@@ -248,11 +251,15 @@ class PCMEnsembleForCausalLM(nn.Module):
         return entries
 
     def _merge(self, entries: list[ExpertLogits], weights: torch.Tensor) -> torch.Tensor:
-        """Merge as the ensemble does; each row of logits is a batch row of one position, each slot an expert."""
+        """
+        Merge as `generate` does, with the experts' own zero, on which penalties depend; each row of logits is a batch
+        row of one position, each slot an expert.
+        """
         config, weights = self.config, weights[:, None]
         if self.has_reference:
-            return product_log_probs(entries, weights, None, config.expert_top_k)[:, 0]
-        return mixture_log_probs(entries, weights, config.merge, config.expert_top_k, exact=False)[:, 0]
+            return product_log_probs(entries, weights, None, config.expert_top_k, normalize=False)[:, 0]
+        merged = mixture_log_probs(entries, weights, config.merge, config.expert_top_k, exact=False, normalize=False)
+        return merged[:, 0]
 
     def _cut(self, logits: torch.Tensor | None) -> torch.Tensor | None:
         """The tokens that every part knows."""
@@ -271,7 +278,10 @@ class PCMEnsembleForCausalLM(nn.Module):
             start = next((prefix for prefix in parts if name.startswith(prefix)), None)
             if start is None:
                 raise ValueError(f"The checkpoint has the tensor {name!r}, which no part of an ensemble is called.")
-            parts[start][name.removeprefix(start)] = tensor
+            own_name = name.removeprefix(start)
+            if own_name in parts[start]:  # no index is looked at where files are chosen by patterns
+                raise ValueError(f"The checkpoint has the tensor {name!r} twice. Remove shards of earlier saves.")
+            parts[start][own_name] = tensor
 
         self.pcm_head.weight.data.copy_(parts[PCM_HEAD]["weight"])
         of_body = ((f"model.{name}", tensor) for name, tensor in parts[PCM_BODY].items())

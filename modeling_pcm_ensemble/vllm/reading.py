@@ -50,23 +50,25 @@ class PrefixReading:
         if wanted == self.wanted:  # as in most steps
             return
 
-        for prefix in itertools.chain.from_iterable(wanted):
-            if prefix.tokens and prefix not in self.states:
+        self._stacked.clear()
+        needed = dict.fromkeys(prefix for prefix in itertools.chain.from_iterable(wanted) if prefix.tokens)
+        self._drop_oldest(needed)
+        for prefix in needed:
+            if prefix not in self.states:
                 self.recorded = []
                 record(prefix)
                 self.states[prefix], self.recorded = self.recorded, None
-            if prefix.tokens:
-                self.states.move_to_end(prefix)
-        self._drop_oldest(set(itertools.chain.from_iterable(wanted)))
-
-        self._stacked.clear()
+            self.states.move_to_end(prefix)
         self.wanted = wanted
 
-    def _drop_oldest(self, needed: set[Prefix]):
-        tokens = sum(len(prefix.tokens) for prefix in self.states)
-        while tokens > MOST_TOKENS and (oldest := next(iter(self.states))) not in needed:
-            del self.states[oldest]
-            tokens -= len(oldest.tokens)
+    def _drop_oldest(self, needed: dict[Prefix, None]):
+        """Make room for what is needed, which itself is never dropped."""
+        tokens = sum(len(prefix.tokens) for prefix in self.states.keys() | needed.keys())
+        for prefix in [prefix for prefix in self.states if prefix not in needed]:
+            if tokens <= MOST_TOKENS:
+                break
+            del self.states[prefix]
+            tokens -= len(prefix.tokens)
 
     def plan(self, metadata) -> "StepPlan":
         """Return the step's plan, which all layers share."""
@@ -232,11 +234,14 @@ def reading_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if (before := self.reading.stacked(self.number, [long.row])) is not None:
                 states = torch.cat([before[0], states], dim=1)  # (kv heads, tokens, 2 · dim)
 
+            # Torch's fast kernel takes masks of two or four dimensions alone.
+            of_group = heads // self.reading.groups if self.reading.groups > 1 else 1
+            mask = long.mask.repeat_interleave(of_group, dim=0)
             read = scaled_dot_product_attention(
                 query.transpose(0, 1)[None],
                 states[None, ..., :dim],
                 states[None, ..., dim:],
-                attn_mask=long.mask.repeat_interleave(heads // self.reading.groups, dim=0),
+                attn_mask=mask[None],
                 scale=self.scale,
                 enable_gqa=True,
             )

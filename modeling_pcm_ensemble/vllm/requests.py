@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from transformers import GenerationConfig
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -13,9 +14,10 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from ..configuration_pcm_ensemble import PRODUCT, PCMEnsembleConfig, max_positions
+from ..generation import filled_in
 from ..preference import Preference, description_of
 from ..routing import adapters_backbone, mergeable_names
-from .reading import Prefix, Prefixes
+from .reading import MOST_TOKENS, Prefix, Prefixes
 from .settings import slots_of
 
 logger = init_logger(__name__)
@@ -75,6 +77,10 @@ class WishReader:
         self.model_config = vllm_config.model_config
         self.config: PCMEnsembleConfig = self.model_config.hf_config
         self.slots = slots_of(vllm_config)
+        # What all requests of a step need is kept, whatever else is dropped.
+        of_each = MOST_TOKENS // vllm_config.scheduler_config.max_num_seqs
+        self.most_description_tokens = min(MOST_DESCRIPTION_TOKENS, of_each)
+        self.defaults = GenerationConfig(**self.model_config.try_get_generation_config())
         self._known: dict[str, Wish] = {}
 
     def read(self, params: SamplingParams | None, first_token: int | None = None) -> Wish:
@@ -119,8 +125,10 @@ class WishReader:
             preference_ids = _from_json("preference_ids", preference_ids)
         try:
             ids = None if preference_ids is None else torch.tensor(preference_ids)
-            tokenizer = None if preference_text is None else cached_tokenizer_from_config(self.model_config)
-            [read] = Preference.parse_batch(self.config, 1, preference, preference_text, ids, tokenizer)
+            told = {"preference": preference, "preference_text": preference_text, "preference_ids": ids}
+            told = filled_in(told, self.defaults)
+            tokenizer = None if told["preference_text"] is None else cached_tokenizer_from_config(self.model_config)
+            [read] = Preference.parse_batch(self.config, 1, **told, tokenizer=tokenizer)
         except (TypeError, RuntimeError) as error:  # vLLM answers a ValueError with 400
             raise ValueError(str(error)) from error
 
@@ -155,8 +163,11 @@ class WishReader:
 
     def _check_room(self, wish: Wish):
         num_tokens = len(wish.description[0].tokens)
-        if num_tokens > MOST_DESCRIPTION_TOKENS:
-            raise ValueError(f"A description may have {MOST_DESCRIPTION_TOKENS} tokens here, and it has {num_tokens}.")
+        if num_tokens > self.most_description_tokens:
+            raise ValueError(
+                f"A description may have {self.most_description_tokens} tokens here ({MOST_TOKENS} / `max_num_seqs`, "
+                f"and {MOST_DESCRIPTION_TOKENS} at most), and it has {num_tokens}. Use a shorter text."
+            )
 
         limit = max_positions(self.config.pcm)
         longest = self.model_config.max_model_len + num_tokens
@@ -204,7 +215,7 @@ def check_default(vllm_config: VllmConfig):
     except ValueError as error:
         logger.warning(
             "Requests without a preference will be refused, for they get the default one. %s Or give the checkpoint "
-            "another `default_preference`.",
+            "another default.",
             error,
         )
 
@@ -247,7 +258,8 @@ class RequestTable:
         # Where no request stands, as in runs that only warm up, the first expert that may have a weight runs alone.
         wish = self.reader.read_first_expert()
         self.wishes = [wish] * num_places
-        self.weights = torch.tensor([wish.weights] * num_places, device=device)
+        # By itself the dtype would be the model's under the V2 runner.
+        self.weights = torch.tensor([wish.weights] * num_places, dtype=torch.float32, device=device)
         self.slots = torch.tensor([wish.slots] * num_places, device=device)
         self.offsets = torch.tensor([wish.offsets] * num_places, device=device)
         self.firsts = torch.tensor([wish.firsts] * num_places, device=device)

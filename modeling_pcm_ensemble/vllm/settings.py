@@ -52,6 +52,8 @@ def _check_settings(vllm_config: VllmConfig):
         "`--enable-prompt-embeds`": vllm_config.model_config.enable_prompt_embeds,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
+        "KV connectors, some of which know prefixes by tokens alone": vllm_config.kv_transfer_config is not None,
+        "`--kv-offloading-size`, which makes a KV connector": vllm_config.cache_config.kv_offloading_size is not None,
         "`--enable-lora`, since the experts' adapters are the ensemble's own": vllm_config.lora_config is not None,
     }
     for name, is_asked in refused.items():

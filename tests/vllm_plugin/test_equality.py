@@ -1,7 +1,12 @@
 """What vLLM answers equals what `generate` answers, token by token, whatever the engine does to requests."""
 
+from dataclasses import replace
+
 import pytest
-from conftest import ask, check_equal, engine, metric, references
+import torch
+from conftest import REFERENCES, ask, check_equal, engine, metric, references
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaForCausalLM
 from vllm.sampling_params import StructuredOutputsParams
 
 MIXTURES = ["probabilities", "top-k", "logits", "qwen2", "zeroed"]
@@ -14,6 +19,28 @@ def test_requests_of_mixed_preferences_in_one_batch_are_answered_as_by_generate(
     asked = references(name)
     assert len(asked) == 24
     with engine(name) as llm:
+        check_equal(ask(llm, asked), asked)
+
+
+@pytest.mark.parametrize("name", ["probabilities", "logits", "product"])
+def test_one_expert_under_a_repetition_penalty_writes_what_its_model_writes(name):
+    """ "plain" is the backbone itself. A penalty divides logits above 0 and multiplies those below."""
+    asked = [replace(reference, extra_args={"preference": "plain"}) for reference in references(name)[::3]]
+    with engine(name) as llm:
+        answers = ask(llm, asked, repetition_penalty=1.3)
+
+    model = LlamaForCausalLM.from_pretrained(REFERENCES / "parts" / name / "backbone")
+    model.generation_config.eos_token_id = None
+    for answer, reference in zip(answers, asked, strict=True):
+        prompt = torch.tensor([reference.prompt])
+        told = {"do_sample": False, "max_new_tokens": 12, "repetition_penalty": 1.3}
+        assert answer.outputs[0].token_ids == model.generate(prompt, **told)[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", ["probabilities", "prompted"])
+def test_what_is_read_behind_prefixes_is_attended_to_by_the_fast_kernel(name):
+    asked = references(name)
+    with engine(name) as llm, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         check_equal(ask(llm, asked), asked)
 
 

@@ -23,6 +23,12 @@ from conftest import REFERENCES, engine
             "is not served with speculative decoding",
             id="drafts",
         ),
+        pytest.param(
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "is not served with KV connectors",
+            id="connector",
+        ),
+        pytest.param({"kv_offloading_size": 1}, "is not served with `--kv-offloading-size`", id="offloading"),
         pytest.param({"additional_config": {"expert_slots": 9}}, "must be a whole number from 1 to 4", id="slots"),
     ],
 )

@@ -9,14 +9,20 @@ from vllm import EngineArgs, SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from modeling_pcm_ensemble.vllm.requests import PROCESSORS, PreferenceProcessor, RequestTable, front_end_processor
+from modeling_pcm_ensemble.vllm.requests import (
+    PROCESSORS,
+    PreferenceProcessor,
+    RequestTable,
+    WishReader,
+    front_end_processor,
+)
 
 PLACES = 8
 
 
-def engine_config(name: str = "probabilities", **additional) -> VllmConfig:
+def engine_config(name: str = "probabilities", places: int = PLACES, **additional) -> VllmConfig:
     """An engine's configuration, which its front end and its runner read."""
-    arguments = {"max_model_len": 256, "max_num_seqs": PLACES, "dtype": "float32", "enforce_eager": True}
+    arguments = {"max_model_len": 256, "max_num_seqs": places, "dtype": "float32", "enforce_eager": True}
     return EngineArgs(str(REFERENCES / name), additional_config=additional, **arguments).create_engine_config()
 
 
@@ -118,3 +124,37 @@ def test_a_mapping_says_the_same_as_json_in_a_string(processor):
     weights = {"kind": 1, "rude": 0.5}
     read = processor.table.reader.read
     assert read(params(preference=weights)) == read(params(preference=json.dumps(weights)))
+
+
+def test_descriptions_of_all_that_run_find_room():
+    reader = WishReader(engine_config(places=256))
+    reader.read(params(preference_ids=[40] * 256))
+    with pytest.raises(ValueError, match="may have 256 tokens"):
+        reader.read(params(preference_ids=[40] * 257))
+
+
+@pytest.mark.parametrize(
+    "held", [{"preference": ["kind", "rude"]}, {"preference_text": "Say it plainly."}, {"preference_ids": [40, 41]}]
+)
+def test_what_a_generation_config_says_holds_where_a_request_says_nothing(held, tmp_path):
+    for path in (REFERENCES / "probabilities").iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings | held))
+
+    read, plain = WishReader(engine_config(str(tmp_path))).read, WishReader(engine_config()).read
+    assert read(None) == plain(params(**held)) != plain(None)
+    asked = {"preference": "brief", "preference_ids": [50]}  # words and tokens are one thing
+    assert read(params(**asked)) == plain(params(**asked))
+
+
+def test_weights_stay_what_they_are_where_the_model_has_16_bits():
+    """Under the V2 runner the table is made with the model."""
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        table = RequestTable(engine_config(), torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    table.set(0, params(preference={"brief": 1.0, "rude": 0.3}), [1])
+    assert table.batch(1).weights.tolist() == [pytest.approx([1.0, 0.0, 0.0, 0.3])]
