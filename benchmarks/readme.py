@@ -19,6 +19,7 @@ DOCUMENTS = (
     "examples/endpoints/README.md",
 )
 REPORT, STEERING = "docs/results/report.json", "examples/smollm2/artifacts/steering/report.json"
+ADDED_ADAPTERS = "docs/results/adapters/report.json"
 
 
 def add_arguments(parser):
@@ -335,6 +336,7 @@ TABLES = {  # by marker: the results, and the table of them
     "drafts": ("benchmarks/results/drafts.json", drafts_table),
     "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
     "win rates": (REPORT, win_rates_table),
+    "win rates of added adapters": (ADDED_ADAPTERS, win_rates_table),
     "average": (REPORT, average_table),
     "ablations": ("docs/results/ablations/report.json", win_rates_table),
 }

@@ -60,7 +60,10 @@ def test_a_whole_evaluation_goes_on_where_it_stopped_and_fills_a_report(model, t
 def test_what_is_compared_shares_no_random_numbers(model, tmp_path):  # noqa: F811
     base, cases = model.backbones[0], make_cases(PROMPTS, [Preference({"a": 1.0})])
     ours, *others = (PlainModel(name, base, model.tokenizer, 6) for name in ("ours", "vanilla", "again"))
-    evaluate(ours, others, cases, [LONG], tmp_path, model=model, quality=TextQuality(base, model.tokenizer))
+    options = {"model": model, "quality": TextQuality(base, model.tokenizer), "cost_rounds": 0}
+    report = evaluate(ours, others, cases, [LONG], tmp_path, **options)
+    write_report({"title": "t", "command": "c"} | report, tmp_path / "report")
+    assert "Cost" not in (tmp_path / "report" / "report.md").read_text()
     lines = [json.loads(line) for line in (tmp_path / "answers-0.jsonl").read_text().splitlines()]
     answers = {name: [line["answer"] for line in lines if line["baseline"] == name] for name in ("ours", "again")}
     assert len(answers["ours"]) == len(cases)

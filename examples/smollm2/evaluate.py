@@ -209,6 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--static-prompts", type=int, default=32, help="training prompts that static weights are from")
     parser.add_argument("--tokens", type=int, default=72, help="most tokens of an answer")
     parser.add_argument("--batch-size", type=int, default=ANSWERS_AT_ONCE)
+    parser.add_argument("--cost-rounds", type=int, default=3, help="how often each answers for its cost; 0: none")
     parser.add_argument("--judge-url", help="an endpoint of OpenAI's form, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", default="judge", help="the judge's name there")
     parser.add_argument("--votes", type=Path, help="people's votes, see HumanVotes")
@@ -280,6 +281,7 @@ def main():
         model=model,
         quality=quality,
         batch_size=arguments.batch_size,
+        cost_rounds=arguments.cost_rounds,
     )
     if report is None:  # another process writes it
         return

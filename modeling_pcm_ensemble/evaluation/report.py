@@ -27,7 +27,8 @@ def write_report(report: dict, folder: Path):
         (staging / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         draw_win_rates(report["judges"], staging / "win_rates.png")
         draw_rewards(report["rewards"], staging / "rewards.png")
-        draw_cost(report["cost"], report["rewards"], staging / "cost.png")
+        if report["cost"]:
+            draw_cost(report["cost"], report["rewards"], staging / "cost.png")
         draw_expert_weights(report["expert_weights"], staging / "expert_weights.png")
         (staging / "report.md").write_text(markdown(report), encoding="utf-8")
 
@@ -48,15 +49,9 @@ def markdown(report: dict) -> str:
     parts += [_numbers(report["rewards"])]
     parts += ["## Answers as text", _numbers(report["quality"]), _worse_text(report)]
 
-    cost = {}
-    for name, entry in report["cost"].items():
-        cost[name] = {
-            "tokens per second": 1 / entry["seconds_per_token"],
-            "working memory, MB": entry["working_mb"],
-            "weights, MB": entry["weights_mb"],
-        }
-    parts += ["## Cost, 8 answers at once (the PCM runs in every mixture)", "![cost and reward](cost.png)"]
-    parts += [_numbers(cost, digits=1)]
+    if report["cost"]:
+        parts += ["## Cost, 8 answers at once (the PCM runs in every mixture)", "![cost and reward](cost.png)"]
+        parts += [_numbers({name: _cost(entry) for name, entry in report["cost"].items()}, digits=1)]
     if (truncation := report.get("truncation")) is not None:
         parts += [
             "Experts keep their most probable tokens alone. Over "
@@ -87,6 +82,14 @@ def _worse_text(report: dict) -> str:
         f"How much worse than {report['base']} the {report['ours']} is: {', '.join(parts)} (of the nats a token of "
         f"{report['base']}; repetition in points)."
     )
+
+
+def _cost(entry: dict[str, float]) -> dict[str, float]:
+    return {
+        "tokens per second": 1 / entry["seconds_per_token"],
+        "working memory, MB": entry["working_mb"],
+        "weights, MB": entry["weights_mb"],
+    }
 
 
 def win_rate_table(baselines: dict[str, dict]) -> str:

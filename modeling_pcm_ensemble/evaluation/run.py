@@ -36,6 +36,7 @@ def evaluate(
     quality: TextQuality,
     seed: int = 0,
     batch_size: int = 64,
+    cost_rounds: int = 3,
 ) -> dict | None:
     r"""
     Compare one baseline with the others.
@@ -50,6 +51,7 @@ def evaluate(
         quality (`TextQuality`): reads answers as text.
         seed (`int`): other seeds give other answers. Each baseline draws random numbers of its own.
         batch_size (`int`): as for [`collect_answers`].
+        cost_rounds (`int`): how often each answers for [`measure_cost`]; 0: costs are not measured.
 
     Returns:
         What [`write_report`] takes, but for `title` and `command`; None on all processes but the main one.
@@ -93,7 +95,7 @@ def evaluate(
         "agreement": agreements,
         "rewards": rewards,
         "quality": as_text,
-        "cost": measure_cost(baselines, cases, tokenizer_of(model)),
+        "cost": measure_cost(baselines, cases, tokenizer_of(model), cost_rounds) if cost_rounds else {},
         "expert_weights": expert_weights_example(model, cases, answers[ours.name]),
         "truncation": mean_truncation_bound(model, cases, answers[ours.name]),
     }
