@@ -117,7 +117,8 @@ class RolloutSampler:
         base = self.model.backbones[self.args.reference_backbone]
         size = self.args.generation_batch_size or len(repeated)
         texts = []
-        seed = zlib.crc32(f"{self.args.seed} {next(iter(unanswered))}".encode())  # not the last rows' numbers again
+        # Other prompts draw other numbers: under the same, one unlucky draw would meet all references.
+        seed = zlib.crc32(f"{self.args.seed} {next(iter(unanswered))}".encode())
         with random_numbers(seed, self.args.device):
             for start in range(0, len(repeated), size):
                 inputs = self._inputs([row["prompt"] for row in repeated[start : start + size]])
