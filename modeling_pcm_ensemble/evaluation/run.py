@@ -20,7 +20,7 @@ from .cost import measure_cost
 from .ensemble_baselines import tokenizer_of
 from .judges import Judge
 
-SEEDS = 100_000
+SEEDS = 100_000  # of baselines; multiplied by the number of cases, they stay below the 2³² that NumPy takes
 BOUNDED = 8  # answers over which the truncation is bounded
 
 

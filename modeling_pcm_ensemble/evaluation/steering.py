@@ -297,7 +297,7 @@ class SteeringTest:
         }
 
     def _cases(self, preferences: list[Preference]) -> list[Case]:
-        """Cases that lie together by preference, since some ways make a model for each."""
+        """Cases by preference, and then by prompt: the order that rewards are taken apart in."""
         places = {preference.label: place for place, preference in enumerate(preferences)}
         cases = make_cases(self.prompts, preferences)
         return sorted(cases, key=lambda case: places[case.preference.label])
