@@ -1,12 +1,15 @@
 """Files and commits of a checkpoint, in a folder or in a repository of the Hub."""
 
 import os
+import re
 
 from transformers.utils import cached_file
 from transformers.utils.hub import resolve_revision
 
 # Of `from_pretrained`'s arguments, those that say where files come from.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code")
+
+SNAPSHOT = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$")  # a folder of the Hub's cache
 
 
 def find_file(source: str | os.PathLike, name: str, **hub_options) -> str | None:
@@ -39,14 +42,21 @@ def hub_source(name: str | os.PathLike | None, **hub_options) -> dict[str, str |
 
     Returns:
         `repository`, `revision` (its commit; None where it cannot be found out) and, where one is given, `subfolder`;
-        None for a folder.
+        None for a folder, unless it is one of the Hub's cache, as `snapshot_download` returns it.
     """
-    if not name or os.path.exists(name):
+    if not name:
         return None
 
-    known = ("revision", "token", "local_files_only", "cache_dir")
-    revision = resolve_revision(name, **{key: hub_options[key] for key in known if key in hub_options})
-    source = {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
+    if os.path.exists(name):
+        snapshot = SNAPSHOT.search(os.path.abspath(name))
+        if snapshot is None:
+            return None
+        source = {"repository": snapshot[1].replace("--", "/"), "revision": snapshot[2]}
+    else:
+        known = ("revision", "token", "local_files_only", "cache_dir")
+        revision = resolve_revision(name, **{key: hub_options[key] for key in known if key in hub_options})
+        source = {"repository": str(name), "revision": getattr(revision, "resolved", revision)}
+
     return source | ({"subfolder": hub_options["subfolder"]} if hub_options.get("subfolder") else {})
 
 

@@ -289,13 +289,9 @@ def test_a_faulty_pull_is_retried_or_says_so_and_can_be_run_again(hub, thin, tmp
 
 SMOLLM2 = """
 import torch
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
-experts = {
-    name: {"model": demo.REPOSITORY, "adapter": f"{ARTIFACTS}/{name}", "description": text, "dimension": dimension}
-    for name, (dimension, text) in demo.PREFERENCES.items()
-}
-model = PCMEnsembleForCausalLM.from_experts(experts, pcm=demo.REPOSITORY, pcm_layers=4, dtype=torch.bfloat16)
-model.load_pcm(f"{ARTIFACTS}/pcm.safetensors")
+from modeling_pcm_ensemble import demo
+model = demo.trained_ensemble(dtype=torch.bfloat16)  # on the folder that `snapshot_download` returns
+assert model.config.backbones[0].source["repository"] == demo.REPOSITORY
 model.push_to_hub("owner/whole")
 model.push_to_hub("owner/thin", thin=True)
 """
@@ -318,7 +314,7 @@ print(torch.equal(*logits))
 @pytest.mark.real_model
 def test_six_adapters_and_the_trained_pcm_are_small_when_thin_and_the_same(hub, tmp_path):
     hub.add(demo.REPOSITORY, demo.fetch_smollm2())
-    author = run_client(SMOLLM2, hub, tmp_path / "author", ARTIFACTS=str(demo.ARTIFACTS))
+    author = run_client(SMOLLM2, hub, tmp_path / "author")
     assert author.returncode == 0, author.stderr
     sizes = {name: sum(map(len, hub.files(f"owner/{name}").values())) / 1e6 for name in ("whole", "thin")}
     assert sizes["thin"] < 64 < 256 < sizes["whole"]
