@@ -1,5 +1,6 @@
 """The cache of an ensemble: a memory of the PCM, one of each backbone in use, and the route; and many made one."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from .call_arguments import check_kind, has_class
+from .call_arguments import NUMBERS, check_kind, check_tensor, has_class
 from .configuration_pcm_ensemble import ENDPOINT, PCMEnsembleConfig
 from .memory import GrowingLayer, Memory
 from .preference import Preference
@@ -85,6 +86,12 @@ class PCMEnsembleCache(Cache):
         self.layer_class_to_replicate = None
         self._records_past = False
 
+    def __deepcopy__(self, memo: dict) -> "PCMEnsembleCache":
+        memo[id(self.config)] = self.config  # a copy goes on with the same ensemble
+        copied = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
     def start(self, route: Route):
         """Make an empty cache ready for a text under `route`."""
         self.route = route
@@ -123,6 +130,16 @@ class PCMEnsembleCache(Cache):
         """
         if self.is_broken:
             raise RuntimeError("The last call with this cache failed on its way. Start the text anew, without it.")
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change all memories alike, or refuse to go on with them."""
+        self.check_whole()
+        try:
+            yield
+        except BaseException:
+            self.is_broken = True
+            raise
 
     def _new_memory(self, config: PreTrainedConfig, prefix_length: int) -> Memory:
         if config.model_type == ENDPOINT:  # whose cache holds tokens, as they are and no more
@@ -180,6 +197,7 @@ class PCMEnsembleCache(Cache):
                 any sign where tilts add up.
 
         Raises:
+            TypeError: if `weights` are no tensor.
             ValueError: if other experts would be wanted than before.
 
         Example:
@@ -192,6 +210,7 @@ class PCMEnsembleCache(Cache):
 
         ```
         """
+        check_tensor("weights", weights, "weights", NUMBERS)
         self.route = self.known_route.reweighted(weights)
 
     # Whatever `Cache` does layer by layer (reset, crop, is_sliding, …) it does to the layers of all memories.
@@ -232,10 +251,32 @@ class PCMEnsembleCache(Cache):
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int):
-        self.check_whole()
+        """
+        Forget the last tokens.
+
+        Args:
+            tokens_to_remove (`int`): their number, negative, as for every cache of transformers.
+
+        Raises:
+            TypeError, ValueError: if it is another number than -1 to minus the cached tokens, or 0; if the cache is
+                static or has rows that were padded on the right.
+            RuntimeError: if layers keep states or windows, and `activate_past_recording` was not called.
+        """
+        check_kind("tokens_to_remove", tokens_to_remove, int)
+        if not -self.get_seq_length() <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be from -{self.get_seq_length()}, which is all that is cached, to 0, got "
+                f"{tokens_to_remove}."
+            )
+        if tokens_to_remove and self.cache_implementation in STATIC:
+            raise ValueError("A static cache cannot be cropped. Use a dynamic one, or start anew.")
         for memory in self.memories:
-            memory.crop(memory.length + tokens_to_remove)
-        super().crop(tokens_to_remove)
+            memory.check_crop(memory.length + tokens_to_remove)
+
+        with self._changing():
+            super().crop(tokens_to_remove)
+            for memory in self.memories:
+                memory.crop(memory.length + tokens_to_remove)
 
     def reset(self):
         super().reset()
@@ -255,11 +296,14 @@ class PCMEnsembleCache(Cache):
         """Make row `rows[i]` the cache's row i."""
         self.check_whole()
         rows = rows.to(self.known_route.weights.device)
-        self.route, pairs = self.known_route.select(rows)
-        self.pcm.copy_rows(rows)
-        self.backbones = {backbone: memory for backbone, memory in self.backbones.items() if backbone in pairs}
-        for backbone, memory in self.backbones.items():
-            memory.copy_rows(pairs[backbone])
+        route, pairs = self.known_route.select(rows)
+
+        with self._changing():
+            self.route = route
+            self.pcm.copy_rows(rows)
+            self.backbones = {backbone: memory for backbone, memory in self.backbones.items() if backbone in pairs}
+            for backbone, memory in self.backbones.items():
+                memory.copy_rows(pairs[backbone])
 
     @classmethod
     def join(cls, caches: list["PCMEnsembleCache"], room: int | None = None) -> "PCMEnsembleCache":

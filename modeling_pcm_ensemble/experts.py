@@ -18,6 +18,7 @@ from .pcm import PreferenceControlModel
 from .preference import Preference, check_config
 from .routing import Route
 from .submodel import Submodel
+from .weight_changes import mark_initialized
 
 
 class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
@@ -279,6 +280,7 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         for name, tensors in (adapters | new).items():
             self.backbones.bank_of(name).load(name, tensors)
         self.pcm.set_head_rows(head_rows)
+        mark_initialized(self.pcm)
         self.post_init()
 
     def export_adapter(self, name: str, folder: str | os.PathLike):

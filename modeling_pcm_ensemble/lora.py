@@ -50,8 +50,8 @@ class AdapterSelection:
 
     bank: int
     weights: torch.Tensor
-    masks: dict = field(default_factory=dict)
-    products: dict = field(default_factory=dict)
+    masks: dict[tuple, torch.Tensor] = field(default_factory=dict)  # by columns and dtype
+    product: tuple | None = None  # the last group that ran, its input, and its product with A
 
     def rows(self, index: torch.Tensor) -> "AdapterSelection":
         """Return the selection of a batch whose row i is this one's row `index[i]`."""
@@ -75,7 +75,7 @@ class AdapterSelection:
             yield
         finally:
             _active.reset(token)
-            self.products.clear()
+            self.product = None
 
 
 # A layer's hook is called with the layer's inputs and nothing else of the call, and threads call one model at once.
@@ -157,13 +157,19 @@ class LoraGroup(nn.Module):
         return places[mine[0]], places[mine[-1] + 1]
 
     def forward(self, hidden_states: torch.Tensor, selection: AdapterSelection) -> torch.Tensor:
-        """The masked product with A, `(rows * seq, columns)`; computed once for the layers of the group."""
-        known = selection.products.get(id(self))
-        if known is None or known[0] is not hidden_states:
-            low = nn.functional.linear(hidden_states, self.lora_A.to(hidden_states.dtype))  # (rows, seq, columns)
-            low = low * selection.mask(self.columns, low.dtype)
-            known = selection.products[id(self)] = (hidden_states, low.reshape(-1, low.shape[-1]))
-        return known[1]
+        """
+        The masked product with A, `(rows * seq, columns)`; computed once for the layers of the group, and forgotten
+        with the next one's, so that a layer's input does not stay until the call ends.
+        """
+        group, of_input, product = selection.product or (None, None, None)
+        if group is self and of_input is hidden_states:
+            return product
+
+        low = nn.functional.linear(hidden_states, self.lora_A.to(hidden_states.dtype))  # (rows, seq, columns)
+        low = low * selection.mask(self.columns, low.dtype)
+        product = low.reshape(-1, low.shape[-1])
+        selection.product = self, hidden_states, product
+        return product
 
 
 class LoraLayer(nn.Module):

@@ -23,7 +23,7 @@ class GrowingLayer(DynamicLayer):
         self.rooms: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # by name: the room, and what is used of it
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if self.get_seq_length() == 0 or key_states.requires_grad:
+        if self.get_seq_length() == 0 or torch.is_grad_enabled():  # which keeps keys for the gradients of queries
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys = self._append("keys", key_states)
         self.values = self._append("values", value_states)
@@ -234,9 +234,9 @@ class Memory:
         if self.adapters is not None:
             self.adapters = self.adapters.rows(rows)
 
-    def crop(self, length: int):
+    def check_crop(self, length: int):
         """
-        Forget what was noted of the tokens beyond `length`, which the cache is about to drop.
+        Refuse to forget the tokens beyond `length`.
 
         Raises:
             ValueError: if closing up had moved padding away from there, so that other tokens would go than was meant.
@@ -246,6 +246,8 @@ class Memory:
             if not (order[:, max(length - start, 0) :] == dropped).all():
                 raise ValueError("A cache of rows that were padded on the right cannot be cropped. Pad on the left.")
 
+    def crop(self, length: int):
+        """Forget what was noted of the tokens beyond `length`, which the cache has dropped; see [`check_crop`]."""
         self.length = length
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[:, :length]

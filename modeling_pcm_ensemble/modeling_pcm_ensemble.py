@@ -118,7 +118,8 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
                 [`~preference.Preference.parse_batch`].
             tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`; defaults to the ensemble's own.
             output_hidden_states, output_attentions (`bool`, *optional*): of the PCM.
-            output_expert_logits (`bool`): whether to give each active expert's logits too.
+            output_expert_logits (`bool`): whether to give each active expert's logits too; under `merge="adapters"`
+                there are none.
             normalize_logits (`bool`): False adds the experts' log-normalizers, Σ_i α_i log Z_i, to log π, so that one
                 active expert gives its own logits. `generate` asks for that, since some logits processors, such as
                 repetition penalties, depend on where the zero is.
@@ -152,6 +153,11 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             exact=exact,
         )
         check_kind("compile_config", compile_config, CompileConfig, optional=True)
+        if output_expert_logits and self.config.merge == ADAPTERS:
+            raise ValueError(
+                '`output_expert_logits` needs experts that run apart; `merge="adapters"` runs one model. Use '
+                '`merge="product"`.'
+            )
         length = cached_length(past_key_values) + input_ids.shape[1]
         attention_mask = check_mask(input_ids, attention_mask, past_key_values)
         check_positions(kwargs.get("position_ids"), attention_mask, len(input_ids), length)
@@ -172,6 +178,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
         if cache is not None and cache.room is None:
             cache.room = longest_context(self.config, route, cache)
 
+        loss = dropped = None
         with nullcontext() if cache is None else cache.started(route):
             weights, pcm_output, expert_logits = self._predicted(
                 route,
@@ -183,20 +190,18 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
                 output_hidden_states=_or_default(output_hidden_states, self.config.output_hidden_states),
                 output_attentions=_or_default(output_attentions, self.config.output_attentions),
             )
+            if self.backbones.endpoints:
+                expert_logits, weights, dropped = without_failed(
+                    expert_logits, weights, self.served_experts, self.config.adds_up, self.config.reference_index
+                )
 
-        dropped = None
-        if self.backbones.endpoints:
-            expert_logits, weights, dropped = without_failed(
-                expert_logits, weights, self.served_experts, self.config.adds_up, self.config.reference_index
-            )
-        exact = _or_default(exact, torch.is_grad_enabled() or labels is not None)
-        logits = self._merged(route, expert_logits, weights, exact, normalize_logits)
-        if route.mixes_adapters:
-            weights = weights[:, _kept(logits_to_keep)]
+            exact = _or_default(exact, torch.is_grad_enabled() or labels is not None)
+            logits = self._merged(route, expert_logits, weights, exact, normalize_logits)
+            if route.mixes_adapters:
+                weights = weights[:, _kept(logits_to_keep)]
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PCMEnsembleOutput(
             loss=loss,
             logits=logits,
@@ -204,7 +209,7 @@ class PCMEnsembleForCausalLM(PCMEnsembleGeneration):
             hidden_states=pcm_output.hidden_states,
             attentions=pcm_output.get("attentions"),  # a recurrent body has none
             expert_weights=weights if self.config.adds_up else weights.exp(),
-            expert_logits=expert_logits if output_expert_logits and not route.mixes_adapters else None,
+            expert_logits=expert_logits if output_expert_logits else None,
             dropped_experts=dropped,
         )
 

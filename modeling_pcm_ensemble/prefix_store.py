@@ -11,10 +11,10 @@ Reading = tuple[str | None, tuple[int, ...]]  # the expert whose adapter a row r
 
 
 class PrefixStore:
-    """Keys and values of what one model reads before the context, as long as its weights stay as they are."""
+    """Keys and values of what one model reads before the context, as long as the model stays as it is."""
 
     def __init__(self):
-        self.weights: WeightSnapshot | None = None
+        self.model: tuple[WeightSnapshot, list] | None = None
         self.states: OrderedDict[Reading, LayerStates] = OrderedDict()
         self.changing = Lock()  # of `states`
 
@@ -24,7 +24,7 @@ class PrefixStore:
     def get(
         self,
         readings: list[Reading],
-        snapshot: Callable[[], WeightSnapshot],
+        snapshot: Callable[[], tuple[WeightSnapshot, list]],
         read: Callable[[Reading], LayerStates],
         most_tokens: int,
     ) -> dict[Reading, LayerStates]:
@@ -33,13 +33,13 @@ class PrefixStore:
 
         Args:
             readings (`list[Reading]`): distinct ones, none with an empty prefix.
-            snapshot (`Callable`): gives the weights that they are read with.
+            snapshot (`Callable`): gives the weights and settings that they are read with.
             read (`Callable`): reads one, alone, so that its states do not depend on who came with it.
             most_tokens (`int`): how many tokens are kept, of the prefixes used last.
         """
-        weights = snapshot()
-        if weights != self.weights:
-            self.states, self.weights = OrderedDict(), weights  # in this order, for other threads
+        model = snapshot()
+        if model != self.model:
+            self.states, self.model = OrderedDict(), model  # in this order, for other threads
 
         kept = self.states  # another thread may begin anew
         states = {}

@@ -1,5 +1,6 @@
 """Which (row, expert) pairs run under a batch's preferences."""
 
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Route:
         device (`torch.device`): of the tensors.
 
     Attributes:
-        merged_by (`dict`), experts (`list[dict]`): what the pairs depend on in the configuration, when the text began.
+        merged_by (`dict`), experts (`list[dict]`): what a text depends on in the configuration, when it began.
         descriptions (`list[tuple[int, ...]]`): what the PCM reads before each row's context.
         weights (`torch.FloatTensor` of shape `(batch, experts)`): w, 0 for experts that are not wanted.
         mixes_adapters (`bool`): whether a row's experts are added up as weights, so that each row is one pair of the
@@ -52,7 +53,7 @@ class Route:
         self.merged_by: dict[str, str | None] = {"merge": config.merge}
         if config.merge == PRODUCT:
             self.merged_by["reference"] = config.reference
-        self.experts = config.experts
+        self.experts = _as_they_are(config)
         self.preferences = preferences
         self.descriptions = [description_of(config, preference) for preference in preferences]
         self.mixes_adapters = config.merge == ADAPTERS
@@ -91,7 +92,7 @@ class Route:
                     f"`past_key_values` was filled under `{name}={then!r}`, and `config.{name}` is {now!r} now. "
                     "Start without it."
                 )
-        if self.experts != config.experts:
+        if self.experts != _as_they_are(config):
             raise ValueError(
                 "`past_key_values` was filled by other experts than the ensemble has now. Start without it."
             )
@@ -175,6 +176,14 @@ class Route:
             route.check_config(routes[0].config)
         preferences = [preference for route in routes for preference in route.preferences]
         return Route(routes[0].config, preferences, routes[0].weights.device)
+
+
+def _as_they_are(config: PCMEnsembleConfig) -> list[dict]:
+    """Copies of what texts depend on in the experts, which users may change in place."""
+    fields = ("name", "backbone", "prompt_ids", "description_ids")
+    return [
+        {field: copy(expert[field]) for field in fields} | {"adapter": expert["adapter"]} for expert in config.experts
+    ]
 
 
 def _expert_rows(config: PCMEnsembleConfig, active: torch.Tensor, device) -> dict[int, list[ExpertRows]]:

@@ -19,7 +19,7 @@ from .memory import LayerStates, Memory
 from .prefix_store import PrefixStore, Reading
 from .requirements import check_runs
 from .rows import Rows, SubmodelInputs, equal_rows, stack_padded
-from .weight_changes import WeightSnapshot
+from .weight_changes import WeightSnapshot, module_settings
 
 # Tokens that must be saved for a call of its own to pay: SmolLM2 on 2 CPU cores breaks even at about 420.
 MIN_TOKENS_SAVED = 512
@@ -163,7 +163,9 @@ class Submodel:
         device, distinct = rows.input_ids.device, plan.prefixes_apart
         if plan.keeps_prefixes:
             some = [reading for reading in distinct if reading[1]]
-            snapshot = partial(WeightSnapshot, model, self.bank)
+
+            def snapshot() -> tuple[WeightSnapshot, list]:
+                return WeightSnapshot(model, self.bank), module_settings(model)
 
             def read(reading: Reading) -> LayerStates:
                 return self._states(model, [reading], device)[0]

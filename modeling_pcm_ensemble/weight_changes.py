@@ -1,10 +1,14 @@
-"""Whether a model's weights are those that something was computed from."""
+"""Whether a model is still what something was computed from; and that its weights are kept."""
 
+from copy import copy
 from functools import cache
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+PLAIN = {bool, int, float, str}
+COMPARED = PLAIN | {list, tuple, dict}
 
 
 class WeightSnapshot:
@@ -32,6 +36,35 @@ class WeightSnapshot:
     __hash__ = None  # type: ignore[assignment]  # weights change
 
 
+def module_settings(model: nn.Module) -> list:
+    """
+    Hooks of all modules, and their attributes that are numbers or text: what libraries switch a model by beside its
+    weights, as PEFT's `disable_adapters` does. Two are equal where nothing has changed in between.
+    """
+    settings: list = []
+    for module in model.modules():
+        plain = {name: _copied(value) for name, value in vars(module).items() if type(value) in COMPARED}
+        settings.append((plain, [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]))
+    return settings
+
+
+def _copied(value):
+    """A number or a text; a copy of a collection of them; None for other collections, such as those of parameters."""
+    if type(value) in PLAIN:
+        return value
+    items = value.values() if isinstance(value, dict) else value
+    return copy(value) if all(type(item) in PLAIN for item in items) else None
+
+
+def mark_initialized(model: nn.Module):
+    """
+    Let `post_init` keep these weights. It draws those of modules without transformers' mark, as are adapters of PEFT
+    and what a user has put into a model.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]  # no tensor or module
+
+
 def _state(weight: torch.Tensor) -> tuple[int, int]:
     version = -1 if weight.is_inference() else weight._version
     return version, weight.data_ptr() if type(weight) in (torch.Tensor, nn.Parameter) else 0  # shards have no place
@@ -52,4 +85,4 @@ def _count_step(optimizer: Optimizer, *_):
     torch.autograd.graph.increment_version(changed)
 
 
-__all__ = ["WeightSnapshot"]
+__all__ = ["WeightSnapshot", "mark_initialized", "module_settings"]

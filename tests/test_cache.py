@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import left_pad, reference
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from modeling_pcm_ensemble import PCMEnsembleCache
@@ -183,3 +184,92 @@ def test_a_reweighted_cache_goes_on_at_the_new_weights_and_for_the_same_experts_
     for wrong in ([[1.0, 1.0, 1.0]], [[1.0, 0.0, 0.0]], [[1.0, float("inf"), 0.0]], [[1.0, 1.0]]):
         with pytest.raises(ValueError, match="above 0 for the experts that each row runs"):
             cache.reweight(torch.tensor(wrong))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (2, ValueError, "must be from -4, which is all that is cached, to 0, got 2"),
+        (-5, ValueError, "must be from -4, which is all that is cached, to 0, got -5"),
+        ("-1", TypeError, "`tokens_to_remove` must be `int`"),
+    ],
+)
+@torch.no_grad()
+def test_a_crop_that_cannot_be_is_refused_and_leaves_no_trace(prompted, tokens, error, message):
+    cache = prompted(torch.tensor([[21, 22, 23, 24]]), preference="e0").past_key_values
+    with pytest.raises(error, match=message):
+        cache.crop(tokens)
+    logits = prompted(torch.tensor([[50]]), past_key_values=cache).logits
+    expected = reference(prompted, [21, 22, 23, 24, 50], [1.0, 0, 0])["log_probs"][-1]
+    assert_close(logits[0, 0], expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_static_cache_is_not_cropped_and_goes_on(prompted):
+    cache = PCMEnsembleCache(prompted.config, "static", 8)
+    prompted(torch.tensor([[21, 22]]), preference="e0", past_key_values=cache)
+    with pytest.raises(ValueError, match="A static cache cannot be cropped"):
+        cache.crop(-1)
+    logits = prompted(torch.tensor([[50]]), past_key_values=cache).logits
+    assert_close(logits[0, 0], reference(prompted, [21, 22, 50], [1.0, 0, 0])["log_probs"][-1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder_cache"])
+@torch.no_grad()
+def test_a_change_that_broke_off_is_not_gone_on_with(prompted, change, monkeypatch):
+    cache = prompted(torch.tensor([[21, 22]] * 2), preference="e0").past_key_values
+
+    def break_off(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(cache.layers[-1], change, break_off)
+    with pytest.raises(MemoryError):
+        getattr(cache, change)({"crop": -1, "reorder_cache": torch.tensor([1, 0])}[change])
+    with pytest.raises(RuntimeError, match="The last call with this cache failed on its way"):
+        prompted(torch.tensor([[50]] * 2), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_is_of_the_same_ensemble(prompted):
+    cache = prompted(torch.tensor([[21, 22]]), preference="e0").past_key_values
+    joined = PCMEnsembleCache.join([cache, copy.deepcopy(cache)])
+    logits = prompted(torch.tensor([[50], [50]]), past_key_values=joined).logits
+    assert_close(logits[1], logits[0], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_weights_that_are_no_tensor_are_refused(prompted):
+    cache = prompted(torch.tensor([[21, 22]]), preference=["e0", "e1"]).past_key_values
+    with pytest.raises(TypeError, match="`weights` must be"):
+        cache.reweight([[3.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize("field", ["prompt_ids", "description_ids"])
+@torch.no_grad()
+def test_a_text_that_began_under_another_prompt_is_not_gone_on_with(prompted, field):
+    cache = prompted(torch.tensor([[21, 22]]), preference="e0").past_key_values
+    prompted.config.experts[0][field] = [71, 72]
+    with pytest.raises(ValueError, match="filled by other experts"):
+        prompted(torch.tensor([[50]]), past_key_values=cache)
+    prompted.config.experts[0][field].append(73)
+    cache = prompted(torch.tensor([[21, 22]]), preference="e0").past_key_values
+    prompted.config.experts[0][field].append(74)
+    with pytest.raises(ValueError, match="filled by other experts"):
+        prompted(torch.tensor([[50]]), past_key_values=cache)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
+def test_gradients_pass_through_cached_steps_whose_keys_need_none(prompted):
+    """Attention keeps keys for the queries' gradients, and the next step must not write behind them."""
+    torch.nn.init.normal_(prompted.pcm.head.weight)
+    prompted.pcm.body = get_peft_model(
+        prompted.pcm.body, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    cache, loss = PCMEnsembleCache(prompted.config), 0.0
+    for token in range(21, 26):
+        output = prompted(torch.tensor([[token]]), preference=["e0", "e1"], past_key_values=cache)
+        loss = loss + output.logits[0, -1, 7]
+    loss.backward()
+    gradients = [p.grad for name, p in prompted.pcm.body.named_parameters() if "lora_A" in name]
+    assert gradients
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)

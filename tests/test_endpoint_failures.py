@@ -14,7 +14,7 @@ from test_endpoints import NAMES, backbones, ensembles, server, spec  # noqa: F4
 from test_training import make_trainer
 from torch.testing import assert_close
 
-from modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from modeling_pcm_ensemble import PCMEnsembleCache, PCMEnsembleForCausalLM
 from modeling_pcm_ensemble.endpoints import EndpointError, EndpointForCausalLM, requests
 
 
@@ -95,8 +95,10 @@ def test_rows_may_go_on_without_an_expert_that_fails(server, backbones, fault, c
     assert len(server.asked) == asked  # it rests
     assert served.endpoint_usage[f"{server.endpoint} there"].dropped == 2
     assert [record.message for record in caplog.records if "go on without the expert for 30 s" in record.message]
+    cache = PCMEnsembleCache(served.config)
     with pytest.raises(RuntimeError, match="all experts of a row"):
-        served(ids, preference="there", logits_to_keep=1)
+        served(ids, preference="there", logits_to_keep=1, past_key_values=cache)
+    assert cache.get_seq_length() == 0
 
     for endpoint in served.backbones.endpoints.values():
         endpoint._rests_until = 0.0

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,8 @@ def test_merging_adapters_refuses_other_experts_and_training(backbone, adapters)
         model.train()(CONTEXT, preference="a")
     with pytest.raises(ValueError, match="needs experts that run apart"):
         model.eval().attribute(CONTEXT, preference="a")
+    with pytest.raises(ValueError, match="`output_expert_logits` needs experts that run apart"):
+        model(CONTEXT, preference="a", output_expert_logits=True)
 
 
 def test_a_checkpoint_with_adapters_comes_back_as_it_was(backbone, adapters, tmp_path):
@@ -450,3 +453,33 @@ def test_adapters_on_a_quantised_backbone_add_to_its_quantised_layers(backbone, 
     for name, folder in adapters.items():
         logits = model(CONTEXT, preference=name).logits
         assert (logits - peft_log_probs(rounded, folder, CONTEXT)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_an_adapter_on_the_pcm_stays_when_experts_come_and_go(backbone, adapters, change):
+    model = lora_ensemble(backbone, {"a": adapters["a"], "b": adapters["b"]})
+    model.pcm.body = get_peft_model(model.pcm.body, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    before = {name: tensor.clone() for name, tensor in model.pcm.body.state_dict().items()}
+    if change == "add":
+        model.add_expert("c", {"model": backbone, "adapter": adapters["c"]})
+    else:
+        model.remove_expert("b")
+    after = model.pcm.body.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_an_lm_head_that_a_user_put_in_is_used_as_it_is(backbone):
+    backbone.lm_head = torch.nn.Linear(backbone.config.hidden_size, backbone.config.vocab_size, bias=False)
+    weight = backbone.lm_head.weight.detach().clone()
+    model = PCMEnsembleForCausalLM.from_experts({"a": backbone}, pcm=tiny_llama(9))
+    assert torch.equal(model.backbones[0].lm_head.weight, weight)
+
+
+@torch.no_grad()
+def test_a_layers_input_does_not_stay_until_the_call_ends(backbone, adapters):
+    model, alive, inputs = lora_ensemble(backbone, {"a": adapters["a"]}), [], []
+    layers = model.backbones[0].model.layers
+    layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+    layers[-1].mlp.register_forward_hook(lambda *_: alive.extend(ref() for ref in inputs))
+    model(CONTEXT, preference="a")
+    assert alive == [None]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import left_pad, make_ensemble, tiny_gpt2, tiny_llama
+from peft import PeftModel
 from test_lora import lora_ensemble, peft_adapter
 from torch.testing import assert_close
 
@@ -196,3 +197,23 @@ def test_threads_that_read_and_drop_texts_at_once_do_not_disturb_one_another(mod
     finally:
         sys.setswitchinterval(interval)
     assert torch.stack(differences).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_again_where_an_adapter_was_switched_off_or_a_hook_put_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 1)
+    backbone = PeftModel.from_pretrained(tiny_llama(1), peft_adapter(tmp_path / "a", tiny_llama(1), 1)).eval()
+    model, ids = make_ensemble([backbone.merge_and_unload()], [(0, TEXTS[0], [51])]), torch.tensor([ROWS[0]])
+    model.backbones[0].load_adapter(peft_adapter(tmp_path / "b", tiny_llama(1), 2))
+    with_adapter = model(ids, preference="e0").logits
+    model.backbones[0].disable_adapters()
+    without = model(ids, preference="e0").logits
+    assert not torch.allclose(with_adapter, without, atol=1e-3)
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 10**6)
+    assert_close(model(ids, preference="e0").logits, without, atol=1e-4, rtol=0)
+
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 1)
+    model.backbones[0].model.layers[0].register_forward_hook(lambda module, args, output: output + 1)
+    steered = model(ids, preference="e0").logits
+    monkeypatch.setattr(submodel, "MIN_TOKENS_KEPT", 10**6)
+    assert_close(model(ids, preference="e0").logits, steered, atol=1e-4, rtol=0)
