@@ -223,6 +223,7 @@ class LoraBank(nn.Module):
         super().__init__()
         self.number = next(_bank_numbers)
         self.names = list(adapters)
+        self.hooked: list[nn.Module] = []  # layers of the backbone
         self.handles: list[RemovableHandle] = []
         self.kinds: dict[tuple[Columns, ...], int] = {}  # of groups, which have a mask each
 
@@ -237,16 +238,22 @@ class LoraBank(nn.Module):
             _add_at(self, paths[0].rpartition(".")[0], "_".join(linears), group)
 
     def attach(self, backbone: PreTrainedModel):
-        """Hook every adapter layer to its layer of the backbone. Loading may have replaced those modules."""
+        """Hook every adapter layer to its layer of the backbone, anew where loading has replaced those modules."""
+        linears = [backbone.get_submodule(path) for path, _ in self.layers()]
+        if len(linears) == len(self.hooked) and all(one is two for one, two in zip(linears, self.hooked)):
+            return  # another thread may run, and would lose its adapter for a moment
+
         self.detach()
+        self.hooked = linears
         self.handles = [
-            backbone.get_submodule(path).register_forward_hook(layer.add_to_output) for path, layer in self.layers()
+            linear.register_forward_hook(layer.add_to_output) for linear, (_, layer) in zip(linears, self.layers())
         ]
 
     def detach(self):
         """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
+        self.hooked, self.handles = [], []
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """(path of the layer in the backbone, adapter layer)."""

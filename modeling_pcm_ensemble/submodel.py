@@ -228,14 +228,15 @@ class Submodel:
         if step is not None and (step.config != config or step.model is not model):
             self.forget_compiled()
 
-        if self.compiled_step is None:
+        step = self.compiled_step
+        if step is None:
             run = partial(run_traced, self.bank)
             weights = None if self.weights_change else WeightSnapshot(model, self.bank)
-            self.compiled_step = CompiledStep(model, run, clear_traced, config, weights, self.bank)
+            step = self.compiled_step = CompiledStep(model, run, clear_traced, config, weights, self.bank)
         if not memory.is_marked:
-            self.compiled_step.begin(memory.layers)
+            step.begin(memory.layers)
             memory.is_marked = True
-        return self.compiled_step
+        return step
 
     def forget_compiled(self):
         """Compile anew at the next step."""

@@ -483,3 +483,16 @@ def test_a_layers_input_does_not_stay_until_the_call_ends(backbone, adapters):
     layers[-1].mlp.register_forward_hook(lambda *_: alive.extend(ref() for ref in inputs))
     model(CONTEXT, preference="a")
     assert alive == [None]
+
+
+def test_hooks_of_adapters_stay_where_they_are_when_the_mode_is_set(backbone, adapters):
+    """Another thread may be generating, and a user's own hooks keep their place behind the adapter's."""
+    model = lora_ensemble(backbone, {"a": adapters["a"]})
+    layer, seen = model.backbones[0].model.layers[0].self_attn.q_proj, []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    for switch in (model.eval, model.train, model.eval):
+        switch()
+        with torch.no_grad():
+            model(CONTEXT, preference="a")
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
