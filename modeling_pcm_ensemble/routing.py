@@ -179,11 +179,8 @@ class Route:
 
 
 def _as_they_are(config: PCMEnsembleConfig) -> list[dict]:
-    """Copies of what texts depend on in the experts, which users may change in place."""
-    fields = ("name", "backbone", "prompt_ids", "description_ids")
-    return [
-        {field: copy(expert[field]) for field in fields} | {"adapter": expert["adapter"]} for expert in config.experts
-    ]
+    """A copy of the experts, which users may change in place."""
+    return [{field: copy(value) for field, value in expert.items()} for expert in config.experts]
 
 
 def _expert_rows(config: PCMEnsembleConfig, active: torch.Tensor, device) -> dict[int, list[ExpertRows]]:
