@@ -231,9 +231,15 @@ def win_rates_in_short_table(report: dict) -> str:
 
 def steering_in_short_table(report: dict) -> str:
     """How far rewards move with the weights, in the ways that users have."""
-    ways = ("static added adapters", "weight average (PEFT)", "static mixture", "added adapters in words")
+    ways = (
+        "static added adapters",
+        "weight average (PEFT)",
+        "static mixture",
+        "added adapters in words",
+        "prompting in words",
+    )
     lines = []
-    for way in (*ways, "prompting in words"):
+    for way in ways:
         moved = [judge["ways"][way]["moved"][0] for judge in report["judges"].values()]
         lines.append([way, " / ".join(f"{value:.2f}" for value in moved)])
     return table(["", "rises by"], lines)

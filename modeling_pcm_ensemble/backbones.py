@@ -15,7 +15,6 @@ from .merging import ExpertLogits
 from .routing import ExpertRows
 from .rows import Rows
 from .submodel import Submodel
-from .weight_changes import mark_initialized
 
 BARE: dict = {"name": None, "prompt_ids": ()}  # a backbone without adapter and prompt, in the place of an expert
 
@@ -42,8 +41,6 @@ class ExpertBackbones(PreTrainedModel):
         super().__init__(config)
         for index, backbone_config in enumerate(config.backbones):
             backbone = backbones[index] if backbones else AutoModelForCausalLM.from_config(backbone_config)
-            if backbones:
-                mark_initialized(backbone)
             config.backbones[index] = backbone.config
             self.add_module(str(index), backbone)
 

@@ -261,6 +261,16 @@ class PCMEnsembleCache(Cache):
             TypeError, ValueError: if it is another number than -1 to minus the cached tokens, or 0; if the cache is
                 static or has rows that were padded on the right.
             RuntimeError: if layers keep states or windows, and `activate_past_recording` was not called.
+
+        Example:
+
+        ```python
+        >>> cache = model(prompt_ids, preference="concise").past_key_values
+        >>> cache.crop(-2)
+        >>> cache.get_seq_length() == prompt_ids.shape[1] - 2
+        True
+
+        ```
         """
         check_kind("tokens_to_remove", tokens_to_remove, int)
         if not -self.get_seq_length() <= tokens_to_remove <= 0:
@@ -294,7 +304,6 @@ class PCMEnsembleCache(Cache):
 
     def _select(self, rows: torch.Tensor):
         """Make row `rows[i]` the cache's row i."""
-        self.check_whole()
         rows = rows.to(self.known_route.weights.device)
         route, pairs = self.known_route.select(rows)
 

@@ -38,6 +38,9 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         check_config(config)
 
         super().__init__(config)
+        for part in (pcm, *(backbones or [])):
+            if part is not None:
+                mark_initialized(part)
         self.pcm = PreferenceControlModel(config, pcm)
         self.backbones = ExpertBackbones(config, backbones)
 
@@ -275,12 +278,13 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         self.config.experts, self.config.backbones = experts, [backbone.config for backbone in backbones]
         sizes = [part.get_text_config().vocab_size for part in self.config.sub_config_items().values()]
         self.config.vocab_size = min(sizes)
+        for part in (self.pcm, *backbones):
+            mark_initialized(part)
         self.backbones = ExpertBackbones(self.config, backbones)
 
         for name, tensors in (adapters | new).items():
             self.backbones.bank_of(name).load(name, tensors)
         self.pcm.set_head_rows(head_rows)
-        mark_initialized(self.pcm)
         self.post_init()
 
     def export_adapter(self, name: str, folder: str | os.PathLike):

@@ -240,7 +240,7 @@ class LoraBank(nn.Module):
     def attach(self, backbone: PreTrainedModel):
         """Hook every adapter layer to its layer of the backbone, anew where loading has replaced those modules."""
         linears = [backbone.get_submodule(path) for path, _ in self.layers()]
-        if len(linears) == len(self.hooked) and all(one is two for one, two in zip(linears, self.hooked)):
+        if linears == self.hooked:
             return  # another thread may run, and would lose its adapter for a moment
 
         self.detach()

@@ -11,7 +11,6 @@ from .configuration_pcm_ensemble import PCMEnsembleConfig
 from .memory import Memory
 from .rows import Rows
 from .submodel import Submodel
-from .weight_changes import mark_initialized
 
 
 class PreferenceControlModel(PreTrainedModel):
@@ -34,8 +33,6 @@ class PreferenceControlModel(PreTrainedModel):
 
     def __init__(self, config: PCMEnsembleConfig, body: PreTrainedModel | None = None):
         super().__init__(config)
-        if body is not None:
-            mark_initialized(body)
         self.body = AutoModel.from_config(config.pcm) if body is None else body
         config.pcm = self.body.config
         self.head = nn.Linear(config.pcm.hidden_size, config.num_experts, bias=False, dtype=self.body.dtype)

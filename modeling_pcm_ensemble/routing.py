@@ -53,7 +53,8 @@ class Route:
         self.merged_by: dict[str, str | None] = {"merge": config.merge}
         if config.merge == PRODUCT:
             self.merged_by["reference"] = config.reference
-        self.experts = _as_they_are(config)
+        # Copies, since users may change prompts in place
+        self.experts = [{field: copy(value) for field, value in expert.items()} for expert in config.experts]
         self.preferences = preferences
         self.descriptions = [description_of(config, preference) for preference in preferences]
         self.mixes_adapters = config.merge == ADAPTERS
@@ -92,7 +93,7 @@ class Route:
                     f"`past_key_values` was filled under `{name}={then!r}`, and `config.{name}` is {now!r} now. "
                     "Start without it."
                 )
-        if self.experts != _as_they_are(config):
+        if self.experts != config.experts:
             raise ValueError(
                 "`past_key_values` was filled by other experts than the ensemble has now. Start without it."
             )
@@ -176,11 +177,6 @@ class Route:
             route.check_config(routes[0].config)
         preferences = [preference for route in routes for preference in route.preferences]
         return Route(routes[0].config, preferences, routes[0].weights.device)
-
-
-def _as_they_are(config: PCMEnsembleConfig) -> list[dict]:
-    """A copy of the experts, which users may change in place."""
-    return [{field: copy(value) for field, value in expert.items()} for expert in config.experts]
 
 
 def _expert_rows(config: PCMEnsembleConfig, active: torch.Tensor, device) -> dict[int, list[ExpertRows]]:

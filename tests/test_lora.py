@@ -490,7 +490,7 @@ def test_hooks_of_adapters_stay_where_they_are_when_the_mode_is_set(backbone, ad
     model = lora_ensemble(backbone, {"a": adapters["a"]})
     layer, seen = model.backbones[0].model.layers[0].self_attn.q_proj, []
     layer.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
-    for switch in (model.eval, model.train, model.eval):
+    for switch in (lambda: model, model.eval, model.train):
         switch()
         with torch.no_grad():
             model(CONTEXT, preference="a")
