@@ -232,6 +232,7 @@ def win_rates_in_short_table(report: dict) -> str:
 def steering_in_short_table(report: dict) -> str:
     """How far rewards move with the weights, in the ways that users have."""
     ways = (
+        "static product",
         "static added adapters",
         "weight average (PEFT)",
         "static mixture",
