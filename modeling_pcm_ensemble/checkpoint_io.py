@@ -327,7 +327,7 @@ class PCMEnsemblePreTrainedModel(PreTrainedModel):
             bank.fit(self.backbones[index])
         self.backbones.train()  # what is new is frozen too
 
-        self.config.vocab_size = min(c.get_text_config().vocab_size for c in self.config.sub_config_items().values())
+        self.config.vocab_size = min(self.config.part_sizes().values())
         self.vocab_size = self.config.vocab_size
         return embeddings
 

@@ -142,7 +142,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         if self._attn_implementation is not None:  # one that was asked for; setting it passes it on
             self._attn_implementation = self._attn_implementation
 
-        if self.vocab_size is None and (sizes := self._part_sizes()):
+        if self.vocab_size is None and (sizes := self.part_sizes()):
             self.vocab_size = min(sizes.values())
 
     @classmethod
@@ -259,8 +259,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
         output["architectures"] = list(ARCHITECTURES)
         return output
 
-    def _part_sizes(self) -> dict[str, int]:
-        """The vocabulary size of each part."""
+    def part_sizes(self) -> dict[str, int]:
+        """Return the vocabulary size of each part."""
         sizes = {}
         for name, part in self.sub_config_items().items():
             check_is_causal_lm(part, f"`{name}`")
@@ -274,7 +274,7 @@ class PCMEnsembleConfig(PreTrainedConfig):
         return sizes
 
     def _check_vocabulary(self):
-        largest = min(self._part_sizes().values(), default=None)
+        largest = min(self.part_sizes().values(), default=None)
         if largest is not None and not (_is_integer(self.vocab_size) and 1 <= self.vocab_size <= largest):
             raise ValueError(
                 f"`vocab_size` must be between 1 and {largest}, the smallest part's, got {self.vocab_size!r}."

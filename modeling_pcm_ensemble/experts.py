@@ -275,9 +275,10 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         for submodel in self.backbones.submodels:
             submodel.forget_compiled()  # the compiler does not notice that hooks come and go
 
+        size, largest = self.config.vocab_size, min(self.config.part_sizes().values())
         self.config.experts, self.config.backbones = experts, [backbone.config for backbone in backbones]
-        sizes = [part.get_text_config().vocab_size for part in self.config.sub_config_items().values()]
-        self.config.vocab_size = min(sizes)
+        chosen = [size] if size < largest else []  # by a user, which another part does not change
+        self.config.vocab_size = min([*chosen, *self.config.part_sizes().values()])
         for part in (self.pcm, *backbones):
             mark_initialized(part)
         self.backbones = ExpertBackbones(self.config, backbones)

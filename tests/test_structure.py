@@ -246,6 +246,18 @@ def test_an_expert_that_goes_takes_its_end_token_along_unless_a_user_has_set_oth
     assert model.generation_config.eos_token_id == [7, 19]
 
 
+@pytest.mark.parametrize(("chosen", "with_smaller", "after"), [(112, 104, 112), (108, 104, 112), (99, 99, 99)])
+def test_experts_that_come_and_go_leave_a_vocabulary_that_a_user_has_set(chosen, with_smaller, after):
+    parts = [tiny_llama(seed, vocab_size=112) for seed in (1, 9)]  # padded beyond the tokenizer's 99
+    model = PCMEnsembleForCausalLM.from_experts({"a": parts[0]}, pcm=parts[1], tokenizer=tiny_tokenizer())
+    model.config.vocab_size = chosen
+    model.add_expert("smaller", tiny_llama(2, vocab_size=104))
+    assert model(CONTEXT).logits.shape[-1] == model.config.vocab_size == with_smaller
+
+    model.remove_expert("smaller")
+    assert model(CONTEXT).logits.shape[-1] == model.config.vocab_size == after
+
+
 def test_an_expert_that_a_default_preference_does_not_go_with_is_refused():
     model = PCMEnsembleForCausalLM.from_experts({"a": tiny_llama(1), "b": tiny_llama(2)}, pcm=tiny_llama(9))
     model.config.default_preference = [1.0, 0.5]
