@@ -1,6 +1,5 @@
 """`decode --fast`: one decode step with compiled steps, as a ratio to one eager step of one plain model."""
 
-import time
 from functools import partial
 
 import torch
@@ -44,15 +43,11 @@ def run(arguments):
         steps = {PLAIN: cached_step(backbone, token)}
         steps |= {f"{name}, eager": cached_step(model, token) for name, model in compiled.items() if name != PLAIN}
 
-        warm_up = {}
         for name, model in compiled.items():
             if name == PLAIN:
                 step = compiled_plain_step(plain, token, arguments.rounds)
             else:
                 step = compiled_step(model, token, arguments.rounds)
-            start = time.perf_counter()
-            step()
-            warm_up[f"{name}, compiled"] = time.perf_counter() - start
             steps[f"{name}, compiled"] = step
         measured = interleaved(steps, arguments.rounds, title=f"batch {batch}")
 
@@ -66,9 +61,9 @@ def run(arguments):
         for row in summary(measured, PLAIN):
             name = row["name"]
             rows.append({"batch": batch, "experts": experts} | row)
-            rows[-1] |= {"to compiled": to_compiled[name], "first token": first[name], "warm-up": warm_up.get(name)}
+            rows[-1] |= {"to compiled": to_compiled[name], "first token": first[name]}
 
-    columns = ["batch", "name", "seconds", "ratio", "to compiled", "first token", "warm-up"]
+    columns = ["batch", "name", "seconds", "ratio", "to compiled", "first token"]
     picture = partial(grouped_bars, rows=rows, group="batch", label="time of one plain eager step")
     write_results("decode-fast", rows, columns, arguments, picture)
 

@@ -62,7 +62,7 @@ def decode_table(results: dict) -> str:
 
 
 def fast_table(results: dict) -> str:
-    """Steps as multiples of an eager and of a compiled plain one; the first token in ms, and compiling in seconds."""
+    """Steps as multiples of an eager and of a compiled plain one, and the first token in ms."""
     rows = results["rows"]
     batches = _distinct(rows, "batch")
     found = {(row["name"], row["batch"]): row for row in rows}
@@ -72,13 +72,10 @@ def fast_table(results: dict) -> str:
         of_name = [found[name, batch] for batch in batches]
         steps = [f"{row['ratio']:.2f} / {row['to compiled']:.2f}" for row in of_name]
         first_tokens = " / ".join(f"{1000 * row['first token']:.0f}" for row in of_name)
-        is_eager = of_name[0]["warm-up"] is None
-        compiling = "–" if is_eager else f"{sum(row['warm-up'] for row in of_name):.0f}"
-        lines.append([name, *steps, first_tokens, compiling])
+        lines.append([name, *steps, first_tokens])
 
-    header = ["", *(f"batch {batch}" for batch in batches)]
-    header += [f"first token, ms, batch {' / '.join(map(str, batches))}", "compiling, s, in all"]
-    return table(header, lines)
+    columns = [f"batch {batch}" for batch in batches]
+    return table(["", *columns, f"first token, ms, batch {' / '.join(map(str, batches))}"], lines)
 
 
 def start_table(results: dict) -> str:
