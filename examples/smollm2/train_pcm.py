@@ -54,8 +54,9 @@ from modeling_pcm_ensemble.training.preference_sampling import default_preferenc
 
 # Noise on the weights that a rollout is sampled under. Shares are less sensitive: only their ratios count.
 EXPLORATION = {"product": 0.5, "probabilities": 2.0}
-# Updates, rows of each, and learning rate: a degree takes longer to learn than who is meant.
-DESCRIPTIONS = {"product": (2000, 16, 8e-4), "probabilities": (1100, 8, 5e-4)}
+# Updates, rows of each, and the learning rates of the head and the body: a degree takes longer to learn than who is
+# meant, and a body that changes slowly keeps more of the words that are not in training.
+DESCRIPTIONS = {"product": (4000, 16, 8e-4, 2e-4), "probabilities": (1100, 8, 5e-4, 5e-4)}
 LEARNING_LAYERS = 4  # the last ones; what lies below knows words already that are not in training, and keeps them
 # Descriptions are learnt on the first words of prompts and answers, where many words of preferences are read in little
 # time: four in five without the chat template's own system message. One text in twenty is whole, and has that message,
@@ -121,13 +122,13 @@ def preference_sets(config) -> list[list[str]]:
 
 def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, arguments):
     """Train a PCM to do when told in words what it does when told the weights that they mean."""
-    steps, rows, learning_rate = DESCRIPTIONS[arguments.merge]
+    steps, rows, head_rate, body_rate = DESCRIPTIONS[arguments.merge]
     steps = arguments.description_steps or steps
     config = DescriptionConfig(
         output_dir=str(folder),
         seed=seed,
         max_steps=steps,
-        learning_rate=learning_rate,
+        learning_rate=head_rate,
         per_device_train_batch_size=rows,
         bf16=model.backbones[0].dtype == torch.bfloat16,
         use_cpu=DEVICE == "cpu",
@@ -152,7 +153,13 @@ def teach_descriptions(model, dataset: Dataset, folder: Path, seed: int, argumen
     written = dataset.filter(lambda row: row["reference"]).map(text, with_indices=True)
     generator = random.Random(seed)
     wordings = [compose(generator, "training") for _ in range(steps * rows)]
-    trainer = DescriptionTrainer(model, config, written, preference_sets=DESCRIBED, wordings=wordings)
+
+    body = [parameter for parameter in model.pcm.body.parameters() if parameter.requires_grad]
+    groups = [{"params": model.pcm.head.parameters()}, {"params": body, "lr": body_rate}]
+    optimizers = (torch.optim.AdamW(groups, lr=head_rate, weight_decay=0.0), None)
+    trainer = DescriptionTrainer(
+        model, config, written, preference_sets=DESCRIBED, wordings=wordings, optimizers=optimizers
+    )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
 
 
