@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -120,12 +121,16 @@ def cached_step(model, token: torch.Tensor, context: int = CONTEXT):
 def interleaved(
     steps: dict[str, Callable[[], None]], rounds: int, warm_up: int = 4, title: str = ""
 ) -> dict[str, list]:
-    """Measure the seconds of each step in each round. All take turns, so that a slow moment hits all of them."""
+    """
+    Measure the seconds of each step in each round. All take turns, so that a slow moment hits all of them; in an order
+    drawn anew for each round, so that none has to find the processor's caches as the same other one has left them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    generator = random.Random(0)
     for done in tqdm(range(rounds + warm_up), desc=title, leave=False):
-        for name, step in steps.items():
+        for name in generator.sample(list(steps), len(steps)):
             start = time.perf_counter()
-            step()
+            steps[name]()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
