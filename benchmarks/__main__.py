@@ -5,8 +5,10 @@ from importlib import import_module
 
 from transformers.utils import logging
 
-NAMES = "decode start prefill greedy drafts serve memory scaling training profile engine load endpoints gpu readme"
-COMMANDS = {name: import_module(f".{name}", __package__) for name in NAMES.split()}
+ON_MODELS = "decode start prefill greedy drafts serve continuous memory scaling training profile"
+ON_SERVERS = "engine load endpoints"
+NAMES = [*ON_MODELS.split(), *ON_SERVERS.split(), "gpu", "readme"]
+COMMANDS = {name: import_module(f".{name}", __package__) for name in NAMES}
 
 
 def main():

@@ -78,7 +78,7 @@ def random_lora_ensemble(backbone: PreTrainedModel, num_experts: int, **kwargs) 
 
 
 def prompted_ensemble(backbone: PreTrainedModel, num_experts: int, prompt_length: int = 18) -> PCMEnsembleForCausalLM:
-    """Build experts prompted with as many tokens as those of the quickstart."""
+    """Build experts that differ by their prompts alone, of random tokens."""
     model = PCMEnsembleForCausalLM.from_experts(
         {f"prompted{i}": {"model": backbone} for i in range(num_experts)}, pcm=backbone, pcm_layers=PCM_LAYERS
     )
@@ -174,24 +174,10 @@ def write_results(
     Print a table, and write it as JSON with machine and versions, and as PNG where there is a picture: a function of
     its axes, or of the list of them where there are several panels.
     """
-    if model is None:
-        model = (
-            "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
-        )
-    machine = {
-        # Without AVX-512, a step has other proportions
-        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "device": "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": str(dtype),
-        "model": model,
-        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
-    }
-
+    machine = describe_machine(arguments, dtype, model)
     where = f"{machine['threads']} CPU threads" if DEVICE == "cpu" else machine["device"]
-    table = Table(*columns, title=f"{name}: {model}, {where}, {dtype}")
+    title = f"{machine['model']}, {where}, {dtype}"
+    table = Table(*columns, title=f"{name}: {title}")
     for row in rows:
         table.add_row(*(f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
     Console().print(table)
@@ -204,9 +190,28 @@ def write_results(
     if picture is not None:
         figure, axes = plt.subplots(1, panels, figsize=(8 if panels == 1 else 4 * panels, 4.5), layout="constrained")
         picture(axes)
-        figure.suptitle(f"{model}, {where}, {dtype}")
+        figure.suptitle(title)
         figure.savefig(folder / f"{stem}.png", dpi=120)
         plt.close(figure)
+
+
+def describe_machine(arguments, dtype: torch.dtype = DTYPE, model: str | None = None) -> dict:
+    """Return what measured times depend on: the processor, versions, dtype, and the model of the command line."""
+    if model is None:
+        model = (
+            "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
+        )
+    return {
+        # Without AVX-512, a step has other proportions
+        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "device": "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(dtype),
+        "model": model,
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+    }
 
 
 def processor() -> str:

@@ -18,6 +18,8 @@ from . import fast
 from .common import (
     DEVICE,
     DTYPE,
+    ENSEMBLES,
+    LABELS,
     cached_step,
     grouped_bars,
     interleaved,
@@ -34,8 +36,7 @@ from .common import (
 def add_arguments(parser):
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--experts", type=int, default=3)
-    kinds = ["prompted", "LoRA"]
-    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of experts in our ensembles")
+    parser.add_argument("--kinds", nargs="+", choices=list(ENSEMBLES), default=list(ENSEMBLES), help="of experts")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--fast", action="store_true", help="compiled steps instead")
     parser.add_argument("--xlora", action="store_true", help="X-LoRA too, which runs the whole context at each step")
@@ -52,9 +53,9 @@ def run(arguments):
     lora = random_lora_ensemble(load_backbone(arguments), experts)
     models = {"plain model": backbone}
     if "prompted" in arguments.kinds:
-        models["prompted experts"] = prompted_ensemble(backbone, experts)
-    if "LoRA" in arguments.kinds:
-        models["LoRA experts"] = lora
+        models[LABELS["prompted"]] = prompted_ensemble(backbone, experts)
+    if "lora" in arguments.kinds:
+        models[LABELS["lora"]] = lora
         models['LoRA, merge="adapters"'] = random_lora_ensemble(load_backbone(arguments), experts, merge="adapters")
     copies = [copy.deepcopy(backbone) for _ in range(experts)]
     peft = with_peft_adapters(copy.deepcopy(backbone), lora)

@@ -14,6 +14,7 @@ from .common import (
     CONTEXT,
     DEVICE,
     ENSEMBLES,
+    LABELS,
     cached_step,
     grouped_bars,
     interleaved,
@@ -34,7 +35,7 @@ def run(arguments):
     # On backbones of their own: what is compiled has no other ensemble's adapters hooked.
     compiled = {PLAIN: load_backbone(arguments)}
     for kind in arguments.kinds:
-        compiled[f"{kind} experts"] = ENSEMBLES[kind.lower()](load_backbone(arguments), experts)
+        compiled[LABELS[kind]] = ENSEMBLES[kind](load_backbone(arguments), experts)
     plain = compiled_plain(compiled[PLAIN])
 
     rows = []
@@ -55,7 +56,7 @@ def run(arguments):
         for name, model in compiled.items():
             firsts[f"{name}, eager"] = first_token(model, batch)
             firsts[f"{name}, compiled"] = first_token(model, batch, is_static=True)
-        first = {row["name"]: row["seconds"] for row in summary(interleaved(firsts, 3, 1, "first token"), PLAIN)}
+        first = {row["name"]: row["seconds"] for row in summary(interleaved(firsts, 8, 1, "first token"), PLAIN)}
 
         to_compiled = {row["name"]: row["ratio"] for row in summary(measured, f"{PLAIN}, compiled")}
         for row in summary(measured, PLAIN):

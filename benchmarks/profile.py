@@ -1,16 +1,17 @@
 """Where a decode step goes: the operators of one model step, by time."""
 
+import json
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .common import ENSEMBLES, EXPERTS, cached_step, load_backbone, one_token
+from .common import ENSEMBLES, EXPERTS, cached_step, describe_machine, load_backbone, one_token
 from .fast import compiled_step
 
 
 def add_arguments(parser):
-    parser.add_argument("--experts", choices=list(ENSEMBLES), default="lora")
+    parser.add_argument("--kind", choices=list(ENSEMBLES), default="lora", help="of experts")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--fast", action="store_true", help="a compiled step")
@@ -18,7 +19,7 @@ def add_arguments(parser):
 
 @torch.no_grad()
 def run(arguments):
-    model, token = ENSEMBLES[arguments.experts](load_backbone(arguments), EXPERTS), one_token(arguments.batch)
+    model, token = ENSEMBLES[arguments.kind](load_backbone(arguments), EXPERTS), one_token(arguments.batch)
     step = compiled_step(model, token, arguments.steps) if arguments.fast else cached_step(model, token)
     for _ in range(2):  # what compiles, and what is left of it
         step()
@@ -28,8 +29,9 @@ def run(arguments):
             step()
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
     print(table)
+    machine = json.dumps(describe_machine(arguments))
 
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"profile-{arguments.experts}-{arguments.batch}{'-fast' if arguments.fast else ''}.txt"
-    (folder / name).write_text(table)
+    name = f"profile-{arguments.kind}-{arguments.batch}{'-fast' if arguments.fast else ''}.txt"
+    (folder / name).write_text(f"{machine}\n{table}")

@@ -1,13 +1,19 @@
 """32 requests of different preferences over six LoRA experts, beside Personalized Soup, which merges for each."""
 
 import copy
-import time
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
-from .common import DEVICE, grouped_bars, load_backbone, random_lora_ensemble, summary, write_results
+from .common import (
+    DEVICE,
+    grouped_bars,
+    interleaved,
+    load_backbone,
+    random_lora_ensemble,
+    summary,
+    write_results,
+)
 
 EXPERTS, ACTIVE = 6, 3
 
@@ -55,12 +61,9 @@ def run(arguments):
         'this library, merge="adapters"': (every, lambda: adapters.generate(ids, preference=weights, **options)),
         "one plain model": (every, lambda: backbone.generate(ids, **options)),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(arguments.rounds), desc="serve", leave=False):
-        for name, (users, call) in runs.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append((time.perf_counter() - start) / users)
+    calls = {name: call for name, (_, call) in runs.items()}
+    measured = interleaved(calls, arguments.rounds, warm_up=1, title="serve")
+    seconds = {name: [whole / runs[name][0] for whole in times] for name, times in measured.items()}
 
     rows = summary(seconds, "one plain model")
     soup_seconds = next(row["seconds"] for row in rows if row["name"].startswith("Personalized"))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
     [
         (["decode", "--batches", "1", "2", "--rounds", "2"], {"LoRA experts", "separate models", "PEFT mixed batch"}),
         (
-            ["decode", "--fast", "--kinds", "LoRA", "--batches", "2", "--rounds", "2"],
+            ["decode", "--fast", "--kinds", "lora", "--batches", "2", "--rounds", "2"],
             {"plain model, compiled", "LoRA experts, compiled"},
         ),
         (["serve", "--requests", "3", "--tokens", "4", "--rounds", "1"], {"this library", "one plain model"}),
@@ -74,6 +74,19 @@ def test_experts_behind_a_server_are_measured_beside_those_here(tmp_path):
     assert all(row["tokens a second"] > 0 for row in rows.values())
     assert [name for name, row in rows.items() if "request ms" in row] == list(rows)[1:]
     assert [name for name, row in rows.items() if "overlap" in row] == list(rows)[1:3]
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_requests_that_join_and_leave_are_measured_beside_one_batch_at_a_time(tmp_path):
+    size = ["--requests", "2", "--rate", "9", "--tokens", "8", "--eager", "--output", str(tmp_path)]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks", "continuous", *size], check=True, cwd=ROOT, capture_output=True
+    )
+    found = json.loads((tmp_path / "continuous.json").read_text())
+    assert [row.pop("name") for row in found["rows"]] == ["one batch at a time", "requests join and leave"]
+    assert all(value > 0 for row in found["rows"] for value in row.values())
+    assert found["machine"]["model"] == "SmolLM2-135M-Instruct"
 
 
 @pytest.mark.slow

@@ -1,28 +1,43 @@
-"""
-Measure what continuous batching gains: requests under different preferences that join and leave a running batch,
-against one batch at a time; eager steps and compiled ones.
+"""Requests under different preferences that join and leave a running batch, beside one batch at a time."""
 
-    python examples/smollm2/continuous_batching.py --output benchmarks/results/continuous.json
-    python examples/smollm2/continuous_batching.py --requests 64 --rate 2 --rows 16
-"""
-
-import argparse
 import itertools
-import json
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, quantiles
 
-from common import KOALA, chats
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import CompileConfig
 
 from modeling_pcm_ensemble import PCMEnsembleForCausalLM, demo
 from modeling_pcm_ensemble.scheduler import Request, Scheduler
+
+from .common import DEVICE, DTYPE, koala_chats, write_results
+
+
+def add_arguments(parser):
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--rate", type=float, default=1.5, help="requests a second, on average")
+    parser.add_argument("--rows", type=int, default=16, help="most requests that run at once")
+    parser.add_argument("--tokens", type=int, default=64, help="most new tokens of a request; the fewest are 8")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="leave out compiled steps")
+
+
+def run(arguments):
+    if arguments.layers is not None:
+        raise SystemExit("`continuous` measures the trained experts on SmolLM2, and takes no --layers.")
+    if arguments.requests < 2 or arguments.rate <= 0 or arguments.rows < 1 or arguments.tokens < 8:
+        raise SystemExit(
+            "`continuous` takes --requests of at least 2, --rate above 0, --rows of at least 1, "
+            "and --tokens of at least 8."
+        )
+
+    model = demo.trained_ensemble(dtype=DTYPE).to(DEVICE)
+    compile_configs = [None] if arguments.eager else [None, CompileConfig()]
+    ways = itertools.product(compile_configs, (False, True))
+    rows = [measure(model, joins, compile_config, arguments) for compile_config, joins in ways]
+    write_results("continuous", rows, list(rows[0]), arguments)
 
 
 @dataclass(eq=False)
@@ -57,10 +72,10 @@ def serve(scheduler: Scheduler, requests: list[TimedRequest], title: str) -> flo
     return now
 
 
-def make_requests(model: PCMEnsembleForCausalLM, arguments: argparse.Namespace) -> list[TimedRequest]:
+def make_requests(model: PCMEnsembleForCausalLM, arguments) -> list[TimedRequest]:
     """Make requests: prompts by turns; preferences, lengths and arrivals by chance."""
     chance = random.Random(arguments.seed)
-    asked = chats([entry["prompt"] for entry in json.loads(KOALA.read_text())])
+    asked = koala_chats()
     names = model.config.expert_names
 
     requests, arrival = [], 0.0
@@ -83,7 +98,7 @@ def warm_up(model: PCMEnsembleForCausalLM, joins: bool, compile_config: CompileC
         serve(scheduler, requests, "warm-up")
 
 
-def measure(model: PCMEnsembleForCausalLM, joins: bool, compile_config, arguments: argparse.Namespace) -> dict:
+def measure(model: PCMEnsembleForCausalLM, joins: bool, compile_config, arguments) -> dict:
     title = "requests join and leave" if joins else "one batch at a time"
     title += ", compiled" if compile_config else ""
     warm_up(model, joins, compile_config)
@@ -98,34 +113,3 @@ def measure(model: PCMEnsembleForCausalLM, joins: bool, compile_config, argument
         "whole answer, seconds": mean(latency),
         "slowest tenth, seconds": quantiles(latency, n=10, method="inclusive")[-1],
     }
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--rate", type=float, default=1.5, help="requests a second, on average")
-    parser.add_argument("--rows", type=int, default=16, help="most requests that run at once")
-    parser.add_argument("--tokens", type=int, default=64, help="most new tokens of a request; the fewest are 8")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eager", action="store_true", help="leave out compiled steps")
-    parser.add_argument("--output", help="a JSON file for the figures")
-    arguments = parser.parse_args()
-    if arguments.requests < 2 or arguments.rate <= 0 or arguments.rows < 1 or arguments.tokens < 8:
-        parser.error("needs --requests of at least 2, --rate above 0, --rows of at least 1, --tokens of at least 8")
-
-    model = demo.trained_ensemble(dtype=demo.fast_dtype())
-    compile_configs = [None] if arguments.eager else [None, CompileConfig()]
-    ways = itertools.product(compile_configs, (False, True))
-    rows = [measure(model, joins, compile_config, arguments) for compile_config, joins in ways]
-
-    table = Table(*rows[0], title=f"{arguments.requests} requests, {arguments.rate} a second")
-    for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:.2f}" for value in row.values()))
-    Console().print(table)
-    if arguments.output:
-        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-        Path(arguments.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
