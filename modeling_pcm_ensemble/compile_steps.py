@@ -13,6 +13,7 @@ from transformers.utils.logging import tqdm
 from .compile_attention import grouped_attention
 from .compile_blocks import CompiledBlocks, find_blocks
 from .compile_linears import can_pack
+from .compile_start import vector_width
 from .requirements import check_compiles
 from .weight_changes import WeightSnapshot
 
@@ -191,7 +192,7 @@ def _vector_width(config: CompileConfig) -> dict[str, int]:
     if config.backend != "inductor":
         return {}
     try:
-        return {"cpp.simdlen": torch._inductor.cpu_vec_isa.pick_vec_isa().bit_width()}
+        return {"cpp.simdlen": vector_width()}
     except RuntimeError:  # there is no compiler, as compiling will say
         return {}
 

@@ -35,6 +35,26 @@ assert model.backbones.submodels[0].compiled_step.blocks is not None
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
 
+PREPARED = """
+import threading
+from pathlib import Path
+from tempfile import gettempdir
+
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+from modeling_pcm_ensemble.compile_start import vector_width
+
+assert vector_width() == pick_vec_isa().bit_width()
+others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+for thread in others:
+    thread.join()
+headers = [path.name for path in Path(gettempdir()).rglob("*.gch")]
+assert len(headers) == 1
+"""
+USED = """
+assert [path.name for path in Path(gettempdir()).rglob("*.gch")] == headers
+"""
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -45,12 +65,12 @@ def folder(tmp_path, monkeypatch):
     return path
 
 
-def hits_and_misses(seed: int, **environment: str) -> list[int]:
+def hits_and_misses(seed: int, script: str = STEP, **environment: str) -> list[int]:
     """Run a compiled step in a process of its own, and compare it with an eager one there."""
     tests = str(Path(__file__).parent.parent)
     environment |= {"PYTHONPATH": os.pathsep.join([tests, *sys.path]), "TMPDIR": tempfile.gettempdir()}
     done = subprocess.run(
-        [sys.executable, "-c", STEP, str(seed)],
+        [sys.executable, "-c", script, str(seed)],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -65,6 +85,11 @@ def test_code_is_found_by_the_next_process_whatever_the_weights_but_not_by_anoth
     assert misses > 0
     assert hits_and_misses(2) == [hits + misses, 0]
     assert hits_and_misses(1, ATEN_CPU_CAPABILITY="default") == [hits, misses]
+
+
+def test_headers_that_were_compiled_in_the_background_are_those_that_a_step_needs(folder):
+    _, misses = hits_and_misses(1, PREPARED + STEP + USED)
+    assert misses > 0
 
 
 def test_a_folder_that_is_missing_is_made_for_this_user_alone(folder):
