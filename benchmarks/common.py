@@ -183,7 +183,7 @@ def write_results(
     Console().print(table)
 
     folder = Path(arguments.output)
-    stem = name if arguments.layers is None else f"{name}-llama-{arguments.layers}x{arguments.hidden}"
+    stem = model_stem(name, arguments)
     stem += "" if DEVICE == "cpu" else "-gpu"
     write_text(folder / f"{stem}.json", json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
@@ -193,6 +193,11 @@ def write_results(
         figure.suptitle(title)
         figure.savefig(folder / f"{stem}.png", dpi=120)
         plt.close(figure)
+
+
+def model_stem(name: str, arguments) -> str:
+    """Return a file's name without its ending, with the model in it where it is not SmolLM2."""
+    return name if arguments.layers is None else f"{name}-llama-{arguments.layers}x{arguments.hidden}"
 
 
 def describe_machine(arguments, dtype: torch.dtype = DTYPE, model: str | None = None) -> dict:

@@ -14,6 +14,8 @@ from modeling_pcm_ensemble.scheduler import Request, Scheduler
 
 from .common import DEVICE, DTYPE, koala_chats, write_results
 
+MEASURES = ("tokens a second", "first token, seconds", "whole answer, seconds", "slowest tenth, seconds")
+
 
 def add_arguments(parser):
     parser.add_argument("--requests", type=int, default=48)
@@ -37,7 +39,7 @@ def run(arguments):
     compile_configs = [None] if arguments.eager else [None, CompileConfig()]
     ways = itertools.product(compile_configs, (False, True))
     rows = [measure(model, joins, compile_config, arguments) for compile_config, joins in ways]
-    write_results("continuous", rows, list(rows[0]), arguments)
+    write_results("continuous", rows, ["name", *MEASURES], arguments)
 
 
 @dataclass(eq=False)
@@ -106,10 +108,11 @@ def measure(model: PCMEnsembleForCausalLM, joins: bool, compile_config, argument
     requests = make_requests(model, arguments)
     seconds = serve(Scheduler(model, arguments.rows, joins, compile_config), requests, title)
     latency = [request.finished - request.arrival for request in requests]
-    return {
-        "name": title,
-        "tokens a second": sum(len(request.tokens) for request in requests) / seconds,
-        "first token, seconds": mean(request.first_token - request.arrival for request in requests),
-        "whole answer, seconds": mean(latency),
-        "slowest tenth, seconds": quantiles(latency, n=10, method="inclusive")[-1],
-    }
+    measured = (
+        sum(len(request.tokens) for request in requests) / seconds,
+        mean(request.first_token - request.arrival for request in requests),
+        mean(latency),
+        quantiles(latency, n=10, method="inclusive")[-1],
+    )
+    settings = {name: getattr(arguments, name) for name in ("requests", "rate", "rows", "tokens", "seed")}
+    return {"name": title} | dict(zip(MEASURES, measured)) | settings

@@ -76,7 +76,7 @@ def run(arguments):
         # The first prompt is answered twice: its first answers warm up.
         for row in summary(interleaved(steps, len(contexts), warm_up=1, title=title), PLAIN):
             numbers = passes.of_answers.get(row["name"], [])[1:]
-            passed = numbers and arguments.tokens * len(numbers) / sum(numbers)
+            passed = arguments.tokens * len(numbers) / sum(numbers) if numbers else None
             rows.append(row | {"preference": title, "tokens a pass": passed})
 
     columns = ["preference", "name", "seconds", "ratio", "tokens a pass"]

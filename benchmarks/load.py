@@ -194,6 +194,7 @@ def ask_scheduler(arguments, folder: Path, rate: float) -> dict:
     options = {"requests": arguments.requests, "rate": rate, "tokens": arguments.tokens, "output": folder}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "benchmarks", "continuous", *flags, "--eager"]
-    subprocess.run(command, check=True, capture_output=True)
+    # On the processor, as the servers that it is compared with
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     row = json.loads((folder / "continuous.json").read_text())["rows"][-1]  # requests join and leave
     return {name: row[name if name == "tokens a second" else f"{name}, seconds"] for name in MEASURES}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .common import ENSEMBLES, EXPERTS, cached_step, describe_machine, load_backbone, one_token
+from .common import ENSEMBLES, EXPERTS, cached_step, describe_machine, load_backbone, model_stem, one_token
 from .fast import compiled_step
 
 
@@ -33,5 +33,5 @@ def run(arguments):
 
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"profile-{arguments.kind}-{arguments.batch}{'-fast' if arguments.fast else ''}.txt"
-    (folder / name).write_text(f"{machine}\n{table}")
+    name = model_stem(f"profile-{arguments.kind}-{arguments.batch}{'-fast' if arguments.fast else ''}", arguments)
+    (folder / f"{name}.txt").write_text(f"{machine}\n{table}")

@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # What torch makes in them: these, and folders by the first letters of a digest.
@@ -32,8 +33,8 @@ def check_cache_folders():
     Make the folders for this user alone, where there are none yet; see that nobody else can have put code into them.
 
     Raises:
-        PermissionError: if one, something in it, or a folder or link on the way to it belongs to somebody else or can
-            be written by others.
+        PermissionError: if one cannot be written to; or if one, something in it, or a folder or link on the way to it
+            belongs to somebody else or can be written by others.
     """
     if not hasattr(os, "getuid"):  # Windows, where temporary folders are one user's
         return
@@ -43,6 +44,11 @@ def check_cache_folders():
             path.mkdir(mode=0o700, exist_ok=True)
         if _is_own(folder) and not any(folder.iterdir()):
             folder.chmod(0o700)  # importing torch may have made it, for everybody
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"torch keeps compiled code in {folder}, and this user cannot write there. Set "
+                "TORCHINDUCTOR_CACHE_DIR and TMPDIR to folders where that is possible."
+            )
 
         is_closed = not folder.stat().st_mode & 0o077  # then nobody gets to what is in it
         walk = [] if is_closed else os.walk(folder)
@@ -82,13 +88,21 @@ def main(arguments: list[str] | None = None):
 
     folders = [folder for folder in cache_folders() if folder.exists()]
     for folder in folders:
-        size = sum(os.stat(Path(root, name)).st_size for root, _, files in os.walk(folder) for name in files)
-        print(f"{folder}: {size / 1e6:.0f} MB")
+        print(f"{folder}: {_size(folder) / 1e6:.0f} MB")
     if is_cleared:
         for folder in folders:
             _check_torchs(folder)
         for folder in folders:
             _clear(folder)
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in it."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a process that compiles meanwhile has deleted it
+            size += path.lstat().st_size if path.is_file() else 0
+    return size
 
 
 def _check_torchs(folder: Path):

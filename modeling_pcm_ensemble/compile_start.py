@@ -1,43 +1,47 @@
-"""What torch's compiler finds out before it compiles for the first time: on all cores, and while a step is traced."""
+"""What torch's compiler does once on a machine before its first code: several things at once, and ahead."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context, copy_context
 from functools import cache
 from threading import Thread
 
-# The headers that torch puts before all of its code, and a function to have something to compile.
+HEADERS_THREAD = "torch-headers"
+# What comes behind the headers that torch puts before all of its code: a function, to have something to compile.
 NOTHING = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(float* numbers) {}\n'
 
 
 @cache
-def vector_width() -> int:
+def prepare_compiler():
     """
-    Return the bits of the processor's vectors that torch compiles for; 0 if it cannot use any.
+    Save the first compiled step on a machine seconds, once in a process.
 
-    The first time on a machine, two things take seconds. torch tries each of the processor's instruction sets by a
-    program that it compiles: one after another, but here side by side. And it compiles its headers before the first
-    code: while all else waits, but here in the background, as soon as the width is known.
-
-    Raises:
-        RuntimeError: if there is no compiler.
+    torch tries each of the processor's instruction sets by a program that it compiles: one after another, but here
+    side by side. And it compiles its headers before the first code: while all else waits, but here in the background.
+    What fails here is left to the compiler, which meets it too and says so.
     """
-    from torch._inductor import cpu_vec_isa  # slow to import; and none of this has a public name
+    from torch._inductor import config, cpu_vec_isa  # slow to import; none of this has a public name
 
     flags = set(cpu_vec_isa.x86_isa_checker())
     sets = [isa for isa in cpu_vec_isa.supported_vec_isa_list if set(str(isa).split()) <= flags]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(bool, sets))  # torch keeps what it finds
 
-    picked = cpu_vec_isa.pick_vec_isa()
-    Thread(target=_compile_headers, daemon=True).start()
-    return picked.bit_width()
+    # A thread sees torch's settings as they are here in a copy of this context alone, and each needs one of its own.
+    contexts = [copy_context() for _ in sets]
+    with suppress(RuntimeError), ThreadPoolExecutor() as pool:
+        list(pool.map(Context.run, contexts, [bool] * len(sets), sets))  # torch keeps what it finds
+
+    if config.cpp_cache_precompile_headers and sys.platform != "win32":
+        run = copy_context().run
+        with suppress(RuntimeError):
+            Thread(target=run, args=(_compile_headers,), name=HEADERS_THREAD, daemon=True).start()
 
 
 def _compile_headers():
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    with suppress(Exception):  # compiling a step meets the same, and says so
+    with suppress(Exception):
         CppPythonBindingsCodeCache.load_pybinding(["float*"], NOTHING)
 
 
-__all__ = ["vector_width"]
+__all__ = ["prepare_compiler"]

@@ -13,7 +13,7 @@ from transformers.utils.logging import tqdm
 from .compile_attention import grouped_attention
 from .compile_blocks import CompiledBlocks, find_blocks
 from .compile_linears import can_pack
-from .compile_start import vector_width
+from .compile_start import prepare_compiler
 from .requirements import check_compiles
 from .weight_changes import WeightSnapshot
 
@@ -123,9 +123,10 @@ class CompiledStep:
     def _compiled(self, adapter_masks: list[torch.Tensor], **inputs) -> ModelOutput:
         looks_inside = inputs.get("output_hidden_states") or inputs.get("output_attentions")
         is_plain = not (looks_inside or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        widths = _vector_width(self.model, self.config)
         if self.blocks is not None and is_plain:
             try:
-                with torch._inductor.config.patch(_vector_width(self.config)), self.blocks.active(adapter_masks):
+                with torch._inductor.config.patch(widths), self.blocks.active(adapter_masks):
                     return self.model(**inputs)
             except DOES_NOT_COMPILE as error:
                 if self.blocks.reached > 0:  # the caches of those before have been written to
@@ -134,7 +135,7 @@ class CompiledStep:
                 self.blocks, self.blocks_fail = None, True
 
         # Another setting without a public name: as an option of torch.compile, `freezing` is read too late.
-        with torch._inductor.config.patch(self.settings):
+        with torch._inductor.config.patch(widths | self.settings):
             return self.call(adapter_masks, **inputs)
 
     def holds_weights_of(self, model: PreTrainedModel, bank: nn.Module | None) -> bool:
@@ -187,13 +188,18 @@ def _may_keep_code(model: PreTrainedModel) -> bool:
     return True
 
 
-def _vector_width(config: CompileConfig) -> dict[str, int]:
+def _vector_width(model: PreTrainedModel, config: CompileConfig) -> dict[str, int]:
     """Kept code says no other way for which vectors it was made; a folder may be on more than one machine."""
-    if config.backend != "inductor":
+    if model.device.type != "cpu" or config.backend != "inductor":
         return {}
+
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # slow to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    prepare_compiler()
     try:
-        return {"cpp.simdlen": vector_width()}
-    except RuntimeError:  # there is no compiler, as compiling will say
+        return {"cpp.simdlen": pick_vec_isa().bit_width()}
+    except InvalidCxxCompiler:  # as compiling will say
         return {}
 
 

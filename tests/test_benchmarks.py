@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.continuous import MEASURES
 from benchmarks.readme import DOCUMENTS, TABLES, with_tables
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +86,8 @@ def test_requests_that_join_and_leave_are_measured_beside_one_batch_at_a_time(tm
     )
     found = json.loads((tmp_path / "continuous.json").read_text())
     assert [row.pop("name") for row in found["rows"]] == ["one batch at a time", "requests join and leave"]
-    assert all(value > 0 for row in found["rows"] for value in row.values())
+    assert all(row[name] > 0 for row in found["rows"] for name in MEASURES)
+    assert all((row["requests"], row["rate"]) == (2, 9) for row in found["rows"])
     assert found["machine"]["model"] == "SmolLM2-135M-Instruct"
 
 

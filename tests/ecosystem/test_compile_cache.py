@@ -40,19 +40,22 @@ import threading
 from pathlib import Path
 from tempfile import gettempdir
 
-from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
 
-from modeling_pcm_ensemble.compile_start import vector_width
+from modeling_pcm_ensemble.compile_start import HEADERS_THREAD, prepare_compiler
 
-assert vector_width() == pick_vec_isa().bit_width()
-others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-for thread in others:
-    thread.join()
-headers = [path.name for path in Path(gettempdir()).rglob("*.gch")]
+prepare_compiler()
+check_build, VecISA.check_build = VecISA.check_build, None
+assert pick_vec_isa().bit_width() > 0
+VecISA.check_build = check_build
+
+(headers_thread,) = [thread for thread in threading.enumerate() if thread.name == HEADERS_THREAD]
+headers_thread.join()
+headers = [path.name for path in Path(gettempdir()).rglob("*.?ch")]
 assert len(headers) == 1
 """
 USED = """
-assert [path.name for path in Path(gettempdir()).rglob("*.gch")] == headers
+assert [path.name for path in Path(gettempdir()).rglob("*.?ch")] == headers
 """
 
 
@@ -75,6 +78,7 @@ def hits_and_misses(seed: int, script: str = STEP, **environment: str) -> list[i
         capture_output=True,
         text=True,
         check=True,
+        timeout=300,
     )
     return [int(number) for number in done.stdout.split()[-2:]]
 
@@ -90,6 +94,43 @@ def test_code_is_found_by_the_next_process_whatever_the_weights_but_not_by_anoth
 def test_headers_that_were_compiled_in_the_background_are_those_that_a_step_needs(folder):
     _, misses = hits_and_misses(1, PREPARED + STEP + USED)
     assert misses > 0
+
+
+SETTINGS = """
+import torch
+from torch._inductor import config
+from torch._inductor.cpu_vec_isa import VecISA
+
+from modeling_pcm_ensemble.compile_start import prepare_compiler
+
+seen = []
+check_build = VecISA.check_build
+
+
+def noted(isa, code):
+    seen.append(config.cpp.cxx[-1])
+    return check_build(isa, code)
+
+
+VecISA.check_build = noted
+config.cpp.cxx = (None, "c++")
+prepare_compiler()
+print(seen.count("c++"), len(seen))
+"""
+
+
+def test_instruction_sets_are_tried_by_the_compiler_that_a_program_has_chosen(folder):
+    chosen, tried = hits_and_misses(1, SETTINGS)
+    assert 0 < chosen == tried
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root can write anywhere")
+def test_a_folder_that_cannot_be_written_to_is_refused(folder):
+    folder.mkdir(mode=0o700)
+    (folder / "ab").mkdir()
+    folder.chmod(0o500)
+    with pytest.raises(PermissionError, match="this user cannot write there"):
+        check_cache_folders()
 
 
 def test_a_folder_that_is_missing_is_made_for_this_user_alone(folder):
