@@ -206,6 +206,7 @@ def describe_machine(arguments, dtype: torch.dtype = DTYPE, model: str | None = 
         model = (
             "SmolLM2-135M-Instruct" if arguments.layers is None else f"Llama {arguments.layers} x {arguments.hidden}"
         )
+
     return {
         # Without AVX-512, a step has other proportions
         "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",

@@ -8,6 +8,8 @@ from statistics import fmean
 
 from modeling_pcm_ensemble.tables import percent_interval, signed_interval, table
 
+from .continuous import MEASURES
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
     "README.md",
@@ -99,9 +101,8 @@ def greedy_table(results: dict) -> str:
 
 
 def continuous_table(results: dict) -> str:
-    columns = ["tokens a second", "first token, seconds", "whole answer, seconds", "slowest tenth, seconds"]
-    lines = [[row["name"], *(f"{row[column]:.1f}" for column in columns)] for row in results["rows"]]
-    return table(["", *columns], lines)
+    lines = [[row["name"], *(f"{row[measure]:.1f}" for measure in MEASURES)] for row in results["rows"]]
+    return table(["", *MEASURES], lines)
 
 
 def memory_table(results: dict) -> str:

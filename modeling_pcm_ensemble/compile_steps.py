@@ -1,6 +1,7 @@
 """A submodel's step of decoding, compiled."""
 
 from collections.abc import Callable
+from functools import cached_property
 from threading import RLock
 from typing import Any
 
@@ -123,10 +124,9 @@ class CompiledStep:
     def _compiled(self, adapter_masks: list[torch.Tensor], **inputs) -> ModelOutput:
         looks_inside = inputs.get("output_hidden_states") or inputs.get("output_attentions")
         is_plain = not (looks_inside or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-        widths = _vector_width(self.model, self.config)
         if self.blocks is not None and is_plain:
             try:
-                with torch._inductor.config.patch(widths), self.blocks.active(adapter_masks):
+                with torch._inductor.config.patch(self.vector_width), self.blocks.active(adapter_masks):
                     return self.model(**inputs)
             except DOES_NOT_COMPILE as error:
                 if self.blocks.reached > 0:  # the caches of those before have been written to
@@ -135,8 +135,13 @@ class CompiledStep:
                 self.blocks, self.blocks_fail = None, True
 
         # Another setting without a public name: as an option of torch.compile, `freezing` is read too late.
-        with torch._inductor.config.patch(widths | self.settings):
+        with torch._inductor.config.patch(self.vector_width | self.settings):
             return self.call(adapter_masks, **inputs)
+
+    @cached_property
+    def vector_width(self) -> dict[str, int]:
+        """The setting that says for which vectors code is made; found out once, where the first step compiles."""
+        return _vector_width(self.model, self.config)
 
     def holds_weights_of(self, model: PreTrainedModel, bank: nn.Module | None) -> bool:
         """Whether what is compiled in is, if anything, these weights as they are."""

@@ -87,7 +87,8 @@ def test_requests_that_join_and_leave_are_measured_beside_one_batch_at_a_time(tm
     found = json.loads((tmp_path / "continuous.json").read_text())
     assert [row.pop("name") for row in found["rows"]] == ["one batch at a time", "requests join and leave"]
     assert all(row[name] > 0 for row in found["rows"] for name in MEASURES)
-    assert all((row["requests"], row["rate"]) == (2, 9) for row in found["rows"])
+    settings = {"requests": 2, "rate": 9, "rows": 16, "tokens": 8, "seed": 0}
+    assert all(row.keys() == {*MEASURES, *settings} and row.items() >= settings.items() for row in found["rows"])
     assert found["machine"]["model"] == "SmolLM2-135M-Instruct"
 
 

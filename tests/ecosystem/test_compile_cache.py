@@ -59,6 +59,11 @@ assert [path.name for path in Path(gettempdir()).rglob("*.?ch")] == headers
 """
 
 
+is_x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets are told apart on x86 alone"
+)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     path = tmp_path / "compiled"
@@ -83,7 +88,7 @@ def hits_and_misses(seed: int, script: str = STEP, **environment: str) -> list[i
     return [int(number) for number in done.stdout.split()[-2:]]
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="ATEN_CPU_CAPABILITY is for x86")
+@is_x86
 def test_code_is_found_by_the_next_process_whatever_the_weights_but_not_by_another_processor(folder):
     hits, misses = hits_and_misses(1)
     assert misses > 0
@@ -91,13 +96,13 @@ def test_code_is_found_by_the_next_process_whatever_the_weights_but_not_by_anoth
     assert hits_and_misses(1, ATEN_CPU_CAPABILITY="default") == [hits, misses]
 
 
+@is_x86
 def test_headers_that_were_compiled_in_the_background_are_those_that_a_step_needs(folder):
     _, misses = hits_and_misses(1, PREPARED + STEP + USED)
     assert misses > 0
 
 
 SETTINGS = """
-import torch
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import VecISA
 
@@ -119,6 +124,7 @@ print(seen.count("c++"), len(seen))
 """
 
 
+@is_x86
 def test_instruction_sets_are_tried_by_the_compiler_that_a_program_has_chosen(folder):
     chosen, tried = hits_and_misses(1, SETTINGS)
     assert 0 < chosen == tried
