@@ -324,8 +324,9 @@ def encode_description(tokenizer: PreTrainedTokenizerBase, text: str) -> list[in
 
 def description_of(config: PCMEnsembleConfig, preference: Preference) -> tuple[int, ...]:
     """
-    What the PCM reads first: the preference's own words, or the wanted experts' descriptions, joined; nothing where
-    all experts are wanted alike.
+    What the PCM reads first: the preference's own words, or the descriptions of the experts that run, joined; nothing
+    where all experts are wanted alike. An expert to steer away from is described too: the sign stays the weight's, and
+    a PCM that was not told of the expert would leave it out.
     """
     if preference.description_ids is not None:
         return preference.description_ids
@@ -335,8 +336,8 @@ def description_of(config: PCMEnsembleConfig, preference: Preference) -> tuple[i
 
     # Sorted, so that the order in which the experts are listed does not matter.
     of_names = preference.weights
-    wanted = sorted(e["description_ids"] for e in config.experts if of_names.get(e["name"], 0.0) > 0)
-    return _after_bos(config, [token for ids in wanted for token in ids])
+    described = sorted(e["description_ids"] for e in config.experts if of_names.get(e["name"], 0.0) != 0)
+    return _after_bos(config, [token for ids in described for token in ids])
 
 
 def _as_tokens(ids) -> tuple[int, ...]:

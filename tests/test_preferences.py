@@ -1,5 +1,6 @@
 """Preferences: every accepted form, every refusal, and the route that follows."""
 
+import copy
 from fractions import Fraction
 
 import numpy as np
@@ -93,6 +94,15 @@ def test_descriptions_of_active_experts_are_joined_behind_bos(config):
     wanted = [{"concise": 1.0, "elementary": 0.2}, dict.fromkeys(NAMES, 2), {"friendly": 1}]
     route = Route(config, Preference.parse_batch(config, 3, wanted))
     assert route.descriptions == [(1, 10, 20, 10, 22), (), (1, 11, 21)]
+
+
+def test_an_expert_to_steer_away_from_is_described_too(config):
+    signed = copy.deepcopy(config)
+    signed.merge, signed.reference = "product", "elementary"
+    wanted = [{"concise": 1.0, "friendly": -0.5}, {"concise": 0.5, "friendly": 1.5}, {"friendly": -1.0}]
+    route = Route(signed, Preference.parse_batch(signed, 3, wanted))
+    assert route.descriptions[0] == route.descriptions[1]
+    assert len(route.descriptions[2]) == 3
 
 
 @pytest.mark.parametrize(
