@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ..call_arguments import has_class
-from ..configuration_pcm_ensemble import PCMEnsembleConfig, max_positions
+from ..configuration_pcm_ensemble import ADAPTERS, PCMEnsembleConfig, max_positions
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import Preference
 from ..rewards.scoring import SHARED
@@ -55,6 +55,11 @@ def check_arguments(model: PCMEnsembleForCausalLM, reward_funcs, args):
         )
     policy_of(model.config)
     model.config.validate_merge()
+    if model.config.merge == ADAPTERS and not args.exploration:
+        raise ValueError(
+            '`merge="adapters"` is trained on how answers change with the strengths that they are sampled under. Set '
+            "`exploration`, say to 0.5, got 0."
+        )
     if args.weight_distribution == "signed" and not model.config.adds_up:
         raise ValueError("`weight_distribution` 'signed' draws weights below 0, which a mixture cannot have.")
     if args.weight_distribution == "signed" and args.text_only_fraction:

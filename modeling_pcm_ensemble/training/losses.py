@@ -44,6 +44,24 @@ def product_token_log_probs(strengths: torch.Tensor, recorded: torch.Tensor) -> 
     return totals[..., 0] - totals.logsumexp(dim=-1)
 
 
+def strength_log_densities(meant: torch.Tensor, acted: torch.Tensor, deviation: float) -> torch.Tensor:
+    r"""
+    Compute the log density of the strengths that acted, of which the logarithms are normal around those that are
+    meant; without its constant.
+
+    Args:
+        meant (`torch.FloatTensor` of shape `(batch, seq, experts)`): strengths; 0 for experts that do not run.
+        acted (`torch.FloatTensor` of shape `(batch, seq, experts)`): likewise, and of the same signs.
+        deviation (`float`): standard deviation of the logarithms.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, seq)`: −Σ_i (log |a_i| − log |s_i|)² / 2 deviation².
+    """
+    runs = (meant != 0) & (acted != 0)  # padding has recorded nothing
+    distance = acted.abs().masked_fill(~runs, 1).log() - meant.abs().masked_fill(~runs, 1).log()
+    return -(distance / deviation).square().sum(dim=-1) / 2
+
+
 def rebel_loss(log_ratios: torch.Tensor, rewards: torch.Tensor, eta: float) -> torch.Tensor:
     r"""
     Regress differences of log-ratios onto differences of rewards, over all pairs of a prompt's completions, which need

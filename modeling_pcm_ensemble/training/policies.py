@@ -1,11 +1,13 @@
-"""What training needs of a way of merging: what is recorded of the experts, and log π of a token from that alone."""
+"""What training needs of a way of merging: what is recorded while sampling, and log π from that alone."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
-from ..configuration_pcm_ensemble import PRODUCT, PCMEnsembleConfig
+from ..configuration_pcm_ensemble import ADAPTERS, PRODUCT, PCMEnsembleConfig
 from ..merging import ExpertLogits, token_log_probs
+from ..modeling_pcm_ensemble import PCMEnsembleOutput
 from ..tilts import candidates, token_tilts
 from ..weighting import joined_weights
 from .losses import (
@@ -13,14 +15,26 @@ from .losses import (
     log_described_share,
     mixture_token_log_probs,
     product_token_log_probs,
+    strength_log_densities,
 )
+
+STEPS_OF_A_PIECE = 12  # tokens of a completion that are sampled under one draw of noise
 
 
 class Policy(ABC):
-    """How an ensemble merges, as a function of the PCM's opinion h and of what was recorded while sampling."""
+    """
+    How an ensemble merges, as a function of the PCM's opinion h and of what was recorded while sampling.
 
-    def __init__(self, config: PCMEnsembleConfig):
+    Args:
+        config (`PCMEnsembleConfig`): the ensemble's.
+        exploration (`float`, defaults to 0): see [`~rebel_config.RebelConfig`].
+    """
+
+    reads_experts: ClassVar[bool] = True  # whether it records what each expert predicts
+
+    def __init__(self, config: PCMEnsembleConfig, exploration: float = 0.0):
         self.config = config
+        self.exploration = exploration
 
     @property
     @abstractmethod
@@ -28,8 +42,11 @@ class Policy(ABC):
         """The shape of what is recorded of one token."""
 
     @abstractmethod
-    def record(self, expert_logits: list[ExpertLogits], token_ids: torch.Tensor) -> torch.Tensor:
-        """Return what an update needs of the experts, `(rows, seq, *width)`, at tokens `(rows, seq)`."""
+    def record(self, output: PCMEnsembleOutput, token_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Return what an update needs of one step, `(rows, 1, *width)`: of what the ensemble gave, and of the tokens,
+        `(rows, 1)`, that were drawn from it.
+        """
 
     @abstractmethod
     def expert_weights(self, expert_weight_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -55,8 +72,8 @@ class MixturePolicy(Policy):
     def width(self) -> tuple[int, ...]:
         return (self.config.num_experts,)
 
-    def record(self, expert_logits, token_ids):
-        return token_log_probs(expert_logits, token_ids, self.config.num_experts, self.config.expert_top_k)
+    def record(self, output, token_ids):
+        return token_log_probs(output.expert_logits, token_ids, self.config.num_experts, self.config.expert_top_k)
 
     def expert_weights(self, expert_weight_logits, weights):
         return joined_weights(self.config, expert_weight_logits, weights).exp()
@@ -72,7 +89,18 @@ class MixturePolicy(Policy):
         }
 
 
-class ProductPolicy(Policy):
+class AdditivePolicy(Policy):
+    """Where tilts add up, weights are strengths."""
+
+    def expert_weights(self, expert_weight_logits, weights):
+        return joined_weights(self.config, expert_weight_logits, weights)
+
+    def measures(self, expert_weight_logits, weights, shares):
+        strengths = self.expert_weights(expert_weight_logits, weights)
+        return {"relative_strength": strengths.abs().sum(dim=-1) / weights.abs().sum(dim=-1, keepdim=True)}
+
+
+class ProductPolicy(AdditivePolicy):
     """
     `merge="product"`, whose normaliser needs every candidate: log π_0 of each, the token itself first, and every
     expert's tilt, in half the precision.
@@ -84,8 +112,8 @@ class ProductPolicy(Policy):
         most = (config.num_experts + 1) * (config.expert_top_k or config.vocab_size)
         return (1 + min(most, config.vocab_size), config.num_experts + 1)
 
-    def record(self, expert_logits, token_ids):
-        config = self.config
+    def record(self, output, token_ids):
+        config, expert_logits = self.config, output.expert_logits
         kept, is_repeated = self._candidates(expert_logits, token_ids)
         tokens = torch.cat([token_ids[..., None], kept], dim=-1)  # (rows, seq, candidates)
 
@@ -109,15 +137,29 @@ class ProductPolicy(Policy):
         kept, is_repeated, _ = candidates(expert_logits, every_model, config.expert_top_k)
         return _distinct_first(kept, is_repeated, width)
 
-    def expert_weights(self, expert_weight_logits, weights):
-        return joined_weights(self.config, expert_weight_logits, weights)
+    def log_probs(self, expert_weight_logits, weights, recorded):
+        return product_token_log_probs(self.expert_weights(expert_weight_logits, weights), recorded)
+
+
+class AdaptersPolicy(AdditivePolicy):
+    r"""
+    `merge="adapters"`, where one model runs, and no expert says what it would have predicted alone. What the PCM does
+    is then to choose strengths, and the tokens are what comes of them: log s is normal around log(w · 2σ(h)), with the
+    standard deviation of `exploration`. The strengths that acted are recorded.
+    """
+
+    reads_experts = False
+
+    @property
+    def width(self) -> tuple[int, ...]:
+        return (self.config.num_experts,)
+
+    def record(self, output, token_ids):
+        return output.expert_weights[:, -1:]
 
     def log_probs(self, expert_weight_logits, weights, recorded):
-        return product_token_log_probs(joined_weights(self.config, expert_weight_logits, weights), recorded)
-
-    def measures(self, expert_weight_logits, weights, shares):
-        strengths = joined_weights(self.config, expert_weight_logits, weights)
-        return {"relative_strength": strengths.abs().sum(dim=-1) / weights.abs().sum(dim=-1, keepdim=True)}
+        meant = self.expert_weights(expert_weight_logits, weights)
+        return strength_log_densities(meant, recorded, self.exploration) / STEPS_OF_A_PIECE  # one draw for so many
 
 
 def _distinct_first(tokens: torch.Tensor, is_repeated: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,10 +170,14 @@ def _distinct_first(tokens: torch.Tensor, is_repeated: torch.Tensor, width: int)
     return torch.nn.functional.pad(tokens, (0, room)), torch.nn.functional.pad(is_repeated, (0, room), value=True)
 
 
-POLICIES: dict[str, type[Policy]] = {"probabilities": MixturePolicy, PRODUCT: ProductPolicy}
+POLICIES: dict[str, type[Policy]] = {
+    "probabilities": MixturePolicy,
+    PRODUCT: ProductPolicy,
+    ADAPTERS: AdaptersPolicy,
+}
 
 
-def policy_of(config: PCMEnsembleConfig) -> Policy:
+def policy_of(config: PCMEnsembleConfig, exploration: float = 0.0) -> Policy:
     """
     Return the policy of an ensemble.
 
@@ -139,6 +185,5 @@ def policy_of(config: PCMEnsembleConfig) -> Policy:
         ValueError: if its `merge` cannot be trained.
     """
     if config.merge not in POLICIES:
-        hint = ' Train with `merge="product"`, in which strengths mean the same.' if config.adds_up else ""
-        raise ValueError(f"REBEL trains `merge` {' and '.join(map(repr, POLICIES))}, got {config.merge!r}.{hint}")
-    return POLICIES[config.merge](config)
+        raise ValueError(f"REBEL trains `merge` {', '.join(map(repr, POLICIES))}, got {config.merge!r}.")
+    return POLICIES[config.merge](config, exploration)

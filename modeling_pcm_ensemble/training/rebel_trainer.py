@@ -109,12 +109,12 @@ class RebelTrainer(CheckpointTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.policy = policy_of(model.config)
+        self.policy = policy_of(model.config, args.exploration)
         self.reward_funcs = rewards
         if shared_reward is not None:
             rewards = rewards | {SHARED: reward_function(SHARED, shared_reward, args.device)}
         self.scorer = Scorer(rewards, args.shared_reward_weight)
-        self.rollouts = RolloutSampler(model, tokenizer, self.scorer, args)
+        self.rollouts = RolloutSampler(model, tokenizer, self.scorer, self.policy, args)
 
     def train(self, *args, **kwargs):
         """Train as any trainer; a new run with a new rollout."""

@@ -9,6 +9,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
 from ..preference import preference_weights
 from ..rewards.scoring import Scorer, Scores, prompt_key
+from .policies import Policy
 from .preference_sampling import ToldPreference, reward_shares
 from .prompts import as_completions, descriptions, tokenize, with_words
 from .rebel_config import RebelConfig
@@ -24,6 +25,7 @@ class RolloutSampler:
         model (`PCMEnsembleForCausalLM`): the ensemble.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         scorer (`Scorer`): holds rewards and references.
+        policy (`Policy`): says what is recorded.
         args (`RebelConfig`): settings.
     """
 
@@ -32,11 +34,13 @@ class RolloutSampler:
         model: PCMEnsembleForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         scorer: Scorer,
+        policy: Policy,
         args: RebelConfig,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.scorer = scorer
+        self.policy = policy
         self.args = args
         self.generation_config = rollout_config(model, args.max_completion_length, tokenizer.pad_token_id)
 
@@ -80,6 +84,7 @@ class RolloutSampler:
             weights,
             descriptions(config, told),
             self.generation_config,
+            self.policy,
             exploration,
         )
 

@@ -1,4 +1,4 @@
-"""Rollouts: completions sampled from the ensemble, with what experts said of each token recorded on the way."""
+"""Rollouts: completions sampled from the ensemble, with what an update needs of each step recorded on the way."""
 
 import copy
 import math
@@ -9,13 +9,10 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig
 
-from ..merging import ExpertLogits
-from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM
+from ..modeling_pcm_ensemble import PCMEnsembleForCausalLM, PCMEnsembleOutput
 from ..preference import MOST_STRENGTH
-from .policies import Policy, policy_of
+from .policies import STEPS_OF_A_PIECE, Policy
 from .token_sampling import generate_from, is_end, written_tokens
-
-STEPS_OF_A_PIECE = 12  # after so many tokens, rows that have ended leave the batch, and noise is drawn anew
 
 
 @dataclass
@@ -26,7 +23,7 @@ class Rollout:
     Args:
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(rows, prompt tokens)`): padded on the left.
         completion_ids, completion_mask (`torch.LongTensor` of shape `(rows, seq)`): padded on the right.
-        recorded (`torch.Tensor` of shape `(rows, seq, …)`): what the experts said of each token, see
+        recorded (`torch.Tensor` of shape `(rows, seq, …)`): what an update needs of each token's step, see
             [`~policies.Policy`].
         weights (`torch.FloatTensor` of shape `(rows, experts)`): the weights w of the preference.
         prefix_ids (`torch.LongTensor` of shape `(rows, tokens)`): what the PCM read first, padded on the left with -1.
@@ -83,19 +80,19 @@ def _stack(values: list[torch.Tensor], on_the_left: bool, fill: int) -> torch.Te
     return torch.cat(padded)
 
 
-class ExpertRecorder:
+class StepRecorder:
     """
-    While it is entered, records what the active experts of an ensemble said of each token that `generate` took: a
-    forward's logits are kept until the next forward, or the end, tells which token it was.
+    While it is entered, records what a policy needs of each step of `generate`: a forward's output is kept until the
+    next forward, or the end, tells which token was drawn from it.
     """
 
     def __init__(self, model: PCMEnsembleForCausalLM, policy: Policy):
         self.model = model
         self.policy = policy
         self.columns: list[torch.Tensor] = []  # each (rows, 1, …)
-        self.logits: list[ExpertLogits] = []  # of the token that the next forward will read
+        self.output: PCMEnsembleOutput | None = None  # of which the next forward will read a token
 
-    def __enter__(self) -> "ExpertRecorder":
+    def __enter__(self) -> "StepRecorder":
         self.handle = self.model.register_forward_hook(self._after_forward, with_kwargs=True)
         return self
 
@@ -108,17 +105,14 @@ class ExpertRecorder:
                 "An endpoint has failed in a rollout, which would teach the PCM to do without its expert. Train with "
                 '`on_failure="error"`: a run goes on from its last checkpoint.'
             )
-        if self.logits:
-            self._read(kwargs["input_ids"])
-        self.logits = output.expert_logits
-
-    def _read(self, token_ids: torch.LongTensor):
-        self.columns.append(self.policy.record(self.logits, token_ids))
+        if self.output is not None:
+            self.columns.append(self.policy.record(self.output, kwargs["input_ids"]))
+        self.output = output
 
     def recorded(self, last_token_ids: torch.LongTensor) -> torch.Tensor:
         """Return `(rows, new tokens, …)`. `last_token_ids`, `(rows, 1)`, are those that no forward has read."""
-        self._read(last_token_ids)
-        self.logits = []
+        self.columns.append(self.policy.record(cast(PCMEnsembleOutput, self.output), last_token_ids))
+        self.output = None
         return torch.cat(self.columns, dim=1)
 
 
@@ -130,6 +124,7 @@ def sample_rollout(
     weights: torch.Tensor,
     prefix_ids: torch.Tensor,
     config: GenerationConfig,
+    policy: Policy,
     exploration: float = 0.0,
 ) -> Rollout:
     """
@@ -138,7 +133,6 @@ def sample_rollout(
     """
     device = prompt_ids.device
     weights, prefix_ids = weights.to(device), prefix_ids.to(device)
-    policy = policy_of(model.config)
     explored = _exploration(weights, exploration, MOST_STRENGTH if model.config.adds_up else math.inf)
     completion_ids = torch.full((len(prompt_ids), config.max_new_tokens), config.pad_token_id, device=device)
     recorded: torch.Tensor | None = None  # (rows, longest completion, …)
@@ -152,8 +146,8 @@ def sample_rollout(
         piece.max_new_tokens = min(STEPS_OF_A_PIECE, config.max_new_tokens - start)
         piece.return_dict_in_generate = True
         read = {"input_ids": sequences, "attention_mask": mask}
-        with ExpertRecorder(model, policy) as recorder:
-            output = generate_from(model, piece, **read, **told, output_expert_logits=True)
+        with StepRecorder(model, policy) as recorder:
+            output = generate_from(model, piece, **read, **told, output_expert_logits=policy.reads_experts)
         new_ids = output.sequences[:, sequences.shape[1] :]  # (alive, new tokens)
         end = start + new_ids.shape[1]
         completion_ids[alive, start:end] = new_ids
