@@ -315,6 +315,13 @@ def strengths_in_words_table(report: dict) -> str:
     return table(["phrases of training / held out", "rank correlation", "mean absolute difference"], lines)
 
 
+def strengths_under_weights_table(report: dict) -> str:
+    """How far the PCM's factors are from 1, by how many experts have weights."""
+    names = next(iter(report["weights"].values()))
+    lines = [[number, *(f"{value:.2f}" for value in found.values())] for number, found in report["weights"].items()]
+    return table(["weights of", *names], lines)
+
+
 TABLES = {  # by marker: the results, and the table of them
     "win rates in short": (REPORT, win_rates_in_short_table),
     "steering in short": (STEERING, steering_in_short_table),
@@ -339,6 +346,7 @@ TABLES = {  # by marker: the results, and the table of them
     "words": ("examples/smollm2/artifacts/evaluation.json", words_table),
     "seeds": ("examples/smollm2/artifacts/seeds.json", seeds_table),
     "strengths in words": ("examples/smollm2/artifacts/strengths/words.json", strengths_in_words_table),
+    "strengths under weights": ("examples/smollm2/artifacts/strengths/words.json", strengths_under_weights_table),
     "drafts": ("benchmarks/results/drafts.json", drafts_table),
     "new preferences": ("docs/results/new_preferences.json", new_preferences_table),
     "win rates": (REPORT, win_rates_table),

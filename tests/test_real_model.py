@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import random
 import re
 import subprocess
 import sys
@@ -168,6 +169,23 @@ def test_the_shipped_pcm_of_strengths_obeys_weights_and_words_that_it_has_not_re
             told["not named"] += found.values()
     means = {wish: sum(found) / len(found) for wish, found in told.items()}
     assert means["very"] > 1.5 * means["a little"] > 3 * means["not named"], means
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_the_shipped_pcm_of_strengths_leaves_weights_of_both_signs(number):
+    model = demo.trained_ensemble(dtype=torch.float32, merge="adapters")
+    generator = random.Random(number)
+    factors = []
+    for _ in range(4):
+        wanted = {
+            name: generator.choice([-1, 1]) * generator.uniform(0.1, 2.0)
+            for name in generator.sample(model.config.expert_names, number)
+        }
+        found = model.compute_expert_weights(**chat(model, QUESTIONS), preference=wanted)[:, -1].mean(dim=0)
+        strengths = dict(zip(model.config.expert_names, found.tolist()))
+        factors += [strengths[name] / weight for name, weight in wanted.items()]
+    assert sum(factors) / len(factors) == pytest.approx(1, abs=0.1), factors
+    assert 0.7 < min(factors) <= max(factors) < 1.3, factors
 
 
 def run(*command: str, cwd) -> str:

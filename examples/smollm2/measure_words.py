@@ -7,7 +7,7 @@ they mean. No expert runs: it takes minutes.
 1. Texts of the phrases that it was trained on, put together anew, and of phrases that it has never read
    (demo_wordings.py): Spearman's ρ between the strength that is meant for an expert and the one that it gets, over all
    experts that the texts name; the strength of those that they do not name; and the mean absolute difference over all.
-2. The same preferences as weights, where its factors should stay at 1: how far they are from it.
+2. Weights of one to six experts, of both signs, where its factors should stay at 1: how far they are from it.
 
 Strengths are read where an answer to an evaluation prompt begins. OUTPUT gets words.json and words.png.
 """
@@ -80,13 +80,16 @@ def by_words(model, wordings: list[Wording]) -> tuple[dict[str, float], np.ndarr
     return measures, pairs
 
 
-def by_weights(model, wordings: list[Wording]) -> dict[str, float]:
-    """Say how far factors are from 1, where preferences are given as weights."""
-    wishes = [{name: level for name, level in levels.items() if level > 0} for _, levels in wordings]
-    given = strengths(model, [{"preference": wish} for wish in wishes])
-    asked = np.array([[wish.get(name, 0.0) for name in EXPERTS] for wish in wishes])
+def by_weights(model, experts: int, number: int) -> dict[str, float]:
+    """Say how far factors are from 1, where so many experts are given weights, one in four of them below 0."""
+    generator = random.Random(f"measured weights of {experts}")
+    asked = np.zeros((number, len(EXPERTS)))
+    for row in asked:
+        for place in generator.sample(range(len(EXPERTS)), experts):
+            row[place] = generator.uniform(0.05, 2.0) * generator.choice([1, 1, 1, -1])
 
-    factors = given[asked > 0] / asked[asked > 0]
+    given = strengths(model, [{"preference": dict(zip(EXPERTS, row))} for row in asked.tolist()])
+    factors = given[asked != 0] / asked[asked != 0]
     return {
         "factors within 0.1 of 1": float((np.abs(factors - 1) < 0.1).mean()),
         "median distance": float(np.median(np.abs(factors - 1))),
@@ -130,12 +133,16 @@ def main():
         for kind, measures in report["words"][split].items():
             numbers = [f"{measures[name]:.2f}" if name in measures else "" for name in MEASURES]
             rows.append([split.replace("_", " "), kind, *numbers])
-    report["weights"] = by_weights(model, composed("training", "degrees", arguments.texts))
+    report["weights"] = {
+        f"{experts} experts": by_weights(model, experts, arguments.texts) for experts in range(1, len(EXPERTS) + 1)
+    }
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_text(arguments.output / "words.json", json.dumps(report, indent=1) + "\n")
     draw(pairs_of, arguments.output / "words.png")
-    Console(width=120).print(Markdown(table(["phrases", "kind", *MEASURES], rows)), report["weights"])
+    Console(width=120).print(Markdown(table(["phrases", "kind", *MEASURES], rows)))
+    factors = [[name, *(f"{value:.2f}" for value in found.values())] for name, found in report["weights"].items()]
+    Console(width=120).print(Markdown(table(["weights of", *report["weights"]["1 experts"]], factors)))
 
 
 if __name__ == "__main__":

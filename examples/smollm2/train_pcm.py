@@ -64,7 +64,7 @@ LEARNING_LAYERS = 4  # the last ones; what lies below knows words already that a
 PROMPT_WORDS, ANSWER_WORDS, WITH_SYSTEM, WHOLE = 3, 2, 5, 20
 SYSTEM_LENGTH = 100  # of that message, in characters
 # What users may ask for by weights, told in descriptions
-DESCRIBED = [list(names) for number in (1, 2, 3) for names in combinations(demo.PREFERENCES, number)]
+DESCRIBED = [list(names) for number in range(1, 7) for names in combinations(demo.PREFERENCES, number)]
 
 
 def make_trainer(model, rewards, answering, dataset: Dataset, folder: Path, seed: int, arguments) -> RebelTrainer:
