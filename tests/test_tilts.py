@@ -213,7 +213,7 @@ def product(mixed) -> PCMEnsembleForCausalLM:
 def by_formula(model, context: list[int], weights: list[float], expert_top_k: int | None = None):
     """One row's log π, `(seq, vocab)`, and strengths, `(seq, experts)`, each model run alone; reference e0."""
     experts = model.config.experts
-    active = [e for e, weight in zip(experts, weights) if weight > 0]
+    active = [e for e, weight in zip(experts, weights) if weight != 0]
     alike = len(set(weights[1:])) == 1
     description = [] if alike else [t for ids in sorted(e["description_ids"] for e in active) for t in ids]
     hidden = model.pcm.body(torch.tensor([description + context])).last_hidden_state[0, -len(context) :]
