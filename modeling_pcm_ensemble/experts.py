@@ -317,8 +317,8 @@ class PCMEnsembleExperts(PCMEnsemblePreTrainedModel):
         """The route of a call: the cache's, which preferences given again must not change, or a new one."""
         if self.config.merge == ADAPTERS and self.training:
             raise ValueError(
-                '`merge="adapters"` is for inference: the PCM would get no gradient. Call `eval()`, or train with '
-                '`merge="product"`, in which strengths mean the same.'
+                'Through `merge="adapters"` the PCM would get no gradient. Call `eval()`, train with `RebelTrainer`, '
+                'or train with `merge="product"`, in which strengths mean the same.'
             )
         known = None if cache is None else cache.route
         if known is not None:

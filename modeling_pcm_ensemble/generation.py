@@ -100,8 +100,8 @@ class PCMEnsembleGeneration(PCMEnsembleExperts, GenerationMixin):
 
                 None is `config.default_preference`, else every expert at weight 1, but a product's reference.
             preference_text (`str` or `list[str | None]`, *optional*):
-                What the PCM reads in place of the wanted experts' descriptions, for all rows or one for each. Without
-                a `preference` it chooses among all experts.
+                What the PCM reads in place of the descriptions of the experts that run, for all rows or one for
+                each. Without a `preference` it chooses among all experts.
             preference_ids (`torch.LongTensor` of shape `(tokens,)` or `(batch, tokens)`, *optional*):
                 The same as tokens; negative numbers are padding.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`, and what `generate` itself

@@ -28,7 +28,8 @@ class Preference:
         weights (`Mapping[str, float]`): the weights of the experts that run, none of them 0. In a mixture they are
             above 0; where tilts add up, one below 0 steers away from its expert.
         description_ids (`tuple[int, ...]`, *optional*):
-            Tokens that the PCM reads first, in place of the wanted experts' descriptions. None leaves it those.
+            Tokens that the PCM reads first, in place of the descriptions of the experts that run. None leaves it
+            those.
 
     Example:
 
@@ -95,8 +96,8 @@ class Preference:
                 Weights in any form of [`preference_weights`], a `Preference`, or a list of one for each row. None is
                 `config.default_preference`, or every expert but the reference at weight 1 where there is none or the
                 PCM is given another description below.
-            preference_text (`str` or `list[str | None]`, *optional*): replaces the wanted experts' descriptions, for
-                all rows or one for each; None leaves a row its own.
+            preference_text (`str` or `list[str | None]`, *optional*): replaces the descriptions of the experts that
+                run, for all rows or one for each; None leaves a row its own.
             preference_ids (`torch.LongTensor` of shape `(tokens,)` or `(batch, tokens)`, *optional*): the same as
                 tokens; negative numbers, and `config.pad_token_id` at the ends, are padding.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): reads `preference_text`.

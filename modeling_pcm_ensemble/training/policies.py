@@ -144,8 +144,10 @@ class ProductPolicy(AdditivePolicy):
 class AdaptersPolicy(AdditivePolicy):
     r"""
     `merge="adapters"`, where one model runs, and no expert says what it would have predicted alone. What the PCM does
-    is then to choose strengths, and the tokens are what comes of them: log s is normal around log(w · 2σ(h)), with the
-    standard deviation of `exploration`. The strengths that acted are recorded.
+    is then to choose strengths, and the tokens are what comes of them. π is a policy over strengths: in each piece of
+    a completion, log s is normal around log(w · 2σ(h)), with the standard deviation of `exploration`, and apart from
+    other pieces. The strengths that acted on the completion are recorded, and those on the prompt are not. They are
+    samples of another policy, whose noise is partly the same in all pieces, which REBEL allows.
     """
 
     reads_experts = False

@@ -33,7 +33,7 @@ def with_words(prompt, told: ToldPreference, config: PCMEnsembleConfig, tokenize
 def descriptions(config: PCMEnsembleConfig, told: list[ToldPreference]) -> torch.Tensor:
     """
     Return what the PCM reads before each row's prompt, `(rows, tokens)`, padded on the left with -1: the preference's
-    own words, or the descriptions of the wanted experts, unless they stand in the prompt.
+    own words, or the descriptions of the experts that run, unless they stand in the prompt.
     """
     rows = []
     for wish in told:

@@ -40,7 +40,7 @@ class RebelConfig(TrainingArguments):
 
     Parameters that control the preferences:
         weight_distribution (`str`, defaults to `"equal"`): weights within a preference set: `"equal"`; `"dirichlet"`,
-            uniform over all mixtures and scaled to the same sum; or, for a product, `"signed"`, nine of ten times
+            uniform over all mixtures and scaled to the same sum; or, where tilts add up, `"signed"`, nine of ten times
             uniform between 0.05 and 2 times the set's, else between -1 and -0.05 times.
         text_only_fraction (`float`, defaults to 0): share of prompts whose preference is given in words alone, with
             all experts active: half as `preference_text`, half as a system message.
@@ -48,7 +48,8 @@ class RebelConfig(TrainingArguments):
             weights, in a product of their absolute values. Half of its variance is drawn once for each completion and
             expert, half anew every 12 tokens, so that a completion's reward says what it is worth to lean to an
             expert, and when. For REBEL alone, which learns from completions of any policy. Rewards, lengths and KL
-            that are logged are of these completions; `evaluate` samples without noise.
+            that are logged are of these completions; `evaluate` samples without noise. Added adapters need it: their
+            strengths are what the policy chooses.
 
     Parameters that control the reward:
         shared_reward_weight (`float`, defaults to 0.5): what the trainer's `shared_reward` counts beside 1 for the

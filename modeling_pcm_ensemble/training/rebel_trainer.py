@@ -31,15 +31,15 @@ from .rollouts import Rollout, completion_weight_logits
 
 class RebelTrainer(CheckpointTrainer):
     r"""
-    Trains an ensemble's PCM online with REBEL, PPO or RLOO. A mixture's PCM learns shares, a product's how far each
-    expert's tilt should go at a token, between nothing and twice what the user asks for.
+    Trains an ensemble's PCM online with REBEL, PPO or RLOO. A mixture's PCM learns shares. Where tilts add up, it
+    learns how far each expert's tilt should go at a token, between nothing and twice what the user asks for.
 
     `trainer.ensemble` is the whole; `trainer.model`, which learns and of which checkpoints are made, is its PCM, in
     float32 if it was in less. `trainer.save_model(folder)` writes the ensemble in the experts' dtype.
 
     Args:
-        model (`PCMEnsembleForCausalLM`): the ensemble, `merge="probabilities"` or `"product"`. A PCM that was trained
-            on a product serves every merge.
+        model (`PCMEnsembleForCausalLM`): the ensemble, `merge="probabilities"`, `"product"` or `"adapters"`. A PCM
+            that was trained where tilts add up serves every merge.
         reward_funcs (`Mapping`): each wanted expert's name → a function `(prompts, completions, **columns)` that gives
             a list of floats, or a sequence-classification model or repository.
         args (`RebelConfig`, *optional*): settings.
@@ -256,7 +256,7 @@ class RebelTrainer(CheckpointTrainer):
         measures = self.policy.measures(expert_weight_logits, inputs.weights, inputs.shares)
 
         args, mask = self.args, inputs.completion_mask
-        penalty = args.beta * kl
+        penalty = args.beta * kl if args.beta else torch.zeros_like(kl)  # a KL that overflows is no number times 0
         if args.entropy_coef:
             penalty = penalty - args.entropy_coef * measures["expert_weight_entropy"]
         if args.description_coef:
