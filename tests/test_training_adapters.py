@@ -1,11 +1,13 @@
 """RebelTrainer on added adapters, where the strengths are the actions: what is recorded, exact gradients, learning."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_llama, tiny_tokenizer
 from test_lora import lora_ensemble, peft_adapter
 from test_training import PROMPTS, count_letters, make_trainer
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from modeling_pcm_ensemble import Preference
@@ -172,6 +174,54 @@ def test_training_finds_which_strengths_are_rewarded(model, tmp_path):
         trainer.train()
         found[sign] = model.compute_expert_weights(prompt, preference={"a": 0.5})[0, -1, 0].item()
     assert found[1] > 0.6 > 0.4 > found[-1], found
+
+
+def test_the_kl_divergence_is_that_of_normal_distributions_and_finite_under_little_noise(model, tmp_path):
+    trainer = make(tmp_path, model, exploration=0.01)
+    torch.manual_seed(0)
+    opinions, weights = torch.randn(2, 5, 3), torch.tensor([[1.4, -0.6, 0.0], [0.0, 0.3, 0.0]])
+    found = trainer.policy.kl(torch.zeros(2, 5), opinions, weights, torch.zeros(2, 5, 3))
+    gates = (2 * opinions.sigmoid()).log()  # (rows, seq, experts)
+    expected = kl_divergence(Normal(gates, 0.01), Normal(torch.zeros_like(gates), 0.01))
+    assert_close(found, (expected * (weights != 0)[:, None]).sum(dim=-1) / STEPS_OF_A_PIECE)
+
+    rollout = explored(trainer)
+    torch.nn.init.normal_(model.pcm.head.weight)  # far from where it was sampled
+    assert trainer.compute_loss(model.pcm, rollout).isfinite()
+
+
+def test_a_run_goes_on_in_the_middle_of_a_rollout(model, tmp_path):
+    settings = {"max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    beginning = copy.deepcopy(model)
+    whole = make(tmp_path, model, **settings)
+    whole.train()
+
+    resumed = make(tmp_path, beginning, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    learnt = model.pcm.head.weight
+    assert learnt.abs().max() > 1e-3
+    assert_close(beginning.pcm.head.weight, learnt)
+
+
+def test_an_evaluation_is_without_noise(model, tmp_path):
+    trainer = make(tmp_path, model, preference_sets=[["a"], ["b", "c"]])
+    drawn = []
+    model.register_forward_hook(lambda module, args, output: drawn.append(output.expert_weights))
+    torch.nn.init.zeros_(model.pcm.head.weight)
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_reward"] <= 1
+    assert {weight for weights in drawn for weight in weights.unique().tolist()} == {0.0, 1.0}
+
+
+def test_strengths_of_rows_that_go_on_are_recorded_where_others_have_ended(model, tmp_path):
+    model.generation_config.eos_token_id = list(range(2, 12))
+    rollout = explored(make(tmp_path, model, max_completion_length=30))
+    lengths = rollout.completion_mask.sum(dim=1)
+    assert lengths.min() <= STEPS_OF_A_PIECE < lengths.max()
+    runs = (rollout.weights != 0)[:, None] & rollout.completion_mask.bool()[..., None]
+    assert (rollout.recorded[runs] != 0).all()
+    assert make(tmp_path, model).compute_loss(model.pcm, rollout).isfinite()
 
 
 def test_strengths_without_noise_are_refused_since_nothing_could_be_learnt_of_them(model, tmp_path):

@@ -16,6 +16,7 @@ from .losses import (
     mixture_token_log_probs,
     product_token_log_probs,
     strength_log_densities,
+    token_kl,
 )
 
 STEPS_OF_A_PIECE = 12  # tokens of a completion that are sampled under one draw of noise
@@ -57,6 +58,19 @@ class Policy(ABC):
         self, expert_weight_logits: torch.Tensor, weights: torch.Tensor, recorded: torch.Tensor
     ) -> torch.Tensor:
         """Return log π of the tokens that were recorded, `(rows, seq)`; arguments as above."""
+
+    def kl(
+        self,
+        log_probs: torch.Tensor,
+        expert_weight_logits: torch.Tensor,
+        weights: torch.Tensor,
+        recorded: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Return the KL divergence of π to that of h = 0, at which the experts' weights are the user's alone: an estimate
+        from the sampled tokens, `(rows, seq)`, of which `log_probs`, of that shape, is log π. The rest is as above.
+        """
+        return token_kl(log_probs, self.log_probs(torch.zeros_like(expert_weight_logits), weights, recorded))
 
     @abstractmethod
     def measures(
@@ -103,7 +117,8 @@ class AdditivePolicy(Policy):
 class ProductPolicy(AdditivePolicy):
     """
     `merge="product"`, whose normaliser needs every candidate: log π_0 of each, the token itself first, and every
-    expert's tilt, in half the precision.
+    expert's tilt, in half the precision. Strengths will change, so that what a model keeps is a candidate here even
+    where its share in the sum is 0 to five digits, for which a forward leaves it out.
     """
 
     @property
@@ -162,6 +177,11 @@ class AdaptersPolicy(AdditivePolicy):
     def log_probs(self, expert_weight_logits, weights, recorded):
         meant = self.expert_weights(expert_weight_logits, weights)
         return strength_log_densities(meant, recorded, self.exploration) / STEPS_OF_A_PIECE  # one draw for so many
+
+    def kl(self, log_probs, expert_weight_logits, weights, recorded):
+        # Of normal distributions with one deviation, it is minus the log density of the one's mean under the other.
+        meant = self.expert_weights(expert_weight_logits, weights)
+        return -self.log_probs(torch.zeros_like(expert_weight_logits), weights, meant)
 
 
 def _distinct_first(tokens: torch.Tensor, is_repeated: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

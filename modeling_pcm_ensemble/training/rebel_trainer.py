@@ -19,7 +19,7 @@ from ..rewards.models import reward_function
 from ..rewards.scoring import SHARED, Scorer
 from .checkpoints import SETTINGS, CheckpointTrainer, digest_of
 from .checks import DatasetCheck, check_arguments, column
-from .losses import leave_one_out, ppo_loss, rebel_loss, rloo_loss, token_kl
+from .losses import leave_one_out, ppo_loss, rebel_loss, rloo_loss
 from .metrics import joined, means, reward_lists, rollout_metrics, weight_metrics
 from .pcm_trainer import own_settings, padding_tokenizer
 from .policies import policy_of
@@ -250,13 +250,11 @@ class RebelTrainer(CheckpointTrainer):
         log_ratios = (log_probs - inputs.old_log_probs) * inputs.completion_mask
         loss = self._policy_loss(log_ratios, inputs.rewards, inputs.completion_mask)
 
-        # h = 0 is an untrained PCM's: the experts' weights are the user's alone.
-        initial = self.policy.log_probs(torch.zeros_like(expert_weight_logits), inputs.weights, inputs.recorded)
-        kl = token_kl(log_probs, initial)  # (rows, seq)
+        kl = self.policy.kl(log_probs, expert_weight_logits, inputs.weights, inputs.recorded)  # (rows, seq)
         measures = self.policy.measures(expert_weight_logits, inputs.weights, inputs.shares)
 
         args, mask = self.args, inputs.completion_mask
-        penalty = args.beta * kl if args.beta else torch.zeros_like(kl)  # a KL that overflows is no number times 0
+        penalty = args.beta * kl
         if args.entropy_coef:
             penalty = penalty - args.entropy_coef * measures["expert_weight_entropy"]
         if args.description_coef:
