@@ -73,9 +73,8 @@ class PCMEnsembleConfig(PreTrainedConfig):
 
             - `"product"`: what experts change of a reference, log π ∝ log π_0 + Σ_i s_i (log π_i − log π_0).
             - `"adapters"`: LoRA weights, W + Σ_i s_i (α/r)_i B_i A_i. It runs one model where the others run every
-              expert, and needs experts that are adapters on one backbone and have no prompts. No gradient reaches
-              the PCM through it: `RebelTrainer` trains that on explored strengths.
-              Weights that add up to 1 make Personalized Soup's average.
+              expert, and needs experts that are adapters on one backbone and have no prompts. `RebelTrainer` alone
+              trains its PCM. Weights that add up to 1 make Personalized Soup's average.
         reference (`str`, *optional*):
             The expert that is π_0 under `merge="product"`, where it can have no weight. `None` is the bare backbone,
             if all experts are on one.

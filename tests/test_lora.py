@@ -222,7 +222,7 @@ def test_merging_adapters_refuses_other_experts_and_training(backbone, adapters)
     model.config.merge = "adapters"
     with pytest.raises(ValueError, match="cannot mix expert 'base'"):
         model(CONTEXT, preference=["a", "base"])
-    with pytest.raises(ValueError, match="the PCM would get no gradient"):
+    with pytest.raises(ValueError, match=r"the PCM would get no gradient. Call `eval\(\)`, train with `RebelTrainer`"):
         model.train()(CONTEXT, preference="a")
     with pytest.raises(ValueError, match="needs experts that run apart"):
         model.eval().attribute(CONTEXT, preference="a")

@@ -101,8 +101,7 @@ def test_an_expert_to_steer_away_from_is_described_too(config):
     signed.merge, signed.reference = "product", "elementary"
     wanted = [{"concise": 1.0, "friendly": -0.5}, {"concise": 0.5, "friendly": 1.5}, {"friendly": -1.0}]
     route = Route(signed, Preference.parse_batch(signed, 3, wanted))
-    assert route.descriptions[0] == route.descriptions[1]
-    assert len(route.descriptions[2]) == 3
+    assert route.descriptions == [(1, 10, 20, 11, 21), (1, 10, 20, 11, 21), (1, 11, 21)]
 
 
 @pytest.mark.parametrize(
