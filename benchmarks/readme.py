@@ -319,7 +319,7 @@ def strengths_under_weights_table(report: dict) -> str:
     """How far the PCM's factors are from 1, by how many experts have weights."""
     names = next(iter(report["weights"].values()))
     lines = [[number, *(f"{value:.2f}" for value in found.values())] for number, found in report["weights"].items()]
-    return table(["weights of", *names], lines)
+    return table(["experts with weights", *names], lines)
 
 
 TABLES = {  # by marker: the results, and the table of them

@@ -95,6 +95,8 @@ def test_training_and_evaluation_run_from_end_to_end(tmp_path):
     run("train_experts", "--quick", "--rounds", "2", "--experts", "unfriendly")
     assert json.loads((tmp_path / "experts" / "quick" / "report.json").read_text())["unfriendly"]["words"] > 0
     run("train_pcm", "--quick")
+    run("train_pcm", "--quick", "--merge", "adapters", "--output", "adapters")
+    assert (tmp_path / "adapters" / "quick" / "seed-0" / "pcm.safetensors").exists()
     for _ in range(2):  # the second time all answers are there already
         run("measure_pcm", "--quick", "--pcm", "pcm/quick/seed-0")
     found = tmp_path / "evaluation" / "quick" / "pcm"

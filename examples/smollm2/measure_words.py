@@ -133,16 +133,15 @@ def main():
         for kind, measures in report["words"][split].items():
             numbers = [f"{measures[name]:.2f}" if name in measures else "" for name in MEASURES]
             rows.append([split.replace("_", " "), kind, *numbers])
-    report["weights"] = {
-        f"{experts} experts": by_weights(model, experts, arguments.texts) for experts in range(1, len(EXPERTS) + 1)
-    }
+    numbers_of_experts = range(1, len(EXPERTS) + 1)
+    report["weights"] = {str(number): by_weights(model, number, arguments.texts) for number in numbers_of_experts}
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_text(arguments.output / "words.json", json.dumps(report, indent=1) + "\n")
     draw(pairs_of, arguments.output / "words.png")
     Console(width=120).print(Markdown(table(["phrases", "kind", *MEASURES], rows)))
     factors = [[name, *(f"{value:.2f}" for value in found.values())] for name, found in report["weights"].items()]
-    Console(width=120).print(Markdown(table(["weights of", *report["weights"]["1 experts"]], factors)))
+    Console(width=120).print(Markdown(table(["experts with weights", *report["weights"]["1"]], factors)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
 Train the Preference Control Model of the six LoRA experts online with REBEL: of their mixture on the paper's eight
-preferences and, less often, on those of two experts; of their product on any experts at strengths of both signs.
+preferences and, less often, on those of two experts; where tilts add up on any experts at strengths of both signs.
 
     python examples/smollm2/train_pcm.py --output pcm --seeds 0 1 2
     python examples/smollm2/train_pcm.py --merge product --output product --seeds 0
@@ -44,6 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pcm_ensemble import demo
 from modeling_pcm_ensemble.checkpoint_staging import finish_save, write_text
+from modeling_pcm_ensemble.configuration_pcm_ensemble import TOP_K_MERGES
 from modeling_pcm_ensemble.demo_wordings import compose
 from modeling_pcm_ensemble.evaluation.pictures import save
 from modeling_pcm_ensemble.rewards.answering import AnsweringReward
@@ -53,10 +54,11 @@ from modeling_pcm_ensemble.training import DescriptionConfig, DescriptionTrainer
 from modeling_pcm_ensemble.training.preference_sampling import default_preference_sets
 
 # Noise on the weights that a rollout is sampled under. Shares are less sensitive: only their ratios count.
-EXPLORATION = {"product": 0.5, "probabilities": 2.0}
+EXPLORATION = {"product": 0.5, "adapters": 0.5, "probabilities": 2.0}
 # Updates, rows of each, and the learning rates of the head and the body: a degree takes longer to learn than who is
 # meant, and a body that changes slowly keeps more of the words that are not in training.
-DESCRIPTIONS = {"product": (4000, 16, 8e-4, 2e-4), "probabilities": (1100, 8, 5e-4, 5e-4)}
+OF_STRENGTHS = (4000, 16, 8e-4, 2e-4)
+DESCRIPTIONS = {"product": OF_STRENGTHS, "adapters": OF_STRENGTHS, "probabilities": (1100, 8, 5e-4, 5e-4)}
 LEARNING_LAYERS = 4  # the last ones; what lies below knows words already that are not in training, and keeps them
 # Descriptions are learnt on the first words of prompts and answers, where many words of preferences are read in little
 # time: four in five without the chat template's own system message. One text in twenty is whole, and has that message,
@@ -177,8 +179,8 @@ def train(dataset: Dataset, rewards, answering, seed: int, arguments) -> Path:
         return folder
 
     set_seed(seed)
-    options = {"merge": arguments.merge, "expert_top_k": arguments.expert_top_k or None}
-    model = demo.adapter_ensemble(dtype=demo.fast_dtype(DEVICE), **options)
+    top_k = arguments.expert_top_k if arguments.merge in TOP_K_MERGES else 0
+    model = demo.adapter_ensemble(dtype=demo.fast_dtype(DEVICE), merge=arguments.merge, expert_top_k=top_k or None)
     if arguments.rollouts and not rewarded.exists():
         model.pcm.body.requires_grad_(False)
         trainer = make_trainer(model, rewards, answering, dataset, folder, seed, arguments)
