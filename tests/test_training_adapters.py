@@ -227,3 +227,16 @@ def test_strengths_of_rows_that_go_on_are_recorded_where_others_have_ended(model
 def test_strengths_without_noise_are_refused_since_nothing_could_be_learnt_of_them(model, tmp_path):
     with pytest.raises(ValueError, match=r'`merge="adapters"` is trained on how answers change.*Set `exploration`'):
         make(tmp_path, model, exploration=0.0)
+
+
+def test_an_ensemble_in_bfloat16_starts_an_update_where_it_was_sampled(model, tmp_path):
+    trainer = make(tmp_path, model.to(torch.bfloat16), bf16=True)
+    rollout = explored(trainer)
+    with trainer.compute_loss_context_manager():
+        h = trainer._expert_weight_logits(trainer.model, rollout)
+        log_probs = trainer.policy.log_probs(h, rollout.weights, rollout.recorded)
+    assert_close(log_probs, rollout.old_log_probs, atol=1e-3, rtol=0)
+
+    before = model.pcm.head.weight.clone()
+    trainer.train()
+    assert model.pcm.head.weight.isfinite().all() and not torch.equal(model.pcm.head.weight, before)
